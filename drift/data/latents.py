@@ -1,0 +1,177 @@
+"""Latents on disk, in the files that the prior's users exchange, and the memory-mapped view of them.
+
+A folder holds `<split>_latents.npy` `[N, C, H, W]` float16, `<split>_labels.npy` `[N]` int64 and
+`<split>_meta.json`. Of the latter, files from elsewhere may lack every key.
+"""
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from drift.errors import UserError
+from drift.files import atomic_write, sha256, write_json
+
+_WAY_OUT = "rerun encode (dvc repro) or fetch it (dvc pull)"
+
+
+def latent_files(folder: str | Path, split: str = "train") -> tuple[Path, Path, Path]:
+    """Where latents, labels and meta of a split are."""
+    folder = Path(folder)
+    return folder / f"{split}_latents.npy", folder / f"{split}_labels.npy", folder / f"{split}_meta.json"
+
+
+class LatentStore:
+    """N latents with their labels, memory-mapped; nothing is read before it is asked for."""
+
+    def __init__(
+        self, latents: np.memmap, labels: np.ndarray, meta: dict[str, Any], folder: Path, split: str
+    ):
+        self.latents = latents  # [N, C, H, W] float16
+        self.labels = labels  # [N] int64
+        self.meta = meta
+        self.folder = folder
+        self.split = split
+
+    @classmethod
+    def open(cls, folder: str | Path, split: str = "train") -> "LatentStore":
+        """Map the files of a split.
+
+        Raises `UserError`, naming the file and the way out, if one is missing, cut short, of another
+        type or shape, or does not fit the others.
+        """
+        latents_path, labels_path, meta_path = latent_files(folder, split)
+        latents = _map_array(latents_path, np.float16, 4)
+        labels = np.array(_map_array(labels_path, np.int64, 1))
+        meta = _read_meta(meta_path)
+        if len(labels) != len(latents):
+            raise UserError(
+                f"{labels_path}: {len(labels)} labels for the {len(latents)} latents beside it; {_WAY_OUT}"
+            )
+        store = cls(latents, labels, meta, Path(folder), split)
+        if labels.min() < 0 or labels.max() >= store.num_classes:
+            raise UserError(
+                f"{labels_path}: labels {labels.min()} to {labels.max()} are not all in "
+                f"0 to {store.num_classes - 1}; {_WAY_OUT}"
+            )
+        return store
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(N, C, H, W)."""
+        return self.latents.shape
+
+    @cached_property
+    def num_classes(self) -> int:
+        """As the meta file has it, else one more than the largest label."""
+        return self.meta["num_classes"] if "num_classes" in self.meta else int(self.labels.max()) + 1
+
+    @cached_property
+    def class_names(self) -> list[str]:
+        """As the meta file has them, else the class numbers."""
+        if "class_names" in self.meta:
+            return self.meta["class_names"]
+        return [str(label) for label in range(self.num_classes)]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the hashes of latents and labels, which are read only if the meta file lacks them."""
+        files = self.meta["sha256"] if "sha256" in self.meta else file_hashes(self.folder, self.split)
+        return hashlib.sha256(f"{files['latents']} {files['labels']}".encode()).hexdigest()
+
+    def rows(self, indices: np.ndarray | torch.Tensor) -> torch.Tensor:
+        """Latents of row indices of any shape, as float32 `[*indices.shape, C, H, W]`.
+
+        Each row is read once and in the order of the file, whatever order is asked for.
+        """
+        indices = np.asarray(indices)
+        distinct, where = np.unique(indices, return_inverse=True)
+        read = torch.from_numpy(np.asarray(self.latents)[distinct])  # [distinct, C, H, W] float16
+        return read[torch.from_numpy(where.reshape(-1))].float().reshape(*indices.shape, *self.shape[1:])
+
+
+def write_latents(
+    folder: str | Path, split: str, latents: np.ndarray, labels: np.ndarray, meta: dict[str, Any]
+) -> None:
+    """Write a set that fits in memory; `shape`, `dtype` and `sha256` are added to `meta`.
+
+    `latents` are `[N, C, H, W]`, `labels` `[N]`; they are stored as float16 and int64.
+    """
+    assert latents.ndim == 4 and labels.shape == latents.shape[:1]
+    latents_path, labels_path, meta_path = latent_files(folder, split)
+    latents_path.parent.mkdir(parents=True, exist_ok=True)
+    for path, array, dtype in ((latents_path, latents, np.float16), (labels_path, labels, np.int64)):
+        with atomic_write(path) as file:
+            np.save(file, array.astype(dtype))
+    write_json(meta_path, {**meta, **file_facts(folder, split)})
+
+
+def file_facts(folder: str | Path, split: str = "train") -> dict[str, Any]:
+    """What the meta file says of the two arrays beside it."""
+    latents = np.load(latent_files(folder, split)[0], mmap_mode="r")
+    return {
+        "shape": list(latents.shape),
+        "dtype": latents.dtype.name,
+        "sha256": file_hashes(folder, split),
+    }
+
+
+def file_hashes(folder: str | Path, split: str = "train") -> dict[str, str]:
+    """SHA-256 of the latents file and of the labels file."""
+    latents_path, labels_path, _ = latent_files(folder, split)
+    return {"latents": sha256(latents_path), "labels": sha256(labels_path)}
+
+
+def check_meta(store: LatentStore, **expected: Any) -> None:
+    """Refuse latents that were made otherwise than the settings say.
+
+    `expected` are keys of the meta file, such as `view="center", image_size=256, vae="..."`; keys that
+    the file lacks (it may come from elsewhere) are not compared. Raises `UserError`.
+    """
+    path = latent_files(store.folder, store.split)[2]
+    for key, wanted in expected.items():
+        wanted = list(wanted) if isinstance(wanted, tuple) else wanted
+        if key in store.meta and store.meta[key] != wanted:
+            raise UserError(
+                f"{path}: {key} is {json.dumps(store.meta[key])}, but the settings say {json.dumps(wanted)}; "
+                f"{_WAY_OUT}, or correct the setting"
+            )
+
+
+def _map_array(path: Path, dtype: type, ndim: int) -> np.memmap:
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except FileNotFoundError:
+        raise UserError(f"{path}: is missing; {_WAY_OUT}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: is cut short or no .npy file ({error}); {_WAY_OUT}") from None
+    if array.dtype != dtype or array.ndim != ndim:
+        raise UserError(
+            f"{path}: holds {array.dtype} in {array.ndim} dimensions, not {np.dtype(dtype)} in {ndim}; "
+            f"{_WAY_OUT}"
+        )
+    if not len(array):
+        raise UserError(f"{path}: holds no rows; {_WAY_OUT}")
+    announced, size = array.offset + array.nbytes, path.stat().st_size
+    if announced != size:
+        raise UserError(f"{path}: has {size} bytes where its header announces {announced}; {_WAY_OUT}")
+    return array
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path}: is missing; {_WAY_OUT}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: is not JSON ({error}); {_WAY_OUT}") from None
+    if not isinstance(meta, dict):
+        raise UserError(f"{path}: holds {type(meta).__name__}, not an object; {_WAY_OUT}")
+    return meta

@@ -1,0 +1,261 @@
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from scipy.stats import ks_2samp
+from sklearn.datasets import load_digits
+
+from drift.data import images
+from drift.errors import UserError
+from drift.torchvision_shim import ensure_torchvision
+
+ensure_torchvision()
+from torchvision.transforms import RandomResizedCrop  # noqa: E402
+
+
+def noise_image(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def smooth_image(width: int, height: int) -> Image.Image:
+    """Far enough from black and white that no filter overshoots, where PIL clips after each of its passes."""
+    few = np.random.default_rng(0).integers(64, 192, (4, 5, 3), np.uint8)
+    return Image.fromarray(few).resize((width, height), Image.Resampling.BICUBIC)
+
+
+# Digits
+
+
+def test_digits_are_scikit_learns_pixels_in_256_levels():
+    source = images.open_images("digits", None, "train", 10)
+    digits = load_digits()
+    for i in (0, 700, 1436):
+        row = int(source.name(i).removeprefix("digits/"))
+        picture = np.asarray(source.load(i))
+        assert picture.shape == (8, 8, 3) and (picture == picture[..., :1]).all()
+        assert np.abs(picture[..., 0] / 255 - digits.images[row] / 16).max() <= 0.5 / 255
+        assert source.labels[i] == digits.target[row]
+    assert source.labels.dtype == np.int64 and source.class_names == list("0123456789")
+
+
+def test_digits_splits_are_disjoint_complete_and_stratified():
+    train = images.open_images("digits", None, "train", 10)
+    held_out = images.open_images("digits", None, "held_out", 10)
+    assert (len(train), len(held_out)) == (1437, 360)
+    names = [s.name(i) for s in (train, held_out) for i in range(len(s))]
+    assert len(set(names)) == 1797
+    per_digit = np.bincount(load_digits().target)
+    assert np.abs(np.bincount(held_out.labels) - per_digit / 5).max() < 1
+    assert train.digest != held_out.digest == images.open_images("digits", None, "held_out", 10).digest
+
+
+# Folders
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Two classes, written out of order; the second has every kind of file."""
+    ants, bees = tmp_path / "val" / "ants", tmp_path / "val" / "bees"
+    bees.mkdir(parents=True)
+    ants.mkdir()
+    grey = Image.new("L", (6, 4), 200)
+    grey.save(bees / "b_grey.png")
+    grey.convert("RGB").quantize(2).save(bees / "c_palette.PNG")
+    grey.convert("CMYK").save(bees / "a_cmyk.JPEG")
+    Image.fromarray(np.full((4, 6), 200 * 257, np.uint16)).save(bees / "d_grey16.png")
+    grey.convert("RGB").save(bees / "e.webp", lossless=True)
+    grey.convert("RGBA").save(bees / "f.png")
+    grey.convert("RGB").save(bees / "g.bmp")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn by 90 degrees to display"
+    grey.save(bees / "h.jpg", exif=exif)
+    grey.save(ants / "z.Jpg")
+    grey.save(ants / "B.jpeg")
+    for other in (bees / "notes.txt", bees / ".hidden.png", tmp_path / "val" / "list.txt"):
+        other.write_text("not an image")
+    (tmp_path / "val" / ".cache").mkdir()
+    return tmp_path
+
+
+def test_folder_lists_in_the_order_of_names(root):
+    source = images.open_images("folder", str(root), "val", 2)
+    files = [os.path.relpath(source.name(i), root / "val") for i in range(len(source))]
+    bees = ["a_cmyk.JPEG", "b_grey.png", "c_palette.PNG", "d_grey16.png", "e.webp", "f.png", "g.bmp", "h.jpg"]
+    assert files == ["ants/B.jpeg", "ants/z.Jpg"] + [f"bees/{name}" for name in bees]
+    assert source.class_names == ["ants", "bees"]
+    assert source.labels.tolist() == [0, 0] + [1] * 8 and source.labels.dtype == np.int64
+
+
+def test_folder_decodes_every_kind_of_file_to_rgb_as_stored(root):
+    source = images.open_images("folder", str(root), "val", 2)
+    for i in range(len(source)):
+        image = source.load(i)
+        assert image.mode == "RGB" and image.size == (6, 4), source.name(i)
+        assert np.abs(np.asarray(image).astype(int) - 200).max() <= 2, source.name(i)
+
+
+def test_folder_digest_follows_names_and_sizes_not_the_place(root, tmp_path_factory):
+    def digest():
+        return images.open_images("folder", str(root), "val", 2).digest
+
+    seen = [digest()]
+    moved = tmp_path_factory.mktemp("moved") / "elsewhere"
+    root.rename(moved)
+    root = moved
+    assert digest() == seen[0]
+    (root / "val" / "ants" / "z.Jpg").rename(root / "val" / "ants" / "y.Jpg")
+    seen.append(digest())
+    with open(root / "val" / "ants" / "y.Jpg", "ab") as file:
+        file.write(b"\0")
+    seen.append(digest())
+    (root / "val" / "ants").rename(root / "val" / "an")
+    seen.append(digest())
+    assert len(set(seen)) == len(seen)
+
+
+def empty_class(root):
+    (root / "val" / "cats").mkdir()
+    (root / "val" / "cats" / "notes.txt").touch()
+
+
+def dangling_link(root):
+    (root / "val" / "bees" / "0.png").symlink_to(root / "gone.png")
+
+
+def no_class_folders(root):
+    (root / "train").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("prepare", "arguments", "message"),
+    [
+        (None, ("folder", "ROOT", "val", 3), r"data.classes = 3, but .*/val has 2 classes"),
+        (None, ("folder", "ROOT", "train", 2), r"/train: there is no such folder; data.root has val"),
+        (None, ("folder", "ROOT/gone", "val", 2), r"data.root = .*/gone: there is no such folder"),
+        (
+            None,
+            ("folder", "ROOT/val/list.txt", "val", 2),
+            r"list.txt/val: cannot be listed \(Not a directory\)",
+        ),
+        (None, ("folder", None, "val", 2), r"data.root = null"),
+        (no_class_folders, ("folder", "ROOT", "train", 2), r"/train: has no class folders"),
+        (empty_class, ("folder", "ROOT", "val", 3), r"/cats: a class without images"),
+        (dangling_link, ("folder", "ROOT", "val", 2), r"bees/0.png: cannot be read \(No such file"),
+        (None, ("digits", None, "val", 10), r"digits has no split val: it has train and held_out"),
+        (None, ("digits", None, "train", 7), r"data.classes = 7, but digits/train has 10 classes"),
+        (None, ("cifar", None, "train", 10), r"data.dataset = cifar: allowed: digits, folder"),
+    ],
+)
+def test_mistakes_are_one_line(root, prepare, arguments, message):
+    if prepare:
+        prepare(root)
+    arguments = [a.replace("ROOT", str(root)) if isinstance(a, str) else a for a in arguments]
+    with pytest.raises(UserError, match=message) as error:
+        images.open_images(*arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_unreadable_class_folder_is_named(root, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(path):  # by hand, because root may read everything
+        if os.fsencode(path).endswith(b"bees"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"val/bees: cannot be read \(Permission denied\)"):
+        images.open_images("folder", str(root), "val", 2)
+
+
+# Views
+
+
+def bicubic(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """torch's antialiased bicubic, in float, of `[H, W, 3]`; PIL computes the same in 8 bits."""
+    planes = F.interpolate(pixels.permute(2, 0, 1)[None], (height, width), mode="bicubic", antialias=True)
+    return planes[0].permute(1, 2, 0).clamp(0, 255)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "size", "halvings", "resized"),
+    [
+        (200, 120, 32, 1, (53, 32)),  # 120 -> 60, and 60 < 2 * 32
+        (96, 256, 24, 2, (24, 64)),  # 96 -> 48 -> 24: exactly twice the target is halved once more
+        (47, 30, 16, 0, (25, 16)),
+        (9, 8, 32, 0, (36, 32)),  # grows
+    ],
+)
+def test_center_view_is_halving_bicubic_and_central_crop(width, height, size, halvings, resized):
+    image = smooth_image(width, height)
+    pixels = torch.from_numpy(np.array(image)).float()
+    for _ in range(halvings):
+        pixels = F.avg_pool2d(pixels.permute(2, 0, 1), 2).permute(1, 2, 0)
+    pixels = bicubic(pixels, resized[1], resized[0])
+    top, left = (resized[1] - size) // 2, (resized[0] - size) // 2
+    expected = pixels[top : top + size, left : left + size].numpy()
+    view = images.center_view(image, size)
+    assert view.shape == (size, size, 3) and view.dtype == np.uint8
+    assert np.abs(view - expected).max() <= 1 + halvings  # 8-bit rounding after each resize
+
+
+def test_center_view_of_a_square_of_the_right_size_is_the_image():
+    image = noise_image(32, 32)
+    assert (images.center_view(image, 32) == np.asarray(image)).all()
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "scale"), [(500, 375, (0.2, 1.0)), (120, 200, (0.08, 1.0)), (40, 100, (0.5, 0.9))]
+)
+def test_random_crop_is_distributed_like_torchvisions(width, height, scale):
+    """Kolmogorov-Smirnov on area, aspect ratio and place; the last image often needs several attempts."""
+    ratio, n = (3 / 4, 4 / 3), 3000
+    rng = np.random.default_rng(0)
+    ours = np.array([images.random_crop(width, height, scale, ratio, rng) for _ in range(n)], float)
+    torch.manual_seed(0)
+    canvas = torch.empty(1, height, width)
+    boxes = [RandomResizedCrop.get_params(canvas, list(scale), list(ratio)) for _ in range(n)]
+    theirs = np.array([(left, top, w, h) for top, left, h, w in boxes], float)
+
+    assert (ours[:, :2] >= 0).all() and (ours[:, :2] + ours[:, 2:] <= (width, height)).all()
+    for statistic in (
+        lambda b: b[:, 2] * b[:, 3],
+        lambda b: b[:, 2] / b[:, 3],
+        lambda b: b[:, 0] / (width - b[:, 2] + 1),
+        lambda b: b[:, 1] / (height - b[:, 3] + 1),
+    ):
+        assert ks_2samp(statistic(ours), statistic(theirs), method="asymp").pvalue > 1e-3
+
+
+@pytest.mark.parametrize(("width", "height"), [(10, 100), (100, 10), (101, 8), (1, 50)])
+def test_random_crop_that_cannot_fit_falls_back_like_torchvision(width, height):
+    scale, ratio = (1.0, 1.0), (3 / 4, 4 / 3)
+    top, left, h, w = RandomResizedCrop.get_params(torch.empty(1, height, width), list(scale), list(ratio))
+    box = images.random_crop(width, height, scale, ratio, np.random.default_rng(0))
+    assert box == (left, top, w, h)
+
+
+def test_augmented_view_is_the_drawn_crop_resized():
+    image = smooth_image(90, 70)
+    left, top, w, h = images.random_crop(90, 70, (0.2, 0.6), (3 / 4, 4 / 3), np.random.default_rng(5))
+    crop = torch.from_numpy(np.array(image))[top : top + h, left : left + w].float()
+    view = images.augmented_view(image, 32, (0.2, 0.6), (3 / 4, 4 / 3), False, np.random.default_rng(5))
+    assert view.shape == (32, 32, 3) and view.dtype == np.uint8
+    assert np.abs(view - bicubic(crop, 32, 32).numpy()).max() <= 1
+
+
+def test_augmented_view_mirrors_half_of_the_time():
+    image = noise_image(8, 8)
+    rng = np.random.default_rng(0)
+    whole = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
+    plain, mirrored = np.asarray(image), np.asarray(image)[:, ::-1]
+    views = [images.augmented_view(image, 8, flip=True, rng=rng, **whole) for _ in range(400)]
+    flips = [np.array_equal(view, mirrored) for view in views]
+    assert all(flipped or np.array_equal(view, plain) for view, flipped in zip(views, flips, strict=True))
+    assert abs(np.mean(flips) - 0.5) < 4 * math.sqrt(0.25 / 400)
+    views = [images.augmented_view(image, 8, flip=False, rng=rng, **whole) for _ in range(20)]
+    assert all(np.array_equal(view, plain) for view in views)

@@ -1,0 +1,121 @@
+import errno
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from drift import files
+from drift.errors import UserError
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+def test_atomic_write_replaces_only_when_the_block_succeeds(tmp_path):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+    with pytest.raises(RuntimeError), files.atomic_write(path) as file:
+        file.write(b"half of the ")
+        raise RuntimeError
+    assert path.read_bytes() == b"old" and names(tmp_path) == ["a.bin"]
+
+    with files.atomic_write(path) as file:
+        file.write(b"new")
+        file.flush()
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new" and names(tmp_path) == ["a.bin"]
+
+
+def test_atomic_write_by_name_and_over_the_rest_of_a_killed_writer(tmp_path):
+    path = tmp_path / "a.bin"
+    with files.atomic_write(path) as file:
+        leftover = file.name
+    Path(leftover).write_bytes(b"x" * 100)
+    with files.atomic_write(path) as file:
+        Path(file.name).write_bytes(b"whole")
+    assert path.read_bytes() == b"whole" and names(tmp_path) == ["a.bin"]
+
+
+def test_write_json_has_the_same_bytes_for_the_same_content(tmp_path):
+    a, b = {"b": [1, 2.5], "a": {"y": None, "x": "ö"}}, {"a": {"x": "ö", "y": None}, "b": [1, 2.5]}
+    files.write_json(tmp_path / "a.json", a)
+    files.write_json(tmp_path / "b.json", b)
+    text = (tmp_path / "a.json").read_bytes()
+    assert text == (tmp_path / "b.json").read_bytes()
+    assert text.endswith(b"}\n") and json.loads(text) == a
+    with pytest.raises(ValueError):
+        files.write_json(tmp_path / "a.json", {"loss": float("nan")})
+    assert (tmp_path / "a.json").read_bytes() == text
+
+
+@pytest.mark.parametrize("other_filesystem", [False, True])
+@pytest.mark.parametrize("present", ["nothing", "folder", "file", "link"])
+def test_replace_folder(tmp_path, monkeypatch, present, other_filesystem):
+    source, destination = tmp_path / "work" / "new", tmp_path / "artifacts" / "latents"
+    (source / "sub").mkdir(parents=True)
+    (source / "sub" / "a").write_text("new")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    if present != "nothing":
+        destination.parent.mkdir()
+    if present == "folder":
+        destination.mkdir()
+        (destination / "stale").touch()
+    elif present == "file":
+        destination.touch()
+    elif present == "link":
+        destination.symlink_to(outside)
+    if other_filesystem:
+        rename = os.rename
+
+        def refuse(a, b):
+            if Path(a).parent != Path(b).parent:
+                raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+            rename(a, b)
+
+        monkeypatch.setattr(os, "rename", refuse)
+
+    files.replace_folder(source, destination)
+    assert not destination.is_symlink() and names(destination) == ["sub"]
+    assert (destination / "sub" / "a").read_text() == "new"
+    assert not source.exists() and names(destination.parent) == ["latents"] and outside.exists()
+
+
+def test_replace_folder_that_fails_keeps_the_old_one(tmp_path):
+    destination = tmp_path / "latents"
+    destination.mkdir()
+    (destination / "old").touch()
+    with pytest.raises(FileNotFoundError):
+        files.replace_folder(tmp_path / "missing", destination)
+    assert names(destination) == ["old"]
+
+
+def test_check_writable_makes_the_folder_and_leaves_nothing_in_it(tmp_path):
+    files.check_writable(tmp_path / "a" / "b")
+    assert names(tmp_path / "a" / "b") == []
+
+
+def test_check_writable_names_the_folder_and_the_reason(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/sub: cannot be written \(Not a directory\)"):
+        files.check_writable(tmp_path / "file" / "sub")
+    with pytest.raises(UserError, match=r"file: cannot be written \(File exists\)"):
+        files.check_writable(tmp_path / "file")
+    with pytest.raises(UserError, match="/proc/drift: cannot be written"):
+        files.check_writable("/proc/drift")  # refused to root as well
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(files.tempfile, "NamedTemporaryFile", refuse)
+    with pytest.raises(UserError, match=r"\(Read-only file system\)") as error:
+        files.check_writable(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_sha256(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc" * 100_000)
+    assert files.sha256(tmp_path / "a") == hashlib.sha256(b"abc" * 100_000).hexdigest()
