@@ -1,0 +1,1 @@
+"""Measuring a generator: samples, features, Fréchet distance, pictures. Import from the modules."""
