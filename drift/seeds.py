@@ -14,9 +14,10 @@ def derive_seed(*what: int | str) -> int:
     """A 63-bit seed from a path such as `(seed, "drift/noise", step, slot)`.
 
     Two different paths give unrelated seeds: the path is hashed, with types and lengths in the hash,
-    so that `("a", 1)` and `("a1",)` differ.
+    so that `("a", 1)` and `("a1",)` differ. NumPy's integers count as Python's.
     """
-    digest = hashlib.blake2b(repr(tuple(what)).encode(), digest_size=8).digest()
+    path = tuple(part if isinstance(part, str) else int(part) for part in what)
+    digest = hashlib.blake2b(repr(path).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 

@@ -1,0 +1,376 @@
+"""`params.yaml` -> typed, frozen settings. Every complaint about a setting is made here, before any work.
+
+A file must hold every key and no other; a value of another type or out of range is refused with one
+line that names the key, the value and what is allowed. Where a published value exists, the presets
+hold it; sources are in the presets' headers.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from drift.errors import UserError
+from drift.field.settings import FieldSettings, unsupported
+
+Count = Annotated[int, Field(strict=True, ge=1)]
+CountOrZero = Annotated[int, Field(strict=True, ge=0)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Positive = Annotated[Number, Field(gt=0)]
+NotNegative = Annotated[Number, Field(ge=0)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+Decay = Annotated[Number, Field(ge=0, lt=1)]
+Omega = Annotated[Number, Field(ge=1)]
+Switch = Annotated[bool, Field(strict=True)]
+Text = Annotated[str, Field(strict=True, min_length=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Data(Section):
+    dataset: Literal["digits", "folder"]
+    """`digits`: scikit-learn's handwritten digits. `folder`: images as ROOT/<split>/<class>/*."""
+    root: Text | None
+    """Folder of the images for `dataset: folder`; null otherwise."""
+    image_size: Count
+    """Side in pixels of the square images that the VAE sees."""
+    classes: Count
+    """Number of classes; checked against the data."""
+
+
+class Encode(Section):
+    vae: Text
+    """AutoencoderKL of diffusers: a local folder or a hub id."""
+    vae_revision: Text | None
+    """Revision on the hub; null is its default branch."""
+    posterior: Literal["mean", "sample"]
+    """The posterior's mean (prior) or one draw from it (release)."""
+    mirror: Switch
+    """Store every image's mirror beside it, in the centre view (release)."""
+    crops: Count
+    """Random crops per image in the augmented view."""
+    crop_scale: tuple[Positive, Positive]
+    """Smallest and largest share of the image's area in a random crop."""
+    crop_ratio: tuple[Positive, Positive]
+    """Smallest and largest aspect ratio of a random crop."""
+    flip: Switch
+    """Mirror a random crop with probability one half."""
+
+
+class Optimizer(Section):
+    """AdamW with a linear warm-up, as both trainers use it (paper A.3, Table 8)."""
+
+    steps: Count
+    lr: Positive
+    """Peak learning rate."""
+    lr_schedule: Literal["constant", "cosine"]
+    """What follows the warm-up."""
+    lr_final: Share
+    """Cosine: the last learning rate as a share of the peak."""
+    warmup_steps: CountOrZero
+    warmup_start_lr: NotNegative
+    """Learning rate of the first step of the warm-up."""
+    betas: tuple[Decay, Decay]
+    weight_decay: NotNegative
+    grad_clip: Positive
+    """Largest norm of the whole gradient."""
+
+    @model_validator(mode="after")
+    def _warm_up_fits(self):
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps = {self.warmup_steps}: allowed: at most steps ({self.steps})")
+        return self
+
+
+class Mae(Optimizer):
+    width: Count
+    """Channels of the stem and the first stage; later stages have 2, 4 and 8 times as many."""
+    layers: tuple[Count, Count, Count, Count]
+    """Residual blocks of the four stages."""
+    norm_groups: Count
+    """Groups of every GroupNorm; the release has 32."""
+    mask_patch: Count
+    """Side of the square patches that are masked together."""
+    mask_ratio: Annotated[Number, Field(gt=0, lt=1)]
+    """Probability that a patch is masked."""
+    batch_size: Count
+    """Latents per step, over all processes."""
+    ema_decay: Decay
+    finetune_steps: CountOrZero
+    """The last steps, in which a class loss is mixed in (paper A.3); 0 is none."""
+    finetune_weight: Share
+    """Share of the class loss at the end of its ramp."""
+    finetune_ramp_steps: CountOrZero
+    """Steps over which that share rises from 0."""
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.width % min(self.norm_groups, self.width):
+            raise ValueError(f"norm_groups = {self.norm_groups}: allowed: a divisor of width ({self.width})")
+        if self.finetune_steps > self.steps:
+            raise ValueError(f"finetune_steps = {self.finetune_steps}: allowed: at most steps ({self.steps})")
+        return self
+
+
+class Drift(Optimizer):
+    hidden: Count
+    depth: Count
+    heads: Count
+    patch: Count
+    """Side of the generator's patches, in latent pixels."""
+    mlp_ratio: Positive
+    context_tokens: CountOrZero
+    """In-context conditioning tokens in front of the sequence."""
+    style_codebooks: CountOrZero
+    style_entries: Count
+    """Entries of each style codebook."""
+    classes_per_step: Count
+    """Classes of one step, over all processes (Nc)."""
+    generated: Annotated[int, Field(strict=True, ge=2)]
+    """Generated samples per class and step (N)."""
+    positives: Count
+    """Real samples of the class per step (P)."""
+    unconditional: CountOrZero
+    """Real samples of any class per class and step (U)."""
+    omega_min: Omega
+    omega_max: Omega
+    omega_exponent: Number
+    """p(omega) is proportional to omega^-k on [omega_min, omega_max]; this is k."""
+    no_guidance_fraction: Share
+    """Probability that a class is trained at omega = 1 whatever that density says."""
+    queue_per_class: Count
+    """The latest real samples of each class, from which positives are drawn."""
+    queue_global: Count
+    """The latest real samples of any class, from which unconditionals are drawn."""
+    queue_push: Count
+    """Real samples that enter the queues at each step."""
+    duplicate_features: Literal["keep", "drop"]
+    """Feature sets that equal another by their shape (a 4x4 mean of a 4x4 map): keep (release) or drop."""
+    ema_decays: Annotated[tuple[Decay, ...], Field(min_length=1)]
+    """The first is the one that `Generator.from_pretrained` loads."""
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.hidden % (2 * self.heads):
+            raise ValueError(f"heads = {self.heads}: allowed: such that hidden ({self.hidden}) / heads is even")
+        if self.hidden % 4:
+            raise ValueError(f"hidden = {self.hidden}: allowed: a multiple of 4 (2-D position embedding)")
+        if self.omega_max < self.omega_min:
+            raise ValueError(f"omega_max = {self.omega_max}: allowed: at least omega_min ({self.omega_min})")
+        if self.positives > self.queue_per_class:
+            raise ValueError(
+                f"positives = {self.positives}: allowed: at most queue_per_class ({self.queue_per_class})"
+            )
+        if self.unconditional > self.queue_global:
+            raise ValueError(
+                f"unconditional = {self.unconditional}: allowed: at most queue_global ({self.queue_global})"
+            )
+        if len(set(self.ema_decays)) < len(self.ema_decays):
+            raise ValueError(f"ema_decays = {list(self.ema_decays)}: allowed: each decay once")
+        return self
+
+
+class Fid(Section):
+    features: Text
+    """`inception` (clean-fid's), or the folder of an image classifier of this project."""
+    mode: Literal["clean", "legacy_tensorflow", "legacy_pytorch"]
+    """How clean-fid resizes and which Inception it uses."""
+    reference: Text
+    """A split of the dataset, or an `.npz` of statistics (`mu` and `sigma`, or `ref_mu` and `ref_sigma`)."""
+    images: Count
+    """Generated images per omega."""
+    floor_images: CountOrZero
+    """Real training images that are measured like generated ones; 0 leaves the floor out."""
+    omegas: Annotated[tuple[Omega, ...], Field(min_length=1)]
+    ema_decay: Decay
+    """Which of the generator's EMA copies is measured."""
+    picture_omega: Omega
+    picture_classes: Count
+    """Rows of `plots/samples.png`: the first so many classes."""
+    picture_columns: Count
+
+
+class Hardware(Section):
+    """How, not what: tracked by no stage, so a change reruns nothing."""
+
+    precision: Literal["float32", "bfloat16"]
+    """Autocast type of the networks; the field is float32 always."""
+    compile: Switch
+    """torch.compile for the networks."""
+    processes: Count | None
+    """Processes per machine; null is one per CUDA device, or one on a CPU."""
+    workers: CountOrZero
+    """Processes that decode images, per process; 0 decodes in place."""
+    encode_batch: Count
+    """Images that the VAE encodes at once, per process."""
+    sample_batch: Count
+    """Images that are generated, decoded and measured at once, per process."""
+    log_every: Count
+    """Steps between two lines of `logs.jsonl`."""
+    checkpoint_every: Count
+    """Steps between two checkpoints."""
+
+
+class Settings(Section):
+    """All of `params.yaml`."""
+
+    seed: CountOrZero
+    coupling: Literal["row", "partial_two_sided", "sinkhorn"]
+    """How logits become weights."""
+    drift_form: Literal["alg2_joint", "split"]
+    """How weights become a drift."""
+    dist_metric: Literal["l2", "l2_sq"]
+    temps: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    """Kernel temperatures tau."""
+    mask_self_neg: Switch
+    """Mask a generated sample out of its own negatives."""
+    alg2_impl: Literal["logspace", "kernel"]
+    sinkhorn_iters: Count
+    sinkhorn_marginal: Literal["none", "weighted_cols", "post_guidance"]
+    sinkhorn_agg_kernel: Switch
+    """Average the Gibbs kernels over the temperatures and scale once."""
+    drift_unit_vec: Switch
+    """Weighted unit displacements instead of weighted targets."""
+    drift_tau_scale: Switch
+    """Multiply by the coefficient of the kernel's gradient."""
+    normalize_drift_theta: Switch
+    """Divide each temperature's drift by its RMS (lambda)."""
+    normalization_scope: Literal["batch", "class"]
+    """One S and one lambda for all classes of a step (release), or one per class (prior)."""
+    uncond_weighting: Literal["affinity", "logit"]
+    """The weight of an unconditional negative multiplies the affinity (release), or its log the logit (prior)."""
+    affinity_floor: NotNegative
+    """Lower bound of A^2 (release: 1e-6; prior: 0)."""
+    self_in_scale: Switch
+    """Count the pairs of a sample with itself in S (release), or leave them out (prior)."""
+    vanilla: Switch
+    """S = 1."""
+    data: Data
+    encode: Encode
+    mae: Mae
+    drift: Drift
+    fid: Fid
+    hardware: Hardware
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if complaint := unsupported(self.field()):
+            raise ValueError(complaint)
+        if self.data.dataset == "folder" and self.data.root is None:
+            raise ValueError("data.root = null: allowed: a folder, where data.dataset is folder")
+        for key in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self.encode, key)
+            if low > high:
+                raise ValueError(f"encode.{key} = {[low, high]}: allowed: the smaller number first")
+        if self.encode.crop_scale[1] > 1:
+            raise ValueError(f"encode.crop_scale = {list(self.encode.crop_scale)}: allowed: at most 1")
+        if self.drift.classes_per_step > self.data.classes:
+            raise ValueError(
+                f"drift.classes_per_step = {self.drift.classes_per_step}: "
+                f"allowed: at most data.classes ({self.data.classes})"
+            )
+        if self.fid.ema_decay not in self.drift.ema_decays:
+            raise ValueError(
+                f"fid.ema_decay = {self.fid.ema_decay}: "
+                f"allowed: one of drift.ema_decays ({', '.join(map(str, self.drift.ema_decays))})"
+            )
+        if self.fid.picture_classes > self.data.classes:
+            raise ValueError(
+                f"fid.picture_classes = {self.fid.picture_classes}: "
+                f"allowed: at most data.classes ({self.data.classes})"
+            )
+        return self
+
+    def field(self) -> FieldSettings:
+        """The knobs of the drifting field."""
+        return FieldSettings(**{key: getattr(self, key) for key in FIELD_KEYS})
+
+
+FIELD_KEYS: tuple[str, ...] = tuple(FieldSettings.__dataclass_fields__)
+
+
+def load_settings(path: str | Path) -> Settings:
+    """Read and check a `params.yaml`.
+
+    Raises `UserError` with one line if the file is missing or not YAML, or a key or a value is wrong.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); presets/ holds complete files to copy"
+        ) from None
+    # YAML 1.2, as DVC reads it: 1e-6 is a number
+    try:
+        content = YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        reason = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise UserError(f"{path}:{where} is not YAML: {reason}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds {type(content).__name__}, not settings; presets/ holds complete files")
+    try:
+        return Settings.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_complaint(error)}") from None
+
+
+def _complaint(error: ValidationError) -> str:
+    """The first mistake as one line, and how many more there are."""
+    problems = error.errors(include_url=False)
+    # A misspelt key is reported twice, as unknown and as missing: the unknown one says more
+    problems.sort(key=lambda p: {"extra_forbidden": 0, "missing": 2}.get(p["type"], 1))
+    line = _one_complaint(problems[0])
+    return f"{line} (and {len(problems) - 1} more)" if len(problems) > 1 else line
+
+
+def _one_complaint(problem: dict[str, Any]) -> str:
+    key = ".".join(map(str, problem["loc"]))
+    kind, value, context = problem["type"], problem["input"], problem.get("ctx", {})
+    if kind == "extra_forbidden":
+        close = difflib.get_close_matches(problem["loc"][-1], _known_keys(problem["loc"][:-1]), n=1)
+        hint = f"; did you mean {close[0]}?" if close else "; remove it"
+        return f"unknown key {key} (value {_show(value)}){hint}"
+    if kind == "missing":
+        return f"missing key {key}: presets/ holds complete files with a value for it"
+    if kind == "value_error":
+        own = str(context["error"])
+        return f"{key}.{own}" if key else own
+    if kind == "literal_error":
+        return f"{key} = {_show(value)}: allowed: {context['expected'].replace(chr(39), '')}"
+    allowed = {
+        "greater_than": "above {gt:g}",
+        "greater_than_equal": "{ge:g} or more",
+        "less_than": "below {lt:g}",
+        "less_than_equal": "at most {le:g}",
+        "int_type": "a whole number",
+        "int_from_float": "a whole number",
+        "float_type": "a number",
+        "finite_number": "a finite number",
+        "bool_type": "true or false",
+        "string_type": "a text",
+        "string_too_short": "a text that is not empty",
+        "tuple_type": "a list",
+        "model_type": "a section with keys of its own",
+        "too_short": "a list of at least {min_length}",
+        "too_long": "a list of at most {max_length}",
+    }.get(kind)
+    return f"{key} = {_show(value)}: allowed: {allowed.format(**context) if allowed else problem['msg']}"
+
+
+def _known_keys(location: tuple) -> list[str]:
+    model: type[BaseModel] = Settings
+    for part in location:
+        model = model.model_fields[part].annotation
+    return list(model.model_fields)
+
+
+def _show(value: Any) -> str:
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

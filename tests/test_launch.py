@@ -1,0 +1,101 @@
+"""Ranks, and how a stage ends: one line and code 2 for a mistake of the user, a traceback for a bug."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from drift.errors import UserError
+from drift.launch import Ranks, run_stage, stage_parser, wanted_processes
+
+PROGRAM = """
+import sys
+import torch
+from drift.errors import UserError
+from drift.launch import join, run_stage, spawn
+
+def main():
+    code = spawn("two_ranks", sys.argv[1:], 2)
+    if code is not None:
+        return code
+    with join() as ranks:
+        total = ranks.sum(torch.tensor([1.0 + ranks.rank]))
+        if ranks.first:
+            print("sum", total.item(), "of", ranks.world_size, flush=True)
+        if "--mistake" in sys.argv:
+            raise UserError("colour = 'red': allowed: blue")
+        if "--bug" in sys.argv and not ranks.first:
+            raise ZeroDivisionError("a bug")
+        ranks.barrier()
+
+run_stage(main)
+"""
+
+
+def run_program(folder, *arguments):
+    (folder / "two_ranks.py").write_text(PROGRAM)
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "two_ranks", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_two_processes_start_and_add_up(tmp_path):
+    done = run_program(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "sum 3.0 of 2" in done.stdout
+
+
+def test_a_mistake_in_a_rank_ends_with_code_2_and_no_traceback(tmp_path):
+    done = run_program(tmp_path, "--mistake")
+    assert done.returncode == 2
+    assert "error: colour = 'red': allowed: blue" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_bug_in_a_rank_keeps_its_traceback(tmp_path):
+    done = run_program(tmp_path, "--bug")
+    assert done.returncode not in (0, 2)
+    assert "ZeroDivisionError: a bug" in done.stderr
+
+
+def test_run_stage_turns_mistakes_into_code_2(capsys):
+    def main():
+        raise UserError("the thing: value; way out")
+
+    with pytest.raises(SystemExit) as caught:
+        run_stage(main)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: the thing: value; way out\n"
+
+
+def test_run_stage_lets_bugs_through():
+    with pytest.raises(ZeroDivisionError):
+        run_stage(lambda: 1 / 0)
+
+
+def test_shares_cover_everything_once():
+    parts = [list(range(12))[Ranks(r, 3, torch.device("cpu")).share(12, "x")] for r in range(3)]
+    assert sum(parts, []) == list(range(12))
+    with pytest.raises(UserError, match="drift.classes_per_step = 10 .* 3 processes"):
+        Ranks(0, 3, torch.device("cpu")).share(10, "drift.classes_per_step")
+
+
+def test_the_command_line_wins_over_the_setting():
+    assert wanted_processes(3, 2) == 3
+    assert wanted_processes(None, 2) == 2
+    assert wanted_processes(None, None) == max(1, torch.cuda.device_count())
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "two"])
+def test_nproc_must_be_a_positive_number(text, capsys):
+    with pytest.raises(SystemExit) as caught:
+        stage_parser(None).parse_args(["--nproc", text])
+    assert caught.value.code == 2
+    assert text in capsys.readouterr().err

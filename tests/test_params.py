@@ -1,0 +1,182 @@
+"""Settings: the presets are complete and right, and every mistake is one line that helps."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+
+from drift.errors import UserError
+from drift.field.settings import FieldSettings
+from drift.params import FIELD_KEYS, load_settings
+
+ROOT = Path(__file__).parents[1]
+PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
+
+
+def changed(folder: Path, **changes) -> Path:
+    """A copy of the digits preset with keys such as `drift__lr` set to a value, or removed by `...`."""
+    content = YAML(typ="safe", pure=True).load(ROOT / "presets" / "digits.yaml")
+    for path, value in changes.items():
+        *sections, key = path.split("__")
+        place = content
+        for section in sections:
+            place = place[section]
+        if value is ...:
+            del place[key]
+        else:
+            place[key] = value
+    file = folder / "params.yaml"
+    YAML(typ="safe", pure=True).dump(content, file)
+    return file
+
+
+def complaint(folder: Path, **changes) -> str:
+    with pytest.raises(UserError) as caught:
+        load_settings(changed(folder, **changes))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda p: p.stem)
+def test_presets_are_valid_and_say_what_to_expect(preset):
+    load_settings(preset)
+    header = preset.read_text().split("seed:")[0]
+    assert header.startswith("# ") and "To expect" in header and "Hardware" in header
+
+
+def test_params_yaml_is_the_digits_preset_as_shipped():
+    if load_settings(ROOT / "params.yaml").data.dataset != "digits":
+        pytest.skip("params.yaml holds another experiment now")
+    assert {p.stem for p in PRESETS} >= {"digits", "imagenet256_ablation", "imagenet256_b2", "imagenet256_l2"}
+    assert (ROOT / "params.yaml").read_bytes() == (ROOT / "presets" / "digits.yaml").read_bytes()
+
+
+# Paper Table 8 and A.8; a second writing-down of the presets, so that a slip in either shows
+PUBLISHED = {
+    "imagenet256_ablation": {
+        ("mae", "width"): 256, ("mae", "steps"): 30_000, ("mae", "finetune_steps"): 0,
+        ("drift", "hidden"): 768, ("drift", "depth"): 12, ("drift", "heads"): 12,
+        ("drift", "lr"): 2e-4, ("drift", "weight_decay"): 0.01, ("drift", "warmup_steps"): 5_000,
+        ("drift", "steps"): 30_000, ("drift", "classes_per_step"): 64, ("drift", "positives"): 64,
+        ("drift", "generated"): 64, ("drift", "unconditional"): 16, ("drift", "omega_exponent"): 3.0,
+        ("drift", "no_guidance_fraction"): 0.0, ("drift", "queue_push"): 64,
+    },
+    "imagenet256_b2": {
+        ("mae", "width"): 640, ("mae", "steps"): 200_000, ("mae", "finetune_steps"): 3_000,
+        ("drift", "hidden"): 768, ("drift", "depth"): 12, ("drift", "heads"): 12,
+        ("drift", "lr"): 4e-4, ("drift", "weight_decay"): 0.0, ("drift", "warmup_steps"): 10_000,
+        ("drift", "steps"): 200_000, ("drift", "classes_per_step"): 128, ("drift", "positives"): 64,
+        ("drift", "generated"): 64, ("drift", "unconditional"): 32, ("drift", "omega_exponent"): 5.0,
+        ("drift", "no_guidance_fraction"): 0.0, ("drift", "queue_push"): 128,
+    },
+    "imagenet256_l2": {
+        ("mae", "width"): 640, ("mae", "steps"): 200_000, ("mae", "finetune_steps"): 3_000,
+        ("drift", "hidden"): 1024, ("drift", "depth"): 24, ("drift", "heads"): 16,
+        ("drift", "lr"): 4e-4, ("drift", "weight_decay"): 0.01, ("drift", "warmup_steps"): 10_000,
+        ("drift", "steps"): 200_000, ("drift", "classes_per_step"): 128, ("drift", "positives"): 64,
+        ("drift", "generated"): 64, ("drift", "unconditional"): 32, ("drift", "omega_exponent"): 3.0,
+        ("drift", "no_guidance_fraction"): 0.5, ("drift", "queue_push"): 64,
+    },
+}  # fmt: skip
+PUBLISHED_EVERYWHERE = {
+    ("mae", "layers"): (3, 4, 6, 3), ("mae", "norm_groups"): 32, ("mae", "lr"): 4e-3,
+    ("mae", "betas"): (0.9, 0.95), ("mae", "weight_decay"): 0.01, ("mae", "warmup_steps"): 4_000,
+    ("mae", "warmup_start_lr"): 1e-6, ("mae", "batch_size"): 8_192, ("mae", "grad_clip"): 2.0,
+    ("mae", "ema_decay"): 0.9995, ("mae", "mask_ratio"): 0.5, ("mae", "mask_patch"): 2,
+    ("mae", "finetune_weight"): 0.1, ("drift", "patch"): 2, ("drift", "context_tokens"): 16,
+    ("drift", "style_codebooks"): 32, ("drift", "style_entries"): 64, ("drift", "betas"): (0.9, 0.95),
+    ("drift", "grad_clip"): 2.0, ("drift", "ema_decays"): (0.999, 0.9995, 0.9998, 0.9999),
+    ("drift", "omega_min"): 1.0, ("drift", "omega_max"): 4.0, ("drift", "queue_per_class"): 128,
+    ("drift", "queue_global"): 1_000, ("fid", "images"): 50_000, ("data", "image_size"): 256,
+    ("data", "classes"): 1_000, ("encode", "crop_scale"): (0.2, 1.0), ("encode", "flip"): True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_hold_the_published_settings(name):
+    settings = load_settings(ROOT / "presets" / f"{name}.yaml")
+    for (section, key), value in (PUBLISHED_EVERYWHERE | PUBLISHED[name]).items():
+        assert getattr(getattr(settings, section), key) == value, f"{section}.{key}"
+    assert settings.field() == FieldSettings()
+
+
+def test_field_settings_take_every_top_level_knob():
+    settings = load_settings(ROOT / "presets" / "digits.yaml")
+    knobs = set(type(settings).model_fields) - {"seed", "data", "encode", "mae", "drift", "fid", "hardware"}
+    assert knobs == set(FIELD_KEYS)
+
+
+def test_settings_are_frozen():
+    settings = load_settings(ROOT / "presets" / "digits.yaml")
+    with pytest.raises(ValidationError):
+        settings.drift.lr = 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"drift__postives": 3}, ["drift.postives", "3", "did you mean positives"]),
+        ({"colour": "red"}, ["unknown key colour", "'red'"]),
+        ({"drift__lr": ...}, ["missing key drift.lr", "presets/"]),
+        ({"mae": ...}, ["missing key mae"]),
+        ({"coupling": "sinkhron"}, ["coupling", "'sinkhron'", "row", "partial_two_sided", "sinkhorn"]),
+        ({"temps": [0.02, -0.05]}, ["temps.1", "-0.05", "above 0"]),
+        ({"temps": []}, ["temps", "at least 1"]),
+        ({"drift__classes_per_step": 11}, ["drift.classes_per_step = 11", "data.classes (10)"]),
+        ({"drift__positives": 0}, ["drift.positives", "1 or more"]),
+        ({"drift__positives": 129}, ["drift.positives = 129", "queue_per_class (128)"]),
+        ({"drift__steps": 10.5}, ["drift.steps", "10.5", "whole number"]),
+        ({"drift__steps": True}, ["drift.steps", "True", "whole number"]),
+        ({"drift__lr": "fast"}, ["drift.lr", "'fast'", "a number"]),
+        ({"drift__lr": float("nan")}, ["drift.lr", "nan"]),
+        ({"drift__omega_max": 0.5}, ["drift.omega_max", "0.5", "1 or more"]),
+        ({"drift__heads": 5}, ["drift.heads = 5", "96"]),
+        ({"drift__warmup_steps": 2000}, ["drift.warmup_steps = 2000", "steps (1000)"]),
+        ({"mae__norm_groups": 5}, ["mae.norm_groups = 5", "width (16)"]),
+        ({"mae__mask_ratio": 1.0}, ["mae.mask_ratio", "below 1"]),
+        ({"mask_self_neg": 1}, ["mask_self_neg", "true or false"]),
+        ({"data__dataset": "folder"}, ["data.root = null", "folder"]),
+        ({"encode__crop_scale": [0.9, 0.2]}, ["encode.crop_scale", "smaller number first"]),
+        ({"fid__ema_decay": 0.9}, ["fid.ema_decay = 0.9", "0.995"]),
+        ({"fid__omegas": [0.5]}, ["fid.omegas.0", "0.5", "1 or more"]),
+        ({"seed": -1}, ["seed", "-1", "0 or more"]),
+        ({"drift": 3}, ["drift = 3", "section"]),
+    ],
+)
+def test_mistakes_are_one_line_with_key_value_and_way_out(tmp_path, changes, wanted):
+    message = complaint(tmp_path, **changes)
+    for part in wanted:
+        assert part in message
+
+
+def test_field_knobs_that_are_not_there_yet_are_refused(tmp_path):
+    for knob, value in {"coupling": "sinkhorn", "drift_form": "split", "dist_metric": "l2_sq"}.items():
+        message = complaint(tmp_path, **{knob: value})
+        assert knob in message and value in message
+
+
+def test_several_mistakes_are_counted(tmp_path):
+    assert complaint(tmp_path, seed=-1, drift__lr=-1.0).endswith("(and 1 more)")
+
+
+@pytest.mark.parametrize("text", ["a: [1, 2", "just words", "", "seed: 0\nseed: 1\n"])
+def test_what_is_not_settings_is_refused(tmp_path, text):
+    file = tmp_path / "params.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_settings(file)
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere.yaml"):
+        load_settings(tmp_path / "nowhere.yaml")
+
+
+def test_numbers_are_read_as_dvc_reads_them(tmp_path):
+    text = (ROOT / "presets" / "digits.yaml").read_text().replace("affinity_floor: 1.0e-6", "affinity_floor: 1e-6")
+    file = tmp_path / "params.yaml"
+    file.write_text(text)
+    assert load_settings(file).affinity_floor == 1e-6

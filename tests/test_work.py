@@ -1,0 +1,116 @@
+"""Work folders: what is gone on with, what is started over, and what is written beside an artifact."""
+
+import os
+import time
+
+import pytest
+from ruamel.yaml import YAML
+
+from drift import work as work_module
+from drift.errors import UserError
+from drift.work import Work, fingerprint
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DRIFT_WORK_DIR", raising=False)
+    monkeypatch.setattr(work_module, "code_digest", lambda: "code-1")
+
+
+def leave(decides, name="progress", **options):
+    """A run that leaves a file behind and is cut off."""
+    with Work("stage", decides, **options) as work:
+        (work.folder / name).touch()
+    return work.folder
+
+
+def finish(decides, destination):
+    with Work("stage", decides) as work:
+        (work.folder / "export").mkdir()
+        (work.folder / "export" / "result").write_text("42")
+        (work.folder / "progress").touch()
+        work.publish(work.folder / "export", destination)
+    return work
+
+
+def test_fingerprint_depends_on_content_not_on_order():
+    assert fingerprint({"a": 1, "b": [1, 2]}) == fingerprint({"b": [1, 2], "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+
+
+def test_an_unfinished_run_goes_on_and_another_starts_afresh():
+    folder = leave({"lr": 1})
+    with Work("stage", {"lr": 1}) as same, Work("stage", {"lr": 2}) as other:
+        assert (same.folder / "progress").exists()
+        assert same.folder == folder
+        assert not (other.folder / "progress").exists()
+
+
+def test_fresh_throws_away():
+    leave({"lr": 1})
+    with Work("stage", {"lr": 1}, fresh=True) as work:
+        assert not (work.folder / "progress").exists()
+
+
+def test_changed_code_is_reported_and_recorded_but_goes_on(monkeypatch, capsys, tmp_path):
+    leave({"lr": 1})
+    monkeypatch.setattr(work_module, "code_digest", lambda: "code-2")
+    work = finish({"lr": 1}, tmp_path / "out")
+    assert work.code == ["code-1", "code-2"]
+    assert "the code has changed" in capsys.readouterr().out
+    settings = YAML(typ="safe", pure=True).load(tmp_path / "out" / "settings.yaml")
+    assert settings["how"]["code"] == ["code-1", "code-2"]
+    assert settings["decides"] == {"lr": 1}
+
+
+def test_a_finished_run_is_exported_again_until_dvc_has_it(tmp_path):
+    finish({"lr": 1}, tmp_path / "out")
+    with Work("stage", {"lr": 1}) as work:
+        assert (work.folder / "progress").exists()
+    finish({"lr": 1}, tmp_path / "out")
+    lock = tmp_path / "dvc.lock"
+    lock.touch()
+    os.utime(lock, (time.time() + 5, time.time() + 5))
+    with Work("stage", {"lr": 1}) as work:
+        assert not (work.folder / "progress").exists()
+
+
+def test_a_finished_run_of_other_code_starts_over(monkeypatch, tmp_path):
+    finish({"lr": 1}, tmp_path / "out")
+    monkeypatch.setattr(work_module, "code_digest", lambda: "code-2")
+    with Work("stage", {"lr": 1}) as work:
+        assert not (work.folder / "progress").exists()
+        assert work.code == ["code-2"]
+
+
+def test_finished_work_of_other_settings_is_cleared_and_unfinished_kept(tmp_path):
+    done = finish({"lr": 1}, tmp_path / "out").folder
+    kept = leave({"lr": 2})
+    with Work("stage", {"lr": 3}):
+        assert not done.exists()
+        assert (kept / "progress").exists()
+
+
+def test_settings_beside_the_artifact_have_the_same_bytes_each_time(tmp_path):
+    finish({"lr": 1, "layers": [1, 2]}, tmp_path / "a")
+    leave({"lr": 1, "layers": [1, 2]}, fresh=True)
+    finish({"lr": 1, "layers": [1, 2]}, tmp_path / "b")
+    assert (tmp_path / "a" / "settings.yaml").read_bytes() == (tmp_path / "b" / "settings.yaml").read_bytes()
+
+
+def test_a_second_run_at_the_same_place_is_refused():
+    with Work("stage", {"lr": 1}), pytest.raises(UserError, match="another run of stage"), Work("stage", {"lr": 1}):
+        pass
+
+
+def test_drift_work_dir_moves_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("DRIFT_WORK_DIR", str(tmp_path / "elsewhere"))
+    assert leave({"lr": 1}).is_relative_to(tmp_path / "elsewhere" / "stage")
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DRIFT_WORK_DIR", str(tmp_path / "file" / "work"))
+    with pytest.raises(UserError, match="file/work"):
+        leave({"lr": 1})
