@@ -39,3 +39,37 @@ class FieldSettings:
             self_in_scale=False,
         )
         return replace(base, **changes)
+
+
+# A knob that is missing here takes any value: the field computes them all, or no available value reads it.
+_AVAILABLE = {
+    "coupling": ("partial_two_sided", "row"),
+    "drift_form": ("alg2_joint",),
+    "dist_metric": ("l2",),
+    "alg2_impl": ("logspace",),
+    "sinkhorn_agg_kernel": (False,),
+    "drift_unit_vec": (False,),
+    "drift_tau_scale": (False,),
+    "normalize_drift_theta": (True,),
+    "normalization_scope": ("batch",),
+    "uncond_weighting": ("affinity",),
+    "self_in_scale": (True,),
+    "vanilla": (False,),
+}
+
+
+def unsupported(settings: FieldSettings) -> str | None:
+    """One line about the first knob with a value that the field cannot compute; None if there is none."""
+    for knob, available in _AVAILABLE.items():
+        value = getattr(settings, knob)
+        if value not in available:
+            return f"{knob} is {_as_yaml(value)}, which the field cannot compute: use {_either(available)}"
+    return None
+
+
+def _either(values: tuple[str | bool, ...]) -> str:
+    return " or ".join(_as_yaml(value) for value in values)
+
+
+def _as_yaml(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -18,7 +18,7 @@ class ClassifierConfig:
 
     image_size: int = 32
     """Side in pixels of the square images that it was trained on."""
-    widths: tuple[int, ...] = (16, 32, 64)
+    widths: tuple[int, ...] = (16, 32, 96)
     """Channels of each stage; every stage halves the image."""
     feature_dim: int = 64
     """Length of the feature vector."""

@@ -1,0 +1,339 @@
+"""The one-step generator: a DiT from noise, class, CFG strength and style indices to a latent (paper A.2).
+
+Follows the release, whose parameters `drift.release` converts. Shape letters: B batch, C channels, T tokens,
+D hidden size, S style codebooks.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from drift.errors import UserError
+from drift.models.io import PretrainedModel, require_at_least
+
+_EPS = 1e-6  # release: of every RMSNorm
+_MAX_PERIOD = 10_000.0  # release: of the omega sinusoid and of RoPE
+_OMEGA_FREQUENCIES = 128  # release: 256 sinusoids, half of them cosines
+_OMEGA_SCALE = 0.02  # release: of the normalised omega embedding, beside embeddings drawn from N(0, 0.02)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorConfig:
+    """Sizes of a `Generator`; the defaults are the paper's B/2 on SD-VAE latents of ImageNet-256."""
+
+    in_channels: int = 4
+    """Channels of noise and latents."""
+    input_size: int = 32
+    """Side of noise and latents."""
+    num_classes: int = 1000
+    hidden_size: int = 768
+    depth: int = 12
+    """Transformer blocks."""
+    num_heads: int = 12
+    patch_size: int = 2
+    """Side of the squares that become one token."""
+    mlp_ratio: float = 4.0
+    """Hidden size of an MLP without gate of as many parameters as the SwiGLU, relative to `hidden_size`."""
+    context_tokens: int = 16
+    """Conditioning tokens in front of the sequence."""
+    style_codebooks: int = 32
+    style_entries: int = 64
+    """Entries of each style codebook."""
+
+    def __post_init__(self):
+        require_at_least(
+            1, self, "in_channels", "input_size", "num_classes", "hidden_size", "depth", "num_heads"
+        )
+        require_at_least(1, self, "patch_size", "style_entries")
+        require_at_least(0, self, "context_tokens", "style_codebooks")
+        if self.mlp_ratio <= 0:
+            raise UserError(f"mlp_ratio is {self.mlp_ratio}: give a positive number")
+        if self.hidden_size % (2 * self.num_heads):
+            raise UserError(
+                f"num_heads is {self.num_heads}: choose it such that hidden_size "
+                f"({self.hidden_size}) / num_heads is an even number, which RoPE needs"
+            )
+        if self.hidden_size % 4:
+            raise UserError(
+                f"hidden_size is {self.hidden_size}: choose a multiple of 4, which the 2-D position "
+                "embedding needs"
+            )
+        if self.input_size % self.patch_size:
+            raise UserError(
+                f"patch_size is {self.patch_size}: choose a divisor of input_size ({self.input_size})"
+            )
+
+    @property
+    def mlp_hidden_size(self) -> int:
+        """Two thirds of the plain MLP's hidden size, rounded up to a multiple of 32 (release)."""
+        return math.ceil(int(self.hidden_size * self.mlp_ratio * 2 / 3) / 32) * 32
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalisation of the last dimension, computed and returned in float32."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, _EPS)
+
+
+class OmegaEmbedder(nn.Module):
+    """CFG strength -> vector: sinusoids, an MLP, an RMSNorm, and a scale that keeps it small."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * _OMEGA_FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+        self.norm = RMSNorm(hidden_size)
+
+    def forward(self, omega: Tensor) -> Tensor:  # [B]
+        angles = omega.float()[:, None] * _frequencies(_OMEGA_FREQUENCIES, omega.device)
+        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=1)
+        return _OMEGA_SCALE * self.norm(self.mlp(sinusoids))  # [B, D]
+
+
+class StyleEmbedder(nn.Module):
+    """Sum over codebooks of the entry that each style index picks (paper A.2, "random style embeddings")."""
+
+    def __init__(self, codebooks: int, entries: int, hidden_size: int):
+        super().__init__()
+        self.codebooks, self.entries = codebooks, entries
+        self.weight = nn.Parameter(torch.empty(codebooks * entries, hidden_size))  # codebook after codebook
+
+    def forward(self, indices: Tensor) -> Tensor:  # [B, S]
+        first = torch.arange(self.codebooks, device=indices.device) * self.entries
+        return F.embedding_bag(indices + first, self.weight, mode="sum")  # [B, D]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with normalised queries and keys and rotary positions."""
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.q_norm = RMSNorm(hidden_size // num_heads)
+        self.k_norm = RMSNorm(hidden_size // num_heads)
+        self.output = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:  # [B, T, D]
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # [B, T, 3, heads, d]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, T, d] each
+        q = rotate(self.q_norm(q), *rotation).to(v.dtype)
+        k = rotate(self.k_norm(k), *rotation).to(v.dtype)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.output(x.transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """Two-layer perceptron whose hidden units are gated by SiLU."""
+
+    def __init__(self, size: int, hidden_size: int):
+        super().__init__()
+        self.gate = nn.Linear(size, hidden_size)
+        self.value = nn.Linear(size, hidden_size)
+        self.output = nn.Linear(hidden_size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(F.silu(self.gate(x)) * self.value(x))
+
+
+class Block(nn.Module):
+    """Transformer block with adaLN-zero conditioning (DiT)."""
+
+    def __init__(self, config: GeneratorConfig):
+        super().__init__()
+        size = config.hidden_size
+        self.norm1 = RMSNorm(size)
+        self.attention = Attention(size, config.num_heads)
+        self.norm2 = RMSNorm(size)
+        self.mlp = SwiGLU(size, config.mlp_hidden_size)
+        self.modulation = nn.Linear(size, 6 * size)
+
+    def forward(self, x: Tensor, modulation: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation[:, None].chunk(6, dim=2)  # [B, 1, D] each
+        x = x + gate1 * self.attention(modulate(self.norm1(x), shift1, scale1), rotation)
+        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class FinalLayer(nn.Module):
+    """Tokens -> pixels of their patches, modulated like the blocks."""
+
+    def __init__(self, config: GeneratorConfig):
+        super().__init__()
+        size = config.hidden_size
+        self.norm = RMSNorm(size)
+        self.modulation = nn.Linear(size, 2 * size)
+        self.output = nn.Linear(size, config.patch_size**2 * config.in_channels)
+
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        shift, scale = modulation[:, None].chunk(2, dim=2)
+        return self.output(modulate(self.norm(x), shift, scale))
+
+
+class Generator(PretrainedModel):
+    """`f(noise, class, omega, style indices) -> latent`, in one forward pass."""
+
+    config_class = GeneratorConfig
+
+    def __init__(self, config: GeneratorConfig):
+        super().__init__(config)
+        size = config.hidden_size
+        self.class_embedding = nn.Embedding(config.num_classes, size)
+        self.omega_embedder = OmegaEmbedder(size)
+        self.style_embedder = None
+        if config.style_codebooks:
+            self.style_embedder = StyleEmbedder(config.style_codebooks, config.style_entries, size)
+        self.patch_embedding = nn.Linear(config.patch_size**2 * config.in_channels, size)
+        self.position_embedding = nn.Parameter(
+            torch.empty(1, (config.input_size // config.patch_size) ** 2, size)
+        )
+        self.context_projection = None
+        if config.context_tokens:
+            self.context_projection = nn.Linear(size, size)
+            self.context_embedding = nn.Parameter(torch.empty(1, config.context_tokens, size))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.final = FinalLayer(config)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """As the release starts: Xavier-uniform linear layers with zero bias, but for the following."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+        # Embeddings, and what embeds omega, start equally small
+        nn.init.normal_(self.class_embedding.weight, std=0.02)
+        if self.style_embedder is not None:
+            nn.init.normal_(self.style_embedder.weight, std=0.02)
+        if self.context_projection is not None:
+            nn.init.normal_(self.context_embedding, std=0.02)
+        for i in (0, 2):
+            nn.init.normal_(self.omega_embedder.mlp[i].weight, std=0.02)
+
+        # Learned from there on
+        side = self.config.input_size // self.config.patch_size
+        with torch.no_grad():
+            self.position_embedding.copy_(sincos_positions(side, self.config.hidden_size))
+
+        # adaLN-zero: every block starts as the identity, and the output at zero
+        for layer in [*(block.modulation for block in self.blocks), self.final.modulation, self.final.output]:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self,
+        noise: Tensor,
+        labels: Tensor,
+        omega: Tensor,
+        style_indices: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """One latent per noise.
+
+        Args:
+            noise: `[B, C, H, W]`, standard normal.
+            labels: classes `[B]`.
+            omega: CFG strength `[B]`, 1 is none; no second forward pass is needed for it.
+            style_indices: `[B, S]`, each in `[0, style_entries)`; drawn with `generator` if not given.
+
+        Returns:
+            Latents `[B, C, H, W]` in float32.
+        """
+        if style_indices is None:
+            style_indices = self.draw_style_indices(len(noise), generator).to(noise.device)
+        with torch.autocast(noise.device.type, enabled=False):  # conditioning is float32 (release)
+            cond = self.condition(labels, omega, style_indices)
+            context = self.context(cond)
+            act = F.silu(cond)
+            modulations = [block.modulation(act) for block in self.blocks]
+            final_modulation = self.final.modulation(act)
+
+        x = self.patch_embedding(patchify(noise, self.config.patch_size)) + self.position_embedding
+        x = torch.cat([context, x], dim=1)  # [B, T, D]
+        head_size = self.config.hidden_size // self.config.num_heads
+        rotation = rope(x.shape[1], head_size, x.device)
+        for block, modulation in zip(self.blocks, modulations, strict=True):
+            x = block(x, modulation, rotation)
+        x = self.final(x[:, self.config.context_tokens :], final_modulation)
+        return unpatchify(x.float(), self.config.patch_size, self.config.in_channels)
+
+    def condition(self, labels: Tensor, omega: Tensor, style_indices: Tensor) -> Tensor:
+        """Conditioning vector `[B, D]` of classes `[B]`, CFG strengths `[B]` and style indices `[B, S]`."""
+        cond = self.class_embedding(labels) + self.omega_embedder(omega)
+        if self.style_embedder is not None:
+            cond = cond + self.style_embedder(style_indices)
+        return cond
+
+    def context(self, cond: Tensor) -> Tensor:
+        """In-context conditioning tokens `[B, context_tokens, D]` from `cond [B, D]`."""
+        if self.context_projection is None:
+            return cond.new_empty(len(cond), 0, self.config.hidden_size)
+        return self.context_projection(cond)[:, None] + self.context_embedding
+
+    def draw_style_indices(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
+        """Style indices `[batch, S]`, uniform in each codebook, on the device of `generator`."""
+        device = None if generator is None else generator.device
+        shape = (batch, self.config.style_codebooks)
+        return torch.randint(self.config.style_entries, shape, generator=generator, device=device)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Adaptive layer norm's affine part: `[B, T, D]` by `[B, 1, D]`."""
+    return x * (1 + scale) + shift
+
+
+def patchify(images: Tensor, patch: int) -> Tensor:
+    """`[B, C, H, W]` -> `[B, T, patch*patch*C]`: tokens row-major, inside them row, column, channel."""
+    x = images.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # [B, C, h, p, w, p]
+    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def unpatchify(tokens: Tensor, patch: int, channels: int) -> Tensor:
+    """The inverse of `patchify`, for a square."""
+    side = math.isqrt(tokens.shape[1])
+    x = tokens.unflatten(2, (patch, patch, channels)).unflatten(1, (side, side))  # [B, h, w, p, p, C]
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
+def rope(tokens: int, head_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines `[T, head_size / 2]` of rotary position embedding by place in the sequence."""
+    places = torch.arange(tokens, device=device, dtype=torch.float32)
+    angles = places[:, None] * _frequencies(head_size // 2, device)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate `[..., T, d]` by the angles of `rope`; entry i forms a plane with entry i + d/2."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def sincos_positions(side: int, size: int) -> Tensor:
+    """The 2-D position embedding `[side * side, size]` of MAE and DiT: column half, then row half."""
+    places = torch.arange(side, dtype=torch.float64)
+    angles = places[:, None] * _frequencies(size // 4, places.device)
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, size / 2]
+    columns, rows = line.repeat(side, 1), line.repeat_interleave(side, dim=0)
+    return torch.cat([columns, rows], dim=1)
+
+
+def _frequencies(count: int, device: torch.device) -> Tensor:
+    """Geometric from 1 down to, exclusively, 1 / `_MAX_PERIOD`."""
+    exponents = torch.arange(count, device=device, dtype=torch.float32) / count
+    return torch.exp(-math.log(_MAX_PERIOD) * exponents)
+
+
+# The published sizes (paper Table 8); parameters: 133 M and 463 M
+SIZES = {
+    "B/2": GeneratorConfig(hidden_size=768, depth=12, num_heads=12),
+    "L/2": GeneratorConfig(hidden_size=1024, depth=24, num_heads=16),
+}

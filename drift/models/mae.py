@@ -1,0 +1,275 @@
+"""Latent-MAE: the frozen feature encoder of the drifting loss, with its decoder and class head (paper A.3).
+
+A ResNet of basic blocks with GroupNorm and a U-Net decoder, at the release's conventions, but channels-first.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from drift.errors import UserError
+from drift.models.features import feature_sets, root_mean_square
+from drift.models.io import PretrainedModel, require_at_least
+
+_EPS = 1e-6  # release: of every GroupNorm
+
+
+@dataclass(frozen=True, kw_only=True)
+class MAEConfig:
+    """Sizes of a `LatentMAE`; the defaults are the paper's ablation encoder on SD-VAE latents of ImageNet."""
+
+    in_channels: int = 4
+    """Channels of the input: 4 for SD-VAE latents, 3 for pixels."""
+    base_channels: int = 256
+    """Width of the first stage; the others are 2, 4 and 8 times as wide."""
+    layers: tuple[int, ...] = (3, 4, 6, 3)
+    """Residual blocks of each of the four stages."""
+    patch_size: int = 2
+    """Side of the squares that are masked together."""
+    input_patch_size: int = 1
+    """Side of the squares that are folded into channels before the network: 1 for latents, 8 for pixels."""
+    num_classes: int = 1000
+    """Classes of the linear head."""
+    norm_groups: int = 32
+    """Groups of every GroupNorm; a layer with fewer channels than that has one group per channel.
+
+    Of a map that was normalised by one group per channel, mean and std are the same for every sample, so
+    choose at most `base_channels / 2` for features that tell samples apart.
+    """
+
+    def __post_init__(self):
+        require_at_least(1, self, "in_channels", "base_channels", "patch_size", "input_patch_size")
+        require_at_least(1, self, "num_classes", "norm_groups")
+        if len(self.layers) != 4 or min(self.layers) < 1:
+            raise UserError(f"layers is {list(self.layers)}: give the blocks of four stages, at least 1 each")
+        for multiple in (1, 2, 3, 4, 6, 8, 12):  # widths of the stages and of the decoder's concatenations
+            channels = multiple * self.base_channels
+            if channels % min(self.norm_groups, channels):
+                raise UserError(
+                    f"norm_groups is {self.norm_groups}, which does not divide a layer of {channels} "
+                    f"channels: choose one that divides base_channels ({self.base_channels})"
+                )
+
+    @property
+    def folded_channels(self) -> int:
+        """Channels that the network sees."""
+        return self.in_channels * self.input_patch_size**2
+
+
+class ConvNormReLU(nn.Module):
+    """3x3 convolution, GroupNorm, ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, norm_groups: int):
+        super().__init__()
+        self.conv = _conv3x3(in_channels, out_channels)
+        self.norm = _group_norm(out_channels, norm_groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(self.conv(x)))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut, which is a 1x1 convolution where the shape changes."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, norm_groups: int):
+        super().__init__()
+        self.conv1 = _conv3x3(in_channels, out_channels, stride)
+        self.norm1 = _group_norm(out_channels, norm_groups)
+        self.conv2 = _conv3x3(out_channels, out_channels)
+        self.norm2 = _group_norm(out_channels, norm_groups)
+        self.shortcut = None
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
+                _group_norm(out_channels, norm_groups),
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        x = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(x)) + shortcut)
+
+
+class Encoder(nn.Module):
+    """Stem without stride, then four stages that each end in a GroupNorm; stages 2 to 4 halve the map."""
+
+    def __init__(self, config: MAEConfig):
+        super().__init__()
+        width = config.base_channels
+        self.stem = ConvNormReLU(config.folded_channels, width, config.norm_groups)
+        self.stages = nn.ModuleList()
+        self.stage_norms = nn.ModuleList()
+        in_channels = width
+        for stage, depth in enumerate(config.layers):
+            channels = width * 2**stage
+            blocks = nn.ModuleList()
+            for block in range(depth):
+                stride = 2 if stage > 0 and block == 0 else 1
+                blocks.append(BasicBlock(in_channels, channels, stride, config.norm_groups))
+                in_channels = channels
+            self.stages.append(blocks)
+            self.stage_norms.append(_group_norm(channels, config.norm_groups))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """The maps that have features, in the order in which they arise, under the release's names.
+
+        `conv1` is the stem's output, `layer<s>_blk<b>` that of every second block of stage s, `layer<s>`
+        that of the stage, after its norm.
+        """
+        x = self.stem(x)
+        maps = {"conv1": x}
+        for s, (blocks, norm) in enumerate(zip(self.stages, self.stage_norms, strict=True), start=1):
+            for b, block in enumerate(blocks, start=1):
+                x = block(x)
+                if b % 2 == 0:
+                    maps[f"layer{s}_blk{b}"] = x
+            x = norm(x)
+            maps[f"layer{s}"] = x
+        return maps
+
+
+class UpBlock(nn.Module):
+    """Resize to the size of a skip connection, concatenate it, and mix with two 3x3 convolutions."""
+
+    def __init__(self, in_channels: int, skip_channels: int, out_channels: int, norm_groups: int):
+        super().__init__()
+        self.norm = _group_norm(in_channels + skip_channels, norm_groups)
+        self.proj = ConvNormReLU(in_channels + skip_channels, out_channels, norm_groups)
+        self.refine = ConvNormReLU(out_channels, out_channels, norm_groups)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        if x.shape[-2:] != skip.shape[-2:]:
+            x = F.interpolate(x, size=skip.shape[-2:], mode="bilinear", align_corners=False)
+        return self.refine(self.proj(self.norm(torch.cat([x, skip], dim=1))))
+
+
+class Decoder(nn.Module):
+    """U-Net decoder from stage 4 back to the input, with skips from stages 3, 2, 1 and the stem."""
+
+    def __init__(self, config: MAEConfig):
+        super().__init__()
+        width, groups = config.base_channels, config.norm_groups
+        self.bridge = ConvNormReLU(8 * width, 8 * width, groups)
+        self.up43 = UpBlock(8 * width, 4 * width, 4 * width, groups)
+        self.up32 = UpBlock(4 * width, 2 * width, 2 * width, groups)
+        self.up21 = UpBlock(2 * width, width, width, groups)
+        self.up10 = UpBlock(width, width, width, groups)
+        self.head = nn.Conv2d(width, config.folded_channels, 1)
+
+    def forward(self, maps: dict[str, Tensor]) -> Tensor:
+        x = self.bridge(maps["layer4"])
+        x = self.up43(x, maps["layer3"])
+        x = self.up32(x, maps["layer2"])
+        x = self.up21(x, maps["layer1"])
+        x = self.up10(x, maps["conv1"])
+        return self.head(x)
+
+
+class LatentMAE(PretrainedModel):
+    """Masked autoencoder whose encoder gives the features that the drifting loss compares.
+
+    Works on SD-VAE latents or, with `input_patch_size` > 1, on pixels; "latents" below stands for both.
+    """
+
+    config_class = MAEConfig
+
+    def __init__(self, config: MAEConfig):
+        super().__init__(config)
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.classifier = nn.Linear(8 * config.base_channels, config.num_classes)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """Flax's defaults, as the release trains: LeCun-normal kernels, zero biases, norms at identity."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                _lecun_normal_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def encode(self, latents: Tensor, drop_duplicates: bool = False) -> dict[str, Tensor]:
+        """Every feature set of `latents [B, C, H, W]`, each `[B, L, C_j]` in float32, row-major.
+
+        `norm_x` is the per-channel RMS of the (folded) input, the other names are those of `Encoder` with
+        the suffixes of `feature_sets`. `drop_duplicates` leaves out sets that repeat others by their shape.
+        The whole latent as one vector (`global`) is not among them.
+        """
+        x = self.fold(latents)
+        sets = {"norm_x": root_mean_square(x)}
+        for name, feature_map in self.encoder(x).items():
+            sets |= feature_sets(name, feature_map, drop_duplicates)
+        return sets
+
+    def reconstruct(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Reconstruction and class logits `[B, num_classes]` of `latents [B, C, H, W]`, nothing masked.
+
+        The reconstruction has the shape of the folded input, which for latents is `[B, C, H, W]`.
+        """
+        return self._decode(self.fold(latents))
+
+    def forward(self, latents: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The training pass: reconstruct what `mask` hides (paper A.3).
+
+        Args:
+            latents: `[B, C, H, W]`.
+            mask: bool `[B, h, w]` over squares of the folded input, with `(h, w) = mask_grid(H, W)`; True
+                squares are zeroed.
+
+        Returns:
+            Per sample, the squared error summed over masked elements and divided by their number, in float32
+            and 0 where nothing is masked, `[B]`; and the class logits of the masked input `[B, num_classes]`.
+        """
+        x = self.fold(latents)
+        assert mask.shape[1:] == self.mask_grid(*latents.shape[-2:]), (mask.shape, latents.shape)
+        p = self.config.patch_size
+        hidden = mask.repeat_interleave(p, dim=1).repeat_interleave(p, dim=2)[:, None]  # [B, 1, H, W]
+        reconstruction, logits = self._decode(x.masked_fill(hidden, 0))
+        error = (reconstruction.float() - x.float()).square().mean(dim=1, keepdim=True)
+        count = hidden.sum(dim=(1, 2, 3)).clamp(min=1)
+        return (error * hidden).sum(dim=(1, 2, 3)) / count, logits
+
+    def mask_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the mask of inputs `[B, C, height, width]`."""
+        side = self.config.input_patch_size * self.config.patch_size
+        if height % side or width % side:
+            raise UserError(
+                f"inputs of {height}x{width} cannot be masked in squares of {side}x{side} (patch_size "
+                f"{self.config.patch_size} x input_patch_size {self.config.input_patch_size}): "
+                "choose a patch_size that divides them"
+            )
+        return height // side, width // side
+
+    def fold(self, latents: Tensor) -> Tensor:
+        """`[B, C, H, W]` -> `[B, p*p*C, H/p, W/p]`, channels ordered by row in patch, column in patch, C."""
+        p = self.config.input_patch_size
+        if p > 1:
+            x = latents.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # [B, C, H/p, p, W/p, p]
+            latents = x.permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
+        return latents
+
+    def _decode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        maps = self.encoder(x)
+        return self.decoder(maps), self.classifier(maps["layer4"].mean(dim=(2, 3)))
+
+
+def draw_mask(shape: tuple[int, int, int], ratio: float, generator: torch.Generator) -> Tensor:
+    """A bool mask `[B, h, w]` that hides every square independently with probability `ratio` (paper A.3)."""
+    return torch.rand(shape, generator=generator, device=generator.device) < ratio
+
+
+def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+
+
+def _group_norm(channels: int, norm_groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(min(norm_groups, channels), channels, eps=_EPS)
+
+
+def _lecun_normal_(weight: Tensor) -> None:
+    """Truncated normal of variance 1 / fan_in, cut at two of its untruncated standard deviations."""
+    fan_in = weight[0].numel()
+    std = fan_in**-0.5 / 0.87962566103423978  # the cut shrinks the standard deviation by this factor
+    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)

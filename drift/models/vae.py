@@ -1,0 +1,159 @@
+"""The frozen autoencoder between images and latents, and everything that is a convention about the two.
+
+Images are uint8 `[B, H, W, 3]` outside and floats in [-1, 1], `[B, 3, H, W]`, inside the network; latents
+are the network's times its `scaling_factor` (0.18215 for the SD-VAE). A mirrored image is mirrored before
+it is encoded: the encoder does not commute with reflections, so mirrored latents are nobody's latents.
+"""
+
+import hashlib
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from drift.errors import UserError
+from drift.torchvision_shim import ensure_torchvision
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # diffusers' name for the weights of a model
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 `[B, H, W, 3]` -> float32 in [-1, 1], `[B, 3, H, W]`."""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Floats around [-1, 1], `[B, 3, H, W]` -> uint8 `[B, H, W, 3]`: the values that a PNG would hold."""
+    levels = ((images.float() + 1) * 127.5).round().clamp(0, 255)
+    return levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+class VAE(nn.Module):
+    """An `AutoencoderKL` of diffusers, frozen, in float32, with its scale.
+
+    `id` is the folder or the hub id that it was loaded from, `revision` the commit on the hub, None for a
+    folder.
+    """
+
+    def __init__(self, model: "AutoencoderKL", id: str, revision: str | None = None):
+        super().__init__()
+        self.model = model.float().eval().requires_grad_(False)
+        self.id = id
+        self.revision = revision
+        self.scaling_factor = float(model.config.scaling_factor)
+        self.shift_factor = float(model.config.shift_factor or 0.0)
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, revision: str | None = None, device: str | torch.device = "cpu"
+    ) -> "VAE":
+        """Load from a folder or, where there is none of that name, from the Hugging Face hub.
+
+        `revision` is a branch, tag or commit on the hub; folders have none. What the hub once gave is found
+        again without a network. Raises `UserError` if neither exists or what is there is no whole VAE.
+        """
+        source = str(source)
+        if Path(source).is_dir():
+            folder, revision = Path(source), None
+        else:
+            folder = _download(source, revision)
+            revision = folder.name  # the hub's cache names its folders by commit
+        return cls(_load(source, folder), source, revision).to(device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of scale and weights in hexadecimal: the same wherever and in whatever file they lie."""
+        digest = hashlib.sha256(f"{self.scaling_factor} {self.shift_factor}".encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
+        """Shape (C, h, w) of the latents of square images; raises `UserError` if their side does not fit."""
+        factor = 2 ** (len(self.model.config.block_out_channels) - 1)
+        if image_size % factor:
+            raise UserError(
+                f"image_size = {image_size}: VAE {self.id} needs a multiple of {factor}; choose one"
+            )
+        return self.model.config.latent_channels, image_size // factor, image_size // factor
+
+    @torch.no_grad()
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the posterior of uint8 `images [B, H, W, 3]`.
+
+        Both float32 `[B, C, h, w]` on the VAE's device, and not scaled yet.
+        """
+        posterior = self.model.encode(to_float(images.to(self.device))).latent_dist
+        return posterior.mean, posterior.std
+
+    def scale(self, z: Tensor) -> Tensor:
+        """What the encoder gives -> latents, whose standard deviation is about 1."""
+        return (z - self.shift_factor) * self.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents `[B, C, h, w]` -> float32 images around [-1, 1], `[B, 3, H, W]`; see `to_uint8`."""
+        z = latents.to(self.device, torch.float32) / self.scaling_factor + self.shift_factor
+        return self.model.decode(z).sample
+
+
+def _download(source: str, revision: str | None) -> Path:
+    """The folder of the hub's cache that holds the VAE `source`, downloaded if it is not there."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        # Not diffusers' own downloader, which retries for half a minute where there is no network
+        folder = snapshot_download(source, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE])
+    except Exception as error:  # of any type: the hub's client lets through those of its HTTP library
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        at = f" at revision {revision}" if revision else ""
+        raise UserError(
+            f"VAE {source}: is not a local folder, and cannot be had from the Hugging Face hub{at} "
+            f"({reason}); put its {CONFIG_FILE} and {WEIGHTS_FILE} into a folder and name that"
+        ) from None
+    return Path(folder)
+
+
+def _load(source: str, folder: Path) -> "AutoencoderKL":
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"VAE {source}: there is no {name} in {folder}; name a folder that holds an AutoencoderKL "
+                "as diffusers saves it"
+            )
+    # Imported here because it takes seconds, and most importers of this module only convert images
+    ensure_torchvision()
+    from diffusers import AutoencoderKL
+
+    try:
+        model, info = AutoencoderKL.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            low_cpu_mem_usage=False,  # needs the package accelerate otherwise
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"VAE {source}: damaged or no AutoencoderKL ({reason}); fetch {folder} again"
+        ) from None
+    # diffusers only warns, and leaves random numbers in parameters that the file lacks
+    foreign = [name for kind in ("missing_keys", "unexpected_keys") for name in info[kind]]
+    if foreign:
+        raise UserError(
+            f"VAE {source}: {CONFIG_FILE} and {WEIGHTS_FILE} in {folder} do not belong together "
+            f"({len(foreign)} parameters differ, such as {min(foreign)}); fetch them again"
+        )
+    return model

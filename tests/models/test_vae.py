@@ -1,0 +1,223 @@
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from drift.data.images import center_view, open_images
+from drift.errors import UserError
+from drift.models.vae import CONFIG_FILE, VAE, WEIGHTS_FILE, to_float, to_uint8
+from drift.torchvision_shim import ensure_torchvision
+
+ensure_torchvision()
+from diffusers import AutoencoderKL  # noqa: E402
+from diffusers.image_processor import VaeImageProcessor  # noqa: E402
+
+COMMITTED = "pretrained/digits_vae"
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        block_out_channels=(4, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=2,
+        latent_channels=3,
+        scaling_factor=0.4,
+        shift_factor=0.25,
+        mid_block_add_attention=False,
+    ).eval()
+
+
+@pytest.fixture
+def folder(network, tmp_path):
+    network.save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+@pytest.fixture
+def images():
+    return torch.randint(256, (2, 8, 12, 3), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+
+
+def edit_config(folder, **changes):
+    path = folder / CONFIG_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def digits(split):
+    source = open_images("digits", None, split, 10)
+    return torch.from_numpy(np.stack([center_view(source.load(i), 32) for i in range(len(source))]))
+
+
+def test_every_8_bit_value_survives_the_round_trip():
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1)
+    images = torch.cat([levels, levels.flip(1), levels.mT], dim=3)  # [1, 16, 16, 3], channels that differ
+    floats = to_float(images)
+    assert floats.shape == (1, 3, 16, 16) and (floats.min(), floats.max()) == (-1, 1)
+    assert torch.equal(to_uint8(floats), images)
+
+
+def test_range_is_that_of_diffusers(images):
+    processor = VaeImageProcessor(vae_scale_factor=2)
+    floats = to_float(images)
+    torch.testing.assert_close(floats, processor.preprocess(images.numpy() / np.float32(255)))
+    pictures = processor.postprocess(floats * 1.2, output_type="pil")
+    assert np.array_equal(to_uint8(floats * 1.2), np.stack(pictures))
+
+
+def test_what_leaves_the_vae_is_what_a_png_holds(images):
+    decoded = to_uint8(to_float(images) + 0.3)
+    for image in decoded:
+        file = io.BytesIO()
+        Image.fromarray(image.numpy()).save(file, "PNG")
+        assert np.array_equal(np.asarray(Image.open(file)), image)
+
+
+@torch.no_grad()
+def test_moments_scale_and_decode(network, folder, images):
+    vae = VAE.from_pretrained(folder)
+    posterior = network.encode(to_float(images)).latent_dist
+    mean, std = vae.moments(images)
+    assert mean.shape == std.shape == (2, 3, 4, 6)
+    torch.testing.assert_close(mean, posterior.mean)
+    torch.testing.assert_close(std, posterior.logvar.exp().sqrt())
+    # scaled as in the pipelines of diffusers that know a shift
+    latents = vae.scale(mean)
+    torch.testing.assert_close(latents, (mean - 0.25) * 0.4)
+    torch.testing.assert_close(vae.decode(latents), network.decode(mean).sample, rtol=1e-4, atol=1e-4)
+    assert vae.scaling_factor == 0.4
+
+
+def test_it_is_frozen(folder, images):
+    vae = VAE.from_pretrained(folder)
+    assert not vae.model.training
+    assert not any(parameter.requires_grad for parameter in vae.parameters())
+    assert not vae.decode(vae.moments(images)[0].requires_grad_()).requires_grad
+
+
+def test_latent_shape(folder):
+    vae = VAE.from_pretrained(folder)
+    mean, _ = vae.moments(torch.zeros(1, 10, 10, 3, dtype=torch.uint8))
+    assert vae.latent_shape(10) == mean.shape[1:]
+    with pytest.raises(UserError, match=r"image_size = 11: .*multiple of 2"):
+        vae.latent_shape(11)
+
+
+def test_half_precision_files_run_in_float32(network, tmp_path, images):
+    network.save_pretrained(tmp_path)
+    half = AutoencoderKL.from_pretrained(tmp_path, low_cpu_mem_usage=False).half()
+    half.save_pretrained(tmp_path)
+    mean, std = VAE.from_pretrained(tmp_path).moments(images)
+    assert mean.dtype == std.dtype == torch.float32
+
+
+def test_digest_is_of_the_weights_and_the_scale(folder, tmp_path):
+    digest = VAE.from_pretrained(folder).digest
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    assert VAE.from_pretrained(copy).digest == digest
+
+    edit_config(copy, scaling_factor=0.5)
+    assert VAE.from_pretrained(copy).digest != digest
+
+    changed = AutoencoderKL.from_pretrained(folder, low_cpu_mem_usage=False)
+    with torch.no_grad():
+        next(changed.parameters()).view(-1)[0] += 1
+    changed.save_pretrained(copy)
+    assert VAE.from_pretrained(copy).digest != digest
+
+
+def cut(path, share):
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+
+
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (lambda folder: (folder / CONFIG_FILE).unlink(), f"no {CONFIG_FILE}"),
+        (lambda folder: (folder / WEIGHTS_FILE).unlink(), f"no {WEIGHTS_FILE}"),
+        (lambda folder: (folder / CONFIG_FILE).write_text("{"), "not a valid JSON file"),
+        (lambda folder: cut(folder / WEIGHTS_FILE, 0.9), "Unable to load weights"),
+        (lambda folder: cut(folder / WEIGHTS_FILE, 0), "Unable to load weights"),
+        (lambda folder: edit_config(folder, latent_channels=4), "size mismatch"),
+        (lambda folder: edit_config(folder, norm_num_groups=3), "divisible"),
+        (lambda folder: edit_config(folder, layers_per_block=2), "do not belong together"),
+        (lambda folder: edit_config(folder, mid_block_add_attention=True), "do not belong together"),
+    ],
+)
+def test_a_damaged_folder_is_named(folder, damage, said):
+    damage(folder)
+    with pytest.raises(UserError, match=said) as caught:
+        VAE.from_pretrained(folder)
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_hub_ids_go_through_the_hub(folder, monkeypatch):
+    def snapshot_download(repo_id, *, revision, allow_patterns):
+        assert (repo_id, revision) == ("somebody/vae", "main")
+        assert set(allow_patterns) == {CONFIG_FILE, WEIGHTS_FILE}
+        return str(folder.rename(folder.parent / "31f26fdeee1355a5c34592e401dd41e45d25a493"))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    vae = VAE.from_pretrained("somebody/vae", "main")
+    assert (vae.id, vae.revision) == ("somebody/vae", "31f26fdeee1355a5c34592e401dd41e45d25a493")
+
+
+def test_a_folder_is_never_looked_for_on_the_hub(folder, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    monkeypatch.chdir(folder.parent)
+    vae = VAE.from_pretrained("vae", "main")
+    assert (vae.id, vae.revision) == ("vae", None)
+
+
+LOADS_FROM_THE_HUB = """
+import time
+from drift.errors import UserError
+from drift.models.vae import VAE
+
+started = time.monotonic()
+try:
+    VAE.from_pretrained("stabilityai/sd-vae-ft-mse", "v1")
+except UserError as error:
+    print(error)
+assert time.monotonic() - started < 20
+"""
+
+
+# The first is how a cluster without a network is set up; the second meets a port where nobody listens
+@pytest.mark.parametrize("variables", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
+def test_without_the_hub_one_line_tells_the_way_out(variables, tmp_path):
+    environment = {**os.environ, "HF_HOME": str(tmp_path), **variables}
+    done = subprocess.run(
+        [sys.executable, "-c", LOADS_FROM_THE_HUB], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("VAE stabilityai/sd-vae-ft-mse: is not a local folder, and cannot be had")
+    assert "revision v1" in line and f"put its {CONFIG_FILE} and {WEIGHTS_FILE} into a folder" in line
+
+
+def test_committed_vae_reconstructs_held_out_digits():
+    vae = VAE.from_pretrained(COMMITTED)
+    images = digits("held_out")
+    decoded = to_uint8(vae.decode(vae.scale(vae.moments(images)[0])))
+    error = (decoded.double() - images.double()).square().mean(dim=(1, 2, 3))
+    assert (10 * torch.log10(255**2 / error)).mean() >= 30  # PSNR in dB
+
+
+def test_committed_scale_makes_latents_of_standard_deviation_1():
+    vae = VAE.from_pretrained(COMMITTED)
+    latents = vae.scale(vae.moments(digits("train"))[0])
+    assert latents.shape[1:] == vae.latent_shape(32) == (4, 8, 8)
+    assert latents.std() == pytest.approx(1, abs=1e-3)
