@@ -110,7 +110,7 @@ class Mae(Optimizer):
 
     @model_validator(mode="after")
     def _consistent(self):
-        if self.width % min(self.norm_groups, self.width):
+        if self.width % self.norm_groups:
             raise ValueError(f"norm_groups = {self.norm_groups}: allowed: a divisor of width ({self.width})")
         if self.finetune_steps > self.steps:
             raise ValueError(f"finetune_steps = {self.finetune_steps}: allowed: at most steps ({self.steps})")
@@ -157,7 +157,9 @@ class Drift(Optimizer):
     @model_validator(mode="after")
     def _consistent(self):
         if self.hidden % (2 * self.heads):
-            raise ValueError(f"heads = {self.heads}: allowed: such that hidden ({self.hidden}) / heads is even")
+            raise ValueError(
+                f"heads = {self.heads}: allowed: such that hidden ({self.hidden}) / heads is even"
+            )
         if self.hidden % 4:
             raise ValueError(f"hidden = {self.hidden}: allowed: a multiple of 4 (2-D position embedding)")
         if self.omega_max < self.omega_min:
@@ -243,7 +245,7 @@ class Settings(Section):
     normalization_scope: Literal["batch", "class"]
     """One S and one lambda for all classes of a step (release), or one per class (prior)."""
     uncond_weighting: Literal["affinity", "logit"]
-    """The weight of an unconditional negative multiplies the affinity (release), or its log the logit (prior)."""
+    """An unconditional negative's weight multiplies A (release), or its log is added to the logit (prior)."""
     affinity_floor: NotNegative
     """Lower bound of A^2 (release: 1e-6; prior: 0)."""
     self_in_scale: Switch
@@ -314,7 +316,9 @@ def load_settings(path: str | Path) -> Settings:
         reason = " ".join(str(getattr(error, "problem", None) or error).split())
         raise UserError(f"{path}:{where} is not YAML: {reason}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds {type(content).__name__}, not settings; presets/ holds complete files")
+        raise UserError(
+            f"{path}: holds {type(content).__name__}, not settings; presets/ holds complete files"
+        )
     try:
         return Settings.model_validate(content)
     except ValidationError as error:

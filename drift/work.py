@@ -143,5 +143,9 @@ class Work:
         with atomic_write(source / SETTINGS_FILE) as file:
             yaml.dump({"stage": self.stage, "decides": self.decides, "how": how}, file)
         replace_folder(source, destination)
-        self._write_note(finished=True)
+        self.finish()
         print(f"{self.stage}: wrote {destination}", flush=True)
+
+    def finish(self) -> None:
+        """Mark the run as finished; a later run with other settings may clear the folder away."""
+        self._write_note(finished=True)

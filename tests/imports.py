@@ -1,6 +1,7 @@
 """Which modules of the project a module imports, directly or through others, read from the sources."""
 
 import ast
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 
@@ -18,7 +19,7 @@ def module_file(name: str) -> Path | None:
 
 @cache
 def direct_imports(path: Path) -> frozenset[Path]:
-    """Files that one file imports, anywhere but in a package's lazy `__getattr__`, packages on the way included."""
+    """Files that one file imports, packages on the way included; not what a lazy `__getattr__` imports."""
     tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
     tree.body = [n for n in tree.body if not (isinstance(n, ast.FunctionDef) and n.name == "__getattr__")]
     names = set()
@@ -33,13 +34,13 @@ def direct_imports(path: Path) -> frozenset[Path]:
     return frozenset(file for name in prefixes if (file := module_file(name)))
 
 
-def all_imports(path: Path) -> set[Path]:
-    """`direct_imports` to the end, with the file itself."""
+def all_imports(path: Path, without: Collection[Path] = ()) -> set[Path]:
+    """`direct_imports` to the end, with the file itself; not `without`, nor what only those import."""
     seen: set[Path] = set()
     todo = [path]
     while todo:
         file = todo.pop()
-        if file not in seen:
+        if file not in seen and file not in without:
             seen.add(file)
             todo += direct_imports(file)
     return seen

@@ -100,7 +100,11 @@ def test_settings_beside_the_artifact_have_the_same_bytes_each_time(tmp_path):
 
 
 def test_a_second_run_at_the_same_place_is_refused():
-    with Work("stage", {"lr": 1}), pytest.raises(UserError, match="another run of stage"), Work("stage", {"lr": 1}):
+    with (
+        Work("stage", {"lr": 1}),
+        pytest.raises(UserError, match="another run of stage"),
+        Work("stage", {"lr": 1}),
+    ):
         pass
 
 

@@ -179,7 +179,7 @@ def real_statistics(
     `workers` threads decode. Raises `UserError` if there are too few images for the network's features.
     """
     count = len(source) if images is None else min(images, len(source))
-    _require_enough(count, network, f"real images of {source.dataset}/{source.split}")
+    require_enough(count, network, f"real images of the split {source.split}")
     chosen = np.sort(numpy_generator(seed, "fid/real").permutation(len(source))[:count])
     mine = chosen[rank::world_size]
 
@@ -228,7 +228,7 @@ def evaluate_sweep(
     `finished` has the entries of an interrupted sweep, which are not measured again; `on_entry` sees each
     new one. Raises `UserError` if `images` are too few for the network's features.
     """
-    _require_enough(images, network, "generated images per omega")
+    require_enough(images, network, "generated images per omega")
     known = {entry["omega"]: dict(entry) for entry in finished}
     sweep = []
     for omega in omegas:
@@ -275,7 +275,8 @@ def _distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     return frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
 
 
-def _require_enough(count: int, network: FeatureNetwork, what: str) -> None:
+def require_enough(count: int, network: FeatureNetwork, what: str) -> None:
+    """Raise `UserError` if `count` images (`what` says which) are too few for the network's features."""
     # The covariance of n vectors has rank n - 1 at most
     if count <= network.dimension:
         raise UserError(

@@ -1,0 +1,122 @@
+"""Checkpoints of a training run: written whole or not at all, the two newest kept.
+
+A checkpoint is a folder `step-00001000/` with every tensor in `tensors.safetensors` and the small rest of
+the state in `state.json`. It is written under a temporary name, flushed to the disk and renamed, so a kill
+at any moment leaves the previous one intact.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from drift.errors import UserError
+
+KEPT = 2
+_NAME = re.compile(r"step-(\d{8})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    step: int
+    """Steps that were finished when it was written."""
+    tensors: dict[str, torch.Tensor]
+    state: dict[str, Any]
+    path: Path
+
+    def part(self, prefix: str) -> dict[str, torch.Tensor]:
+        """The tensors whose names begin with `prefix.`, without it."""
+        return {k[len(prefix) + 1 :]: v for k, v in self.tensors.items() if k.startswith(prefix + ".")}
+
+    def require(self, prefix: str, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """`part(prefix)`, after a check that its names and shapes are those of `expected`.
+
+        Raises `UserError` naming the file and the first tensor that differs.
+        """
+        found = self.part(prefix)
+        way_out = "delete that folder, or run the stage with --fresh"
+        for name in sorted(expected.keys() | found.keys()):
+            has = tuple(found[name].shape) if name in found else "nothing"
+            wants = tuple(expected[name].shape) if name in expected else "nothing"
+            if has != wants:
+                raise UserError(
+                    f"{self.path}: {prefix}.{name} is {has} where this run has {wants}: a checkpoint of "
+                    f"another model; {way_out}"
+                )
+        return found
+
+
+def save_checkpoint(
+    folder: Path, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]
+) -> Path:
+    """Write the checkpoint of `step` into `folder` and drop all but the newest two."""
+    folder.mkdir(parents=True, exist_ok=True)
+    final, draft = folder / f"step-{step:08d}", folder / f"tmp-{step:08d}"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, draft / "tensors.safetensors")
+    (draft / "state.json").write_text(json.dumps({"step": step, **state}, sort_keys=True))
+    for path in (*draft.iterdir(), draft):
+        _flush(path)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(draft, final)
+    _flush(folder)
+    for _, old in _found(folder)[KEPT:]:
+        shutil.rmtree(old)
+    return final
+
+
+def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> Checkpoint | None:
+    """The newest checkpoint in `folder` that reads back whole; None where there is none.
+
+    A damaged one is reported on screen and passed over.
+    """
+    for step, path in _found(folder):
+        try:
+            state = json.loads((path / "state.json").read_text())
+            tensors = load_file(path / "tensors.safetensors", device=str(device))
+        except (OSError, ValueError, SafetensorError) as error:
+            print(f"{path}: damaged ({error}); trying the one before", flush=True)
+            continue
+        return Checkpoint(step, tensors, state, path)
+    return None
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimizer's state as tensors named `<parameter index>.<key>`."""
+    state = optimizer.state_dict()["state"]
+    return {f"{i}.{k}": torch.as_tensor(v) for i, entry in state.items() for k, v in entry.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave; learning rates and the like stay as they are."""
+    whole = optimizer.state_dict()
+    entries: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in tensors.items():
+        index, key = name.split(".", 1)
+        entries.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": entries, "param_groups": whole["param_groups"]})
+
+
+def _found(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of the checkpoints in `folder`, the newest first."""
+    if not folder.is_dir():
+        return []
+    named = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
+    return sorted(((int(m.group(1)), path) for m, path in named if m), reverse=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

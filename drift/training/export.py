@@ -1,0 +1,29 @@
+"""From the state of a finished run to the folder that other stages read."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from drift.models.ema import EMA, ema_file
+from drift.models.io import PretrainedModel
+from drift.training.log import write_plot
+from drift.training.loop import LOG_FILE
+
+
+def export_run(
+    model: PretrainedModel, emas: Sequence[EMA], folder: Path, *, plot: Path, columns: Sequence[str]
+) -> Path:
+    """Write `folder/export` with the config, one weights file per EMA and the log; `columns` of it to `plot`.
+
+    The weights of `model` are overwritten by the first EMA's. Returns the folder.
+    """
+    export = folder / "export"
+    shutil.rmtree(export, ignore_errors=True)
+    export.mkdir()
+    decays = [ema.decay for ema in emas]
+    for ema in reversed(emas):
+        ema.copy_to(model)
+        model.save_pretrained(export, weights=ema_file(decays, ema.decay))
+    shutil.copyfile(folder / LOG_FILE, export / LOG_FILE)
+    write_plot(folder / LOG_FILE, plot, columns)
+    return export

@@ -1,0 +1,70 @@
+"""drift: latents of the centre view and the feature encoder -> the one-step generator.
+
+    python -m stages.drift --latents artifacts/latents/center --mae artifacts/mae --out artifacts/generator
+
+Writes OUT/config.json, model.safetensors (the first EMA; `ema_<decay>.safetensors` for the others),
+settings.yaml and logs.jsonl, and the training curve for DVC's plots. A run that was killed goes on from its
+last checkpoint.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from drift.data.latents import LatentStore, check_meta
+from drift.files import check_writable, sha256
+from drift.launch import join, run_stage, spawn, stage_parser, wanted_processes
+from drift.models.mae import LatentMAE
+from drift.params import FIELD_KEYS, load_settings
+from drift.training.drift import PLOT_COLUMNS, train_generator
+from drift.training.export import export_run
+from drift.work import Work
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = stage_parser(__doc__)
+    parser.add_argument("--latents", type=Path, required=True, help="folder of the centre latents")
+    parser.add_argument("--mae", type=Path, required=True, help="folder of the MAE")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the generator")
+    parser.add_argument("--plot", type=Path, default=Path("plots/drift_training.csv"))
+    args = parser.parse_args(argv)
+
+    settings = load_settings(args.params)
+    check_writable(args.out.parent)
+    check_writable(args.plot.parent)
+    store = LatentStore.open(args.latents)
+    check_meta(store, vae=settings.encode.vae, view="center", image_size=settings.data.image_size)
+    encoder = LatentMAE.from_pretrained(args.mae)
+    code = spawn("stages.drift", argv, wanted_processes(args.nproc, settings.hardware.processes))
+    if code is not None:
+        return code
+
+    content = settings.model_dump(mode="json")
+    decides = {
+        "seed": settings.seed,
+        **{key: content[key] for key in FIELD_KEYS},
+        "drift": content["drift"],
+        "latents": store.digest,
+        "mae": {name: sha256(args.mae / name) for name in ("config.json", "model.safetensors")},
+    }
+    with join() as ranks, Work("drift", decides, fresh=args.fresh, first=ranks.first) as work:
+        ranks.barrier()
+        model, emas = train_generator(
+            store,
+            encoder,
+            settings.drift,
+            settings.field(),
+            seed=settings.seed,
+            hardware=settings.hardware,
+            ranks=ranks,
+            folder=work.folder,
+        )
+        if ranks.first:
+            export = export_run(model, emas, work.folder, plot=args.plot, columns=PLOT_COLUMNS)
+            work.publish(export, args.out, precision=settings.hardware.precision)
+    return 0
+
+
+if __name__ == "__main__":
+    run_stage(main)

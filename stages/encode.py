@@ -1,0 +1,75 @@
+"""encode: images -> latents of one view, in the files that collaborators exchange.
+
+    python -m stages.encode --view center --out artifacts/latents/center
+
+Reads the data set of `data` and the VAE of `encode`; writes OUT/train_latents.npy, train_labels.npy,
+train_meta.json and settings.yaml. A run that was killed goes on with the rows that are missing.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from drift.data.images import VIEWS, open_images
+from drift.encoding import encode_view
+from drift.files import check_writable
+from drift.launch import join, run_stage, spawn, stage_parser, wanted_processes
+from drift.models.vae import VAE
+from drift.params import load_settings
+from drift.work import Work
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = stage_parser(__doc__)
+    parser.add_argument("--view", choices=VIEWS, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the latents")
+    args = parser.parse_args(argv)
+
+    settings = load_settings(args.params)
+    data, encode, hardware = settings.data, settings.encode, settings.hardware
+    check_writable(args.out.parent)
+    source = open_images(data.dataset, data.root, "train", data.classes)
+    vae = VAE.from_pretrained(encode.vae, encode.vae_revision)
+    code = spawn("stages.encode", argv, wanted_processes(args.nproc, hardware.processes))
+    if code is not None:
+        return code
+
+    decides = {
+        "seed": settings.seed,
+        "view": args.view,
+        "data": data.model_dump(mode="json"),
+        "encode": encode.model_dump(mode="json"),
+        "images": source.digest,
+        "vae": vae.digest,
+    }
+    with join() as ranks, Work("encode", decides, fresh=args.fresh, first=ranks.first) as work:
+        ranks.barrier()
+        export = encode_view(
+            source,
+            vae.to(ranks.device),
+            work.folder,
+            dataset=data.dataset,
+            view=args.view,
+            image_size=data.image_size,
+            crops=encode.crops,
+            crop_scale=encode.crop_scale,
+            crop_ratio=encode.crop_ratio,
+            flip=encode.flip,
+            mirror=encode.mirror,
+            posterior=encode.posterior,
+            seed=settings.seed,
+            batch_size=hardware.encode_batch,
+            workers=hardware.workers,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            barrier=ranks.barrier,
+            progress=ranks.first,
+        )
+        if ranks.first:
+            work.publish(export, args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    run_stage(main)

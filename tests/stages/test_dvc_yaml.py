@@ -1,0 +1,96 @@
+"""dvc.yaml against the sources: a stage depends on the modules that it imports, and on its settings."""
+
+import re
+from pathlib import Path
+
+import pytest
+from imports import ROOT, all_imports
+from ruamel.yaml import YAML
+
+from drift.params import FIELD_KEYS, Settings
+
+DVC = YAML(typ="safe", pure=True).load(ROOT / "dvc.yaml")
+STAGES = DVC["stages"]
+# They move files, read settings, start processes and talk; no number depends on them
+PLUMBING = {
+    Path("drift", name)
+    for name in (
+        "errors.py",
+        "files.py",
+        "launch.py",
+        "params.py",
+        "work.py",
+        "evaluation/report.py",
+        "training/log.py",
+    )
+}
+
+
+def code_deps(stage: str) -> set[Path]:
+    files = set()
+    for dep in STAGES[stage]["deps"]:
+        if dep.startswith(("drift/", "stages/")):
+            path = ROOT / dep
+            assert path.exists(), f"{stage}: {dep} is gone"
+            found = path.rglob("*.py") if path.is_dir() else [path]
+            files |= {file.relative_to(ROOT) for file in found}
+    return files
+
+
+@pytest.mark.parametrize("stage", ["encode", "mae", "drift", "fid"])
+def test_deps_are_the_imported_modules(stage):
+    needed = {
+        path
+        for path in all_imports(Path("stages", f"{stage}.py"), without=PLUMBING)
+        if path.name != "__init__.py"
+    }
+    assert code_deps(stage) == needed
+
+
+def test_encode_does_not_depend_on_the_mae_and_mae_not_on_the_field():
+    assert Path("drift/models/mae.py") not in code_deps("encode")
+    assert not any(path.is_relative_to("drift/field") for path in code_deps("mae"))
+
+
+@pytest.mark.parametrize("stage", ["encode", "mae", "drift", "fid"])
+def test_commands_run_the_stage_as_a_module(stage):
+    assert STAGES[stage]["cmd"].split()[:3] == ["python", "-m", f"stages.{stage}"]
+
+
+@pytest.mark.parametrize("stage", ["encode", "mae", "drift", "fid"])
+def test_params_are_the_sections_that_the_stage_reads(stage):
+    source = (ROOT / "stages" / f"{stage}.py").read_text()
+    read = set(re.findall(r"settings\.(\w+)", source)) & {*Settings.model_fields, "field"}
+    if "field" in read:
+        read = read - {"field"} | set(FIELD_KEYS)
+    if stage in ("mae", "drift"):
+        read -= {"data", "encode"}  # only compared with what the latents say of themselves
+    assert set(STAGES[stage]["params"]) == read - {"hardware"}
+
+
+def test_metrics_and_plots_are_in_git():
+    in_git = {}
+    for stage in STAGES.values():
+        for entry in [*stage["outs"], *stage.get("metrics", ())]:
+            if isinstance(entry, dict):
+                in_git |= {path: options["cache"] for path, options in entry.items()}
+    assert in_git == dict.fromkeys(
+        (
+            "metrics/fid.json",
+            "plots/drift_training.csv",
+            "plots/fid_sweep.csv",
+            "plots/mae_training.csv",
+            "plots/samples.png",
+        ),
+        False,
+    )
+
+
+def test_every_plot_is_of_a_file_that_a_stage_writes():
+    written = {
+        entry if isinstance(entry, str) else next(iter(entry)) for s in STAGES.values() for entry in s["outs"]
+    }
+    for plot in DVC["plots"]:
+        ((name, options),) = plot.items() if isinstance(plot, dict) else ((plot, None),)
+        for path in options["y"] if options else [name]:
+            assert path in written

@@ -1,0 +1,197 @@
+"""The whole pipeline, tiny: what runs, what does not run again, what goes on after a kill.
+
+The tests share one project and run in the order of this file.
+"""
+
+import csv
+import json
+import os
+import signal
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+DRIFT = ("--latents", "artifacts/latents/center", "--mae", "artifacts/mae", "--plot", "other/plot.csv")
+
+
+def test_one_command_runs_all_stages(finished):
+    assert finished.first_run[-3:] == ["mae", "drift", "fid"]
+    assert sorted(finished.first_run[:-3]) == ["encode@augmented", "encode@center"]
+    latents = np.load(finished.folder / "artifacts/latents/center/train_latents.npy", mmap_mode="r")
+    assert latents.shape == (1437, 4, 4, 4) and latents.dtype == np.float16
+    for artifact in ("mae", "generator"):
+        files = {path.name for path in (finished.folder / "artifacts" / artifact).iterdir()}
+        assert files == {"config.json", "model.safetensors", "settings.yaml", "logs.jsonl"}
+    result = json.loads((finished.folder / "metrics/fid.json").read_text())
+    assert [entry["omega"] for entry in result["sweep"]] == [1.0, 2.0]
+    assert result["best"] in result["sweep"] and result["floor"] > 0
+    assert all(0 <= entry["accuracy"] <= 1 for entry in result["sweep"])
+    assert Image.open(finished.folder / "plots/samples.png").mode == "RGB"
+    log = (finished.folder / "artifacts/mae/logs.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in log]
+    assert steps == list(range(6))
+
+
+def test_plots_and_experiments_can_be_shown(finished):
+    finished.run("dvc", "plots", "show", "--out", "shown")
+    page = (finished.folder / "shown" / "index.html").read_text()
+    for part in ("fid_sweep.csv", "mae_training.csv", "drift_training.csv", "samples.png"):
+        assert part in page
+
+
+def test_nothing_runs_again(finished):
+    assert finished.repro() == []
+    (finished.folder / "README.md").write_text("changed")
+    assert finished.repro() == []
+
+
+def test_hardware_reruns_nothing(finished):
+    finished.settings(hardware={"sample_batch": 7})
+    assert finished.repro() == []
+
+
+def test_a_setting_of_fid_reruns_fid_alone(finished):
+    finished.settings(fid={"omegas": [1.0, 1.5, 2.0]})
+    assert finished.repro() == ["fid"]
+    finished.commit()
+
+
+def test_an_experiment_with_another_coupling_reruns_drift_and_fid(finished):
+    assert finished.repro("exp", "run", "--name", "with-row", "--set-param", "coupling=row") == [
+        "drift",
+        "fid",
+    ]
+    shown = finished.run("dvc", "exp", "show", "--csv").stdout.splitlines()
+    rows = {row["Experiment"]: row for row in csv.DictReader(shown)}
+    assert rows["with-row"]["coupling"] == "row"
+    assert rows["main" if "main" in rows else "master"]["coupling"] == "partial_two_sided"
+    assert float(rows["with-row"]["best.fid"]) > 0
+    finished.settings(coupling="partial_two_sided")
+    assert finished.repro() == []  # all of it is in the run cache
+
+
+def test_changed_code_of_the_mae_reruns_what_uses_it(finished):
+    with open(finished.folder / "drift/models/mae.py", "a") as file:
+        file.write("# changed\n")
+    assert finished.repro() == ["mae", "drift", "fid"]
+
+
+def weights(project, folder):
+    return load_file(project.folder / folder / "model.safetensors")
+
+
+def test_two_processes_compute_what_one_does(finished):
+    finished.stage("mae", "--latents", "artifacts/latents/augmented", "--out", "other/mae2", "--nproc", "2",
+                   "--plot", "other/mae2.csv", "--fresh")  # fmt: skip
+    finished.stage("drift", *DRIFT, "--out", "other/two", "--nproc", "2", "--fresh")
+    for one, two in (("artifacts/mae", "other/mae2"), ("artifacts/generator", "other/two")):
+        one, two = weights(finished, one), weights(finished, two)
+        assert one.keys() == two.keys()
+        for name in one:
+            np.testing.assert_allclose(two[name], one[name], rtol=1e-4, atol=1e-5)
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(finished):
+    finished.settings(drift={"steps": 60, "warmup_steps": 2})
+    finished.stage("drift", *DRIFT, "--out", "other/whole")
+    for leftover in (finished.folder / ".work/drift").iterdir():
+        finished.run("rm", "-r", str(leftover))
+    command = (sys.executable, "-m", "stages.drift", *DRIFT, "--out", "other/resumed")
+    process = finished.start(*command)
+    wait_for(lambda: list(finished.folder.glob(".work/drift/*/step-*")))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (finished.folder / "other/resumed").exists()
+    said = finished.run(*command).stdout
+    assert "going on from step" in said
+    for name in ("model.safetensors", "config.json", "settings.yaml"):
+        one, other = (finished.folder / "other" / run / name for run in ("whole", "resumed"))
+        assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("stage", ["mae", "drift"])
+def test_a_latent_file_cut_short_is_refused(finished, stage):
+    view = {"mae": "augmented", "drift": "center"}[stage]
+    file = finished.folder / f"artifacts/latents/{view}/train_latents.npy"
+    whole = file.read_bytes()
+    file.unlink()  # it may be a link into DVC's cache
+    file.write_bytes(whole[:-100])
+    try:
+        latents = ("--latents", f"artifacts/latents/{view}", "--out", "other/never")
+        arguments = latents if stage == "mae" else (*latents, "--mae", "artifacts/mae")
+        refused(finished.stage(stage, *arguments, check=False), "train_latents.npy")
+    finally:
+        file.write_bytes(whole)
+    assert not (finished.folder / "other/never").exists()
+
+
+def refused(done, *wanted):
+    """One line, exit code 2."""
+    assert done.returncode == 2, done.stderr
+    (line,) = [text for text in done.stderr.splitlines() if text.startswith("error: ")]
+    assert "Traceback" not in done.stderr
+    for part in wanted:
+        assert part in line
+
+
+def test_a_checkpoint_of_another_shape_is_refused(finished):
+    finished.settings(drift={"steps": 4, "warmup_steps": 2})
+    finished.stage("drift", *DRIFT, "--out", "other/again")
+    (folder,) = (path.parent for path in finished.folder.glob(".work/drift/*/step-00000004"))
+    donor = folder / "step-00000004" / "tensors.safetensors"
+    finished.settings(drift={"hidden": 8})
+    finished.stage("drift", *DRIFT, "--out", "other/again")
+    (narrow,) = (
+        path for path in finished.folder.glob(".work/drift/*/step-00000004") if path.parent != folder
+    )
+    (narrow / "tensors.safetensors").write_bytes(donor.read_bytes() if donor.exists() else b"")
+    done = finished.stage("drift", *DRIFT, "--out", "other/never", check=False)
+    refused(done, "step-00000004", "--fresh")
+
+
+def test_a_folder_that_cannot_be_written_is_refused(finished):
+    (finished.folder / "in-the-way").touch()
+    done = finished.stage("drift", *DRIFT, "--out", "in-the-way/generator", check=False)
+    refused(done, "in-the-way")
+
+
+def test_a_missing_image_folder_is_refused(finished):
+    finished.settings(data={"dataset": "folder", "root": "no/such/images"})
+    done = finished.stage("encode", "--view", "center", "--out", "other/latents", check=False)
+    refused(done, "no/such/images")
+
+
+def test_an_image_that_does_not_decode_is_named(finished):
+    images = finished.folder / "images" / "train"
+    for label in range(10):
+        (images / f"class{label}").mkdir(parents=True)
+        for number in range(2):
+            Image.new("RGB", (20, 24), (25 * label, 40 * number, 0)).save(
+                images / f"class{label}" / f"{number}.JPEG"
+            )
+    (images / "class3" / "1.JPEG").write_bytes(b"\xff\xd8\xff not an image")
+    finished.settings(data={"dataset": "folder", "root": "images"})
+    encode = ("encode", "--view", "center", "--out", "other/latents")
+    refused(finished.stage(*encode, check=False), "class3/1.JPEG")
+    assert not (finished.folder / "other/latents").exists()
+    (images / "class3" / "1.JPEG").write_bytes((images / "class3" / "0.JPEG").read_bytes())
+    finished.stage(*encode)
+    assert np.load(finished.folder / "other/latents/train_labels.npy").tolist() == sorted(list(range(10)) * 2)
+
+
+def test_a_misspelt_key_is_refused_before_anything_is_written(finished):
+    finished.settings(drift={"postives": 3})
+    done = finished.stage("drift", *DRIFT, "--out", "other/never", check=False)
+    refused(done, "drift.postives", "did you mean positives")
+    assert not (finished.folder / "other/never").exists()
