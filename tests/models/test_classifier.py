@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +8,7 @@ from drift.data.images import center_view, open_images
 from drift.errors import UserError
 from drift.models.classifier import ClassifierConfig, ImageClassifier
 
-COMMITTED = "pretrained/digits_classifier"
+COMMITTED = Path(__file__).parents[2] / "pretrained/digits_classifier"
 SMALL = ClassifierConfig(image_size=12, widths=(4, 6), feature_dim=5, num_classes=3)
 
 

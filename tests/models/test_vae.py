@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import huggingface_hub
 import numpy as np
@@ -20,7 +21,7 @@ ensure_torchvision()
 from diffusers import AutoencoderKL  # noqa: E402
 from diffusers.image_processor import VaeImageProcessor  # noqa: E402
 
-COMMITTED = "pretrained/digits_vae"
+COMMITTED = Path(__file__).parents[2] / "pretrained/digits_vae"
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,9 @@ def digits(split):
 
 def test_every_8_bit_value_survives_the_round_trip():
     levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1)
-    images = torch.cat([levels, levels.flip(1), levels.mT], dim=3)  # [1, 16, 16, 3], channels that differ
+    images = torch.cat(
+        [levels, levels.flip(1), levels.transpose(1, 2)], dim=3
+    )  # [1, 16, 16, 3], channels that differ
     floats = to_float(images)
     assert floats.shape == (1, 3, 16, 16) and (floats.min(), floats.max()) == (-1, 1)
     assert torch.equal(to_uint8(floats), images)

@@ -1,0 +1,43 @@
+"""The log: one line a step, whole lines only, and columns of it as CSV."""
+
+import json
+
+from drift.training.log import RunLog, read_log, write_plot
+
+
+def test_a_resumed_log_has_each_step_once(tmp_path):
+    path = tmp_path / "logs.jsonl"
+    first = RunLog(path, what="x", steps=6, start=0, active=True)
+    for step in range(5):
+        first.write(step, {"loss": float(step)})
+    with path.open("a") as file:
+        file.write('{"step": 5, "lo')  # the process was killed here
+    second = RunLog(path, what="x", steps=6, start=3, active=True)
+    for step in range(3, 6):
+        second.write(step, {"loss": 10.0 * step})
+    assert [(line["step"], line["loss"]) for line in read_log(path)] == [
+        (0, 0.0),
+        (1, 1.0),
+        (2, 2.0),
+        (3, 30.0),
+        (4, 40.0),
+        (5, 50.0),
+    ]
+
+
+def test_other_processes_write_nothing(tmp_path):
+    log = RunLog(tmp_path / "logs.jsonl", what="x", steps=6, start=0, active=False)
+    log.step()
+    log.write(0, {"loss": 1.0})
+    log.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plot_has_the_columns_and_not_the_time(tmp_path):
+    lines = [
+        {"step": 0, "loss": 1.25, "lr": 0.001, "steps_per_s": 3.0},
+        {"step": 10, "loss": 0.5, "lr": 1e-06},
+    ]
+    (tmp_path / "logs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_plot(tmp_path / "logs.jsonl", tmp_path / "plot.csv", ("loss", "lr"))
+    assert (tmp_path / "plot.csv").read_text() == "step,loss,lr\n0,1.25,0.001\n10,0.5,1e-06\n"

@@ -1,0 +1,133 @@
+"""The training loop: the same bits after a cut, gradients averaged over processes, no step after a NaN."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from drift.launch import Ranks
+from drift.models.ema import EMA
+from drift.params import Hardware, Optimizer
+from drift.seeds import torch_generator
+from drift.training.checkpoint import load_checkpoint
+from drift.training.log import read_log
+from drift.training.loop import train
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def options(steps: int) -> Optimizer:
+    return Optimizer(
+        steps=steps,
+        lr=0.1,
+        lr_schedule="constant",
+        lr_final=1.0,
+        warmup_steps=0,
+        warmup_start_lr=0.0,
+        betas=(0.9, 0.95),
+        weight_decay=0.01,
+        grad_clip=1.0,
+    )
+
+
+HARDWARE = Hardware(
+    precision="float32",
+    compile=False,
+    processes=None,
+    workers=0,
+    encode_batch=1,
+    sample_batch=1,
+    log_every=1,
+    checkpoint_every=3,
+)
+
+
+class Counter:
+    """Stands for the sample queue: something with a state that the steps change and read."""
+
+    def __init__(self):
+        self.total = torch.zeros(1)
+
+    def state_dict(self):
+        return {"total": self.total}
+
+    def load_state_dict(self, state):
+        self.total = state["total"].clone()
+
+
+class Cut(Exception):
+    pass
+
+
+def run(folder: Path, steps: int = 8, cut_at: int | None = None, bad_at: int | None = None):
+    torch.manual_seed(0)
+    model, counter = nn.Linear(3, 2), Counter()
+
+    def compute(step):
+        if step == cut_at:
+            raise Cut
+        counter.total += step
+        x = torch.randn(4, 3, generator=torch_generator(0, "x", step))
+        loss = (model(x) - 0.01 * counter.total).square().mean()
+        if step == bad_at:
+            loss = loss * float("nan")
+        return loss, {"loss": loss.detach(), "total": counter.total}
+
+    emas = train(
+        model,
+        compute,
+        options=options(steps),
+        ema_decays=[0.5, 0.9],
+        hardware=HARDWARE,
+        ranks=ALONE,
+        folder=folder,
+        what="test",
+        extra=counter,
+    )
+    return model, emas
+
+
+def test_a_run_that_was_cut_goes_on_to_the_same_bits(tmp_path):
+    model, emas = run(tmp_path / "whole")
+    with pytest.raises(Cut):
+        run(tmp_path / "cut", cut_at=5)
+    assert load_checkpoint(tmp_path / "cut").step == 3
+    resumed, resumed_emas = run(tmp_path / "cut")
+    for one, other in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(emas, resumed_emas, strict=True):
+        assert all(torch.equal(one.state_dict()[k], v) for k, v in other.state_dict().items())
+    without_time = [
+        [
+            {k: v for k, v in line.items() if k != "steps_per_s"}
+            for line in read_log(tmp_path / n / "logs.jsonl")
+        ]
+        for n in ("whole", "cut")
+    ]
+    assert without_time[0] == without_time[1]
+    assert [line["step"] for line in without_time[0]] == list(range(8))
+
+
+def test_a_finished_run_takes_no_more_steps(tmp_path):
+    run(tmp_path)
+    run(tmp_path, cut_at=0)
+
+
+def test_each_ema_follows_its_decay(tmp_path):
+    _, emas = run(tmp_path, steps=3)
+    torch.manual_seed(0)
+    expected = EMA(nn.Linear(3, 2), 0.9)
+    for steps in (1, 2, 3):
+        model, _ = run(tmp_path / str(steps), steps=steps)
+        expected.update(model)
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(emas[1].state_dict()[name], value)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_next_checkpoint(tmp_path):
+    with pytest.raises(FloatingPointError, match="step 4"):
+        run(tmp_path, bad_at=4)
+    checkpoint = load_checkpoint(tmp_path)
+    assert checkpoint.step == 3
+    assert all(tensor.isfinite().all() for tensor in checkpoint.tensors.values())
