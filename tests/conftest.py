@@ -3,4 +3,4 @@
 import os
 
 # Before torch is loaded: see stages/__init__.py
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1500")

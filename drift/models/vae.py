@@ -1,8 +1,8 @@
 """The frozen autoencoder between images and latents, and everything that is a convention about the two.
 
 Images are uint8 `[B, H, W, 3]` outside and floats in [-1, 1], `[B, 3, H, W]`, inside the network; latents
-are the network's times its `scaling_factor` (0.18215 for the SD-VAE). A mirrored image is mirrored before
-it is encoded: the encoder does not commute with reflections, so mirrored latents are nobody's latents.
+are the network's times its `scaling_factor` (0.18215 for the SD-VAE). Mirroring is done to images: the
+encoder does not commute with it, so the mirrored latents of an image are not those of the mirrored image.
 """
 
 import hashlib

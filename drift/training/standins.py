@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from drift.data.images import augmented_view, center_view, open_images
+from drift.errors import UserError
 from drift.files import check_writable, replace_folder
 from drift.launch import run_stage
 from drift.models.classifier import ClassifierConfig, ImageClassifier
@@ -110,16 +111,17 @@ def train_classifier(steps: int, seed: int = 0) -> tuple[ImageClassifier, list[f
 
 
 def move_randomly(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Turn (12 degrees), resize (12 %), stretch (8 %) and shift (8 % of the side) `images [B, C, H, W]`.
+    """Turn, resize, stretch and shift `images [B, C, H, W]` a little, each by amounts of its own.
 
-    Each by a uniform amount up to that, independently per image; what comes in from outside is 0, the
-    digits' background.
+    What comes in from outside is 0, the digits' background.
     """
     turn, size, stretch, right, down = (2 * torch.rand(5, len(images), generator=generator) - 1).unbind()
-    turn, size, stretch = turn * math.radians(12), (0.12 * size).exp(), (0.08 * stretch).exp()
-    rows = [turn.cos() * size * stretch, -turn.sin() * size, 0.16 * right]  # coordinates go from -1 to 1
-    rows += [turn.sin() * size, turn.cos() * size / stretch, 0.16 * down]
-    grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), images.shape, align_corners=False)
+    turn = math.radians(12) * turn
+    size, stretch = (0.12 * size).exp(), (0.08 * stretch).exp()
+    right, down = 0.16 * right, 0.16 * down  # of half the side, since coordinates go from -1 to 1
+    to_source = [turn.cos() * size * stretch, -turn.sin() * size, right]
+    to_source += [turn.sin() * size, turn.cos() * size / stretch, down]
+    grid = F.affine_grid(torch.stack(to_source, 1).view(-1, 2, 3), images.shape, align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)
 
 
@@ -167,6 +169,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     train, steps = NETWORKS[args.network]
     if args.steps is not None:
         steps = args.steps
+    if steps < 1:
+        raise UserError(f"--steps {steps}: give at least 1")
     check_writable(args.out.parent)
     model, _ = train(steps, args.seed)
     unfinished = args.out.with_name(f".{args.out.name}.tmp")

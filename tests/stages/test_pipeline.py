@@ -146,18 +146,29 @@ def refused(done, *wanted):
 
 
 def test_a_checkpoint_of_another_shape_is_refused(finished):
+    def newest():
+        (path,) = finished.folder.glob(".work/drift/*/step-00000004/tensors.safetensors")
+        return path
+
     finished.settings(drift={"steps": 4, "warmup_steps": 2})
-    finished.stage("drift", *DRIFT, "--out", "other/again")
-    (folder,) = (path.parent for path in finished.folder.glob(".work/drift/*/step-00000004"))
-    donor = folder / "step-00000004" / "tensors.safetensors"
+    finished.stage("drift", *DRIFT, "--out", "other/wide")
+    wide = newest().read_bytes()
     finished.settings(drift={"hidden": 8})
-    finished.stage("drift", *DRIFT, "--out", "other/again")
-    (narrow,) = (
-        path for path in finished.folder.glob(".work/drift/*/step-00000004") if path.parent != folder
-    )
-    (narrow / "tensors.safetensors").write_bytes(donor.read_bytes() if donor.exists() else b"")
+    finished.stage("drift", *DRIFT, "--out", "other/narrow")
+    newest().write_bytes(wide)
     done = finished.stage("drift", *DRIFT, "--out", "other/never", check=False)
-    refused(done, "step-00000004", "--fresh")
+    refused(done, "step-00000004", "model.", "--fresh")
+    assert not (finished.folder / "other/never").exists()
+
+
+def test_weights_of_another_shape_are_refused(finished):
+    (finished.folder / "other/mixed").mkdir()
+    for name, source in (("config.json", "narrow"), ("model.safetensors", "wide")):
+        content = (finished.folder / "other" / source / name).read_bytes()
+        (finished.folder / "other/mixed" / name).write_bytes(content)
+    done = finished.stage("fid", "--generator", "other/mixed", "--out", "other/fid.json", check=False)
+    refused(done, "other/mixed/model.safetensors", "parameter")
+    assert not (finished.folder / "other/fid.json").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_refused(finished):

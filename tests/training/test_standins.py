@@ -40,6 +40,11 @@ def test_a_place_that_cannot_be_written_is_named_before_training(tmp_path, monke
         standins.main(["vae", "--out", str(tmp_path / "file" / "vae")])
 
 
+def test_training_takes_at_least_one_step(tmp_path):
+    with pytest.raises(UserError, match="--steps 0"):
+        standins.main(["vae", "--out", str(tmp_path / "vae"), "--steps", "0"])
+
+
 def test_moved_images_are_near_and_differ():
     side, count = 33, 200
     dot = torch.zeros(count, 1, side, side)
