@@ -77,15 +77,24 @@ def spawn(module: str, arguments: Sequence[str], processes: int) -> int | None:
     if processes == 1 or under_torchrun():
         return None
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args, run
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
-    # 127.0.0.1 and a free port: nothing outside this machine is listened to
-    command = ["--nnodes=1", f"--nproc-per-node={processes}", "--rdzv-backend=c10d"]
-    command += ["--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", "--module", module, *arguments]
+    # What torchrun does after it has read its command line, which would take some of ours for its own.
+    # 127.0.0.1 and a free port: nothing outside this machine is listened to.
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=module,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+    )
     try:
-        run(parse_args(command))
+        elastic_launch(config, sys.executable)("-u", "-m", module, *arguments)
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
         if 2 in codes:  # a rank has already printed its one line

@@ -207,7 +207,7 @@ class Hardware(Section):
     processes: Count | None
     """Processes per machine; null is one per CUDA device, or one on a CPU."""
     workers: CountOrZero
-    """Processes that decode images, per process; 0 decodes in place."""
+    """Helpers that decode images, per process: processes in encode, threads in fid; 0 decodes in place."""
     encode_batch: Count
     """Images that the VAE encodes at once, per process."""
     sample_batch: Count

@@ -47,7 +47,7 @@ def run_program(folder, *arguments):
 
 
 def test_two_processes_start_and_add_up(tmp_path):
-    done = run_program(tmp_path)
+    done = run_program(tmp_path, "--nproc", "2")  # not to be taken for an option of torchrun
     assert done.returncode == 0, done.stderr
     assert "sum 3.0 of 2" in done.stdout
 

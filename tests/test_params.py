@@ -133,7 +133,7 @@ def test_settings_are_frozen():
         ({"drift__lr": float("nan")}, ["drift.lr", "nan"]),
         ({"drift__omega_max": 0.5}, ["drift.omega_max", "0.5", "1 or more"]),
         ({"drift__heads": 5}, ["drift.heads = 5", "96"]),
-        ({"drift__warmup_steps": 2000}, ["drift.warmup_steps = 2000", "steps (1000)"]),
+        ({"drift__warmup_steps": 2000}, ["drift.warmup_steps = 2000", "steps (1200)"]),
         ({"mae__norm_groups": 5}, ["mae.norm_groups = 5", "width (16)"]),
         ({"mae__mask_ratio": 1.0}, ["mae.mask_ratio", "below 1"]),
         ({"mask_self_neg": 1}, ["mask_self_neg", "true or false"]),

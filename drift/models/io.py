@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from drift.errors import UserError
@@ -43,7 +43,7 @@ class PretrainedModel(nn.Module):
         write_json(folder / CONFIG_FILE, {"model": type(self).__name__, **dataclasses.asdict(self.config)})
         tensors = {name: tensor.contiguous().cpu() for name, tensor in self.state_dict().items()}
         with atomic_write(folder / f"{weights}.safetensors") as file:
-            save_file(tensors, file.name, metadata={"format": "pt"})
+            file.write(save(tensors, metadata={"format": "pt"}))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, weights: str = "model") -> Self:

@@ -13,7 +13,10 @@ from ruamel.yaml import YAML
 TINY = {
     "data": {"image_size": 16},
     "encode": {"crops": 1},
-    "mae": {"width": 8, "norm_groups": 4, "batch_size": 32, "steps": 6, "warmup_steps": 2},
+    "mae": {
+        "width": 8, "norm_groups": 4, "batch_size": 32, "steps": 6, "warmup_steps": 2,
+        "finetune_steps": 2, "finetune_ramp_steps": 1,
+    },
     "drift": {
         "hidden": 16, "depth": 1, "heads": 2, "context_tokens": 1, "style_codebooks": 1,
         "generated": 4, "positives": 4, "unconditional": 2, "steps": 8, "warmup_steps": 2,
@@ -102,7 +105,7 @@ def copy_project(folder: Path) -> Project:
     (folder / "dvc.lock").unlink(missing_ok=True)
     shutil.copyfile(folder / "presets" / "digits.yaml", folder / "params.yaml")
     project.settings(**TINY)
-    project.run("git", "init", "--quiet")
+    project.run("git", "init", "--quiet", "--initial-branch", "trunk")
     project.commit()
     return project
 
