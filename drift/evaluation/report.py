@@ -33,8 +33,9 @@ def format_report(result: dict) -> str:
 def print_report(metrics: Path, pictures: Sequence[Path]) -> None:
     """Print `metrics` as a table, then where it and the pictures are."""
     print(f"\n{format_report(json.loads(metrics.read_text()))}\n")
-    for path in (metrics, *pictures):
-        print(f"wrote {path}")
+    print("numbers:  ", metrics)
+    for path in pictures:
+        print("picture:  " if path.suffix == ".png" else "curve:    ", path)
 
 
 if __name__ == "__main__":
