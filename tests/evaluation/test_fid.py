@@ -58,7 +58,7 @@ def by_eigenvalues(mu1, sigma1, mu2, sigma2):
 class Source:
     """Real images in memory: noise around a grey that tells the class."""
 
-    dataset, split = "greys", "train"
+    split = "train"
 
     def __init__(self, count, seed):
         rng = np.random.default_rng(seed)
@@ -252,7 +252,7 @@ def test_reference_that_does_not_fit(tmp_path):
 
 def test_too_few_images(network):
     reference = FeatureStatistics(np.zeros(7), np.eye(7))
-    with pytest.raises(UserError, match=r"7 real images of greys/train.*more than 7"):
+    with pytest.raises(UserError, match=r"7 real images of the split train.*more than 7"):
         real_statistics(Source(7, seed=0), network, **REAL)
     with pytest.raises(UserError, match="5 generated"):
         evaluate_sweep(Painter(), Decoder(), network, reference, omegas=[1.0], **SWEEP | {"images": 5})
