@@ -5,9 +5,9 @@ import msgpack
 import numpy as np
 import pytest
 import torch
+from complaints import complaint
 from golden_weights import GOLDEN, golden_config, golden_numbers, golden_params
 
-from drift.errors import UserError
 from drift.models.generator import Generator
 from drift.models.mae import LatentMAE
 from drift.release import convert_generator, convert_mae, import_release, read_flax_msgpack
@@ -49,15 +49,6 @@ def write_release(folder, kind, model_config, tree):
     (folder / "metadata.json").write_text(json.dumps({"kind": kind, "model_config": model_config}))
     (folder / "ema_params.msgpack").write_bytes(msgpack.packb(tree))
     return folder
-
-
-def complaint(call):
-    """The message of the UserError that `call` raises, which must be one line."""
-    with pytest.raises(UserError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 @torch.no_grad()

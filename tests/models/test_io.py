@@ -2,9 +2,9 @@ import json
 
 import pytest
 import torch
+from complaints import complaint
 from safetensors.torch import load_file, save_file
 
-from drift.errors import UserError
 from drift.models.generator import Generator, GeneratorConfig
 from drift.models.mae import LatentMAE, MAEConfig
 
@@ -20,15 +20,6 @@ MODELS = {
 def model(request):
     torch.manual_seed(0)
     return request.param(MODELS[request.param])
-
-
-def complaint(call):
-    """The message of the UserError that `call` raises, which must be one line."""
-    with pytest.raises(UserError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def assert_same_weights(found, expected):
