@@ -33,7 +33,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync(path.parent)
 
 
 def write_json(path: str | Path, obj: Any) -> None:
@@ -82,6 +82,15 @@ def check_writable(folder: str | Path) -> None:
         ) from None
 
 
+def sync(path: str | Path) -> None:
+    """Flush a file, or the names in a folder, to the disk: a rename survives a power failure only then."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def sha256(path: str | Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with Path(path).open("rb") as file:
@@ -99,7 +108,7 @@ def _swap_in(folder: Path, destination: Path) -> None:
         if os.path.lexists(old):
             os.rename(old, destination)
         raise
-    _sync_folder(destination.parent)
+    sync(destination.parent)
     _remove(old)
 
 
@@ -108,12 +117,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    # A rename survives a power failure only once the folder that lists it is on the disk
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,10 +1,12 @@
-"""The two training loops and what they share."""
+"""The two training loops and what they share. Names are imported when they are used."""
+
+import importlib
+
+_HOMES = {"drift_objective": "drift.training.objective"}
+__all__ = ["drift_objective"]
 
 
 def __getattr__(name: str):
-    # Loaded when asked for, so that importing one module of the package does not import them all
-    if name == "drift_objective":
-        from drift.training.objective import drift_objective
-
-        return drift_objective
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

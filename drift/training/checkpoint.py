@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from drift.errors import UserError
+from drift.files import sync
 
 KEPT = 2
 _NAME = re.compile(r"step-(\d{8})")
@@ -65,10 +66,10 @@ def save_checkpoint(
     save_file({k: v.detach().contiguous() for k, v in tensors.items()}, draft / "tensors.safetensors")
     (draft / "state.json").write_text(json.dumps({"step": step, **state}, sort_keys=True))
     for path in (*draft.iterdir(), draft):
-        _flush(path)
+        sync(path)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(draft, final)
-    _flush(folder)
+    sync(folder)
     for _, old in _found(folder)[KEPT:]:
         shutil.rmtree(old)
     return final
@@ -112,11 +113,3 @@ def _found(folder: Path) -> list[tuple[int, Path]]:
         return []
     named = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
     return sorted(((int(m.group(1)), path) for m, path in named if m), reverse=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
