@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from drift.errors import UserError
-from drift.field.settings import FieldSettings, unsupported
+from drift.field.settings import FieldSettings, contradiction
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 CountOrZero = Annotated[int, Field(strict=True, ge=0)]
@@ -232,8 +232,13 @@ class Settings(Section):
     mask_self_neg: Switch
     """Mask a generated sample out of its own negatives."""
     alg2_impl: Literal["logspace", "kernel"]
+    """Softmaxes with each sum's own maximum, or exponentials first (prior), which may underflow."""
     sinkhorn_iters: Count
+    sinkhorn_tolerance: NotNegative
+    """A drift problem stops earlier, once the L1 error of its row marginal is at most this; 0 is never."""
     sinkhorn_marginal: Literal["none", "weighted_cols", "post_guidance"]
+    """How unconditional negatives weigh in a plan: not at all but for where it starts from, by their share of
+    the column marginal, or by omega afterwards."""
     sinkhorn_agg_kernel: Switch
     """Average the Gibbs kernels over the temperatures and scale once."""
     drift_unit_vec: Switch
@@ -247,11 +252,14 @@ class Settings(Section):
     uncond_weighting: Literal["affinity", "logit"]
     """An unconditional negative's weight multiplies A (release), or its log is added to the logit (prior)."""
     affinity_floor: NotNegative
-    """Lower bound of A^2 (release: 1e-6; prior: 0)."""
+    """Lower bound of A^2 (release: 1e-6; prior: 0); for `row` and `partial_two_sided`."""
     self_in_scale: Switch
-    """Count the pairs of a sample with itself in S (release), or leave them out (prior)."""
+    """Count pairs of a sample with itself in S (release), or leave them out where `mask_self_neg` (prior)."""
     vanilla: Switch
     """S = 1."""
+    negatives: Literal["self", "second_batch"]
+    """What repels generated samples: they themselves, or a second batch of the same class (arXiv 2605.11755),
+    which costs another forward pass of generator and encoder."""
     data: Data
     encode: Encode
     mae: Mae
@@ -261,8 +269,10 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _consistent(self):
-        if complaint := unsupported(self.field()):
+        if complaint := contradiction(self.field()):
             raise ValueError(complaint)
+        self._require_a_difference()
+        self._require_feasible_marginals()
         if self.data.dataset == "folder" and self.data.root is None:
             raise ValueError("data.root = null: allowed: a folder, where data.dataset is folder")
         for key in ("crop_scale", "crop_ratio"):
@@ -287,6 +297,29 @@ class Settings(Section):
                 f"allowed: at most data.classes ({self.data.classes})"
             )
         return self
+
+    def _require_a_difference(self) -> None:
+        """Refuse what would train for days and end as another run does."""
+        if self.drift_tau_scale and self.normalize_drift_theta:
+            raise ValueError(
+                "drift_tau_scale = True: cancels, as normalize_drift_theta divides every V_tau by its own "
+                "RMS; set one of them to false"
+            )
+        if len(set(self.temps)) < len(self.temps):
+            raise ValueError(f"temps = {list(self.temps)}: allowed: each temperature once")
+
+    def _require_feasible_marginals(self) -> None:
+        """Refuse uniform marginals of unconditional negatives that may have no weight at all."""
+        drift = self.drift
+        if self.coupling != "sinkhorn" or self.sinkhorn_marginal != "none" or not drift.unconditional:
+            return
+        if drift.omega_min <= 1 or drift.no_guidance_fraction > 0:
+            raise ValueError(
+                f"sinkhorn_marginal = 'none': at omega = 1 (drift.omega_min = {drift.omega_min:g}, "
+                f"drift.no_guidance_fraction = {drift.no_guidance_fraction:g}) unconditional negatives weigh "
+                "nothing and cannot have a uniform marginal; set sinkhorn_marginal to weighted_cols, or "
+                "omega_min above 1 and no_guidance_fraction to 0"
+            )
 
     def field(self) -> FieldSettings:
         """The knobs of the drifting field."""

@@ -1,6 +1,9 @@
-"""The drifting loss as one reads it: problem by problem, pair by pair, in float64, by release conventions."""
+"""The drifting loss as one reads it: problem by problem, temperature by temperature, in float64."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -14,62 +17,181 @@ class Naive(NamedTuple):
     grad: Tensor
     scale: Tensor
     drift_rms: Tensor
+    neighbours: Tensor
+    marginal_error: Tensor | None
+
+
+@dataclass
+class Problem:
+    """One class at one location."""
+
+    x: Tensor  # [N, C]
+    targets: Tensor  # [M, C], in the order of K repelling, U unconditional and P positive vectors
+    weights: Tensor  # [M], w for the unconditional ones and 1 for the others
+    distances: Tensor  # [N, M]
+    self_pairs: Tensor  # [N, M], whether a target is the generated vector itself
+    negatives: int  # K + U
+    unconditional: slice
+    omega: Tensor
 
 
 def naive_drifting_loss(
-    x: Tensor, pos: Tensor, uncond: Tensor, omega: Tensor, settings: FieldSettings
+    x: Tensor,
+    pos: Tensor,
+    uncond: Tensor,
+    omega: Tensor,
+    settings: FieldSettings,
+    negatives: Tensor | None = None,
 ) -> Naive:
-    """Arguments as those of `drifting_loss`; only for `alg2_joint` drifts of `l2` distances."""
+    """Arguments and results as those of `drifting_loss`, for settings that do not contradict each other."""
     x, pos, uncond, omega = (t.detach().double() for t in (x, pos, uncond, omega))
-    classes, n, locations, channels = x.shape
-    u = uncond.shape[1]
-    problems = [(c, l) for c in range(classes) for l in range(locations)]
+    repelling = x if negatives is None else negatives.detach().double()
+    classes, _, locations, channels = x.shape
+    problems = {}
+    for c, l in product(range(classes), range(locations)):
+        vectors = (t[c, :, l] for t in (x, repelling, uncond, pos))
+        problems[c, l] = make_problem(*vectors, omega[c], settings)
+    release = settings.normalization_scope == "batch"
+    sharing = [range(classes)] if release else [[c] for c in range(classes)]  # one S and one lambda
 
-    def targets(c, l):
-        return torch.cat([x[c, :, l], uncond[c, :, l], pos[c, :, l]])
+    scale = torch.ones(classes, dtype=torch.float64)
+    if not settings.vanilla:
+        for group in sharing:
+            scale[group] = feature_scale([p for (c, _), p in problems.items() if c in group], settings)
 
-    def weights(c):
-        w = (n - 1) * (omega[c] - 1) / u if u else 0.0
-        return torch.tensor([1.0] * n + [w] * u + [1.0] * pos.shape[1], dtype=torch.float64)
-
-    def distance(a, b):
-        return math.sqrt(max(float((a - b).square().sum()), 1e-8))
-
-    distances = {
-        (c, l): torch.tensor([[distance(a, b) for b in targets(c, l)] for a in x[c, :, l]]).double()
-        for c, l in problems
-    }
-    numerator = sum((distances[c, l] * weights(c)).sum() for c, l in problems)
-    denominator = sum(n * weights(c).sum() for c, l in problems)
-    mean_distance = numerator / denominator
-    s = max(float(mean_distance) / math.sqrt(channels), 1e-3)
-
-    drift = torch.zeros_like(x)
-    drift_rms = []
+    total = torch.zeros_like(x)
+    drift_rms, neighbours, errors = [], [], []
     for tau in settings.temps:
-        raw = torch.zeros_like(x)
-        for c, l in problems:
-            d = distances[c, l] / (s * math.sqrt(channels))
-            if settings.mask_self_neg:
-                d = d + 100 * torch.eye(n, d.shape[1])
-            over_targets = (-d / tau).log_softmax(dim=1)
-            over_generated = (-d / tau).log_softmax(dim=0)
-            if settings.coupling == "row":
-                a = over_targets.exp()
-            else:
-                a = ((over_targets + over_generated) / 2).exp()
-            a = a.clamp(min=math.sqrt(settings.affinity_floor)) * weights(c)
-            y = targets(c, l) / s
-            for i in range(n):
-                a_neg, a_pos = a[i, : n + u], a[i, n + u :]
-                raw[c, i, l] += (a_pos * a_neg.sum()) @ (y[n + u :] - y[i])
-                raw[c, i, l] -= (a_neg * a_pos.sum()) @ (y[: n + u] - y[i])
-        mean_square = raw.square().mean()
-        drift_rms.append(mean_square.sqrt())
-        drift += raw / mean_square.clamp(min=1e-8).sqrt()
+        raw, counts, deviations = torch.empty_like(x), [], []
+        for (c, l), problem in problems.items():
+            raw[c, :, l], count, deviation = drift(problem, scale[c], tau, settings)
+            counts.append(count)
+            deviations.append(deviation)
+        drift_rms.append(raw.square().mean().sqrt())
+        neighbours.append(torch.stack(counts).mean())
+        if settings.coupling == "sinkhorn":  # of the two plans of a split form, the one that is further off
+            errors.append(torch.tensor(deviations, dtype=torch.float64).amax(dim=1).mean())
+
+        if settings.drift_tau_scale:
+            raw *= (2 if settings.dist_metric == "l2_sq" else 1) / (tau * math.sqrt(channels))
+        for group in sharing:
+            mean_square = raw[group].square().mean().clamp(min=1e-8 if release else 1e-12)
+            total[group] += raw[group] / (mean_square.sqrt() if settings.normalize_drift_theta else 1)
 
     x.requires_grad_()
-    goal = (x / s + drift).detach()
-    loss = (x / s - goal).square().mean()
+    scaled = x / scale[:, None, None, None]
+    loss = (scaled - (scaled + total).detach()).square().mean()
     (grad,) = torch.autograd.grad(loss, x)
-    return Naive(loss.detach(), grad, mean_distance, torch.stack(drift_rms))
+    return Naive(
+        loss.detach(),
+        grad,
+        scale.mean(),
+        torch.stack(drift_rms),
+        torch.stack(neighbours),
+        torch.stack(errors) if settings.coupling == "sinkhorn" else None,
+    )
+
+
+def make_problem(x, repelling, uncond, pos, omega, settings) -> Problem:
+    n, k, u = len(x), len(repelling), len(uncond)
+    itself = settings.negatives == "self"
+    w = ((n - 1) if itself else k) * (float(omega) - 1) / u if u else 0.0
+    targets = torch.cat([repelling, uncond, pos])
+    squares = (x[:, None] - targets).square().sum(dim=-1)
+    squares = squares.clamp(min=1e-8 if settings.normalization_scope == "batch" else 0.0)
+    return Problem(
+        x=x,
+        targets=targets,
+        weights=torch.tensor([1.0] * k + [w] * u + [1.0] * len(pos), dtype=torch.float64),
+        distances=squares if settings.dist_metric == "l2_sq" else squares.sqrt(),
+        self_pairs=torch.eye(n, len(targets), dtype=torch.bool) & itself,
+        negatives=k + u,
+        unconditional=slice(k, k + u),
+        omega=omega,
+    )
+
+
+def feature_scale(problems: Sequence[Problem], settings: FieldSettings) -> Tensor:
+    """S: weighted mean distance over the pairs of these problems, over sqrt(C)."""
+    total = count = 0.0
+    for problem in problems:
+        weights = problem.weights.expand_as(problem.distances)
+        if settings.mask_self_neg and not settings.self_in_scale:
+            weights = weights.masked_fill(problem.self_pairs, 0)
+        total += (weights * problem.distances).sum()
+        count += weights.sum()
+    floor = 1e-3 if settings.normalization_scope == "batch" else 1e-6
+    return (total / count / math.sqrt(problems[0].x.shape[-1])).clamp(min=floor)
+
+
+def drift(problem: Problem, scale: Tensor, tau: float, settings: FieldSettings):
+    """V_tau `[N, C]` before any factor, the effective number of positives, each plan's marginal error."""
+    channels, negatives = problem.x.shape[-1], problem.negatives
+    kernels = settings.temps if settings.sinkhorn_agg_kernel else [tau]
+    logits = torch.stack([-problem.distances / scale / (t * math.sqrt(channels)) for t in kernels])
+    logits = logits.logsumexp(dim=0) - math.log(len(kernels))
+    if settings.mask_self_neg and settings.coupling != "sinkhorn":
+        logits = logits.masked_fill(problem.self_pairs, -math.inf)
+
+    weights = problem.weights
+    if settings.drift_form == "split":
+        to_neg, error_neg = couple(logits[:, :negatives], weights[:negatives], settings)
+        to_pos, error_pos = couple(logits[:, negatives:], weights[negatives:], settings)
+        errors = error_neg + error_pos
+        if settings.coupling == "sinkhorn" and settings.sinkhorn_marginal == "post_guidance":
+            to_neg[:, problem.unconditional] *= problem.omega
+        p_neg, p_pos = (a / a.sum(dim=1, keepdim=True) for a in (to_neg, to_pos))
+        coefficients = torch.cat([-p_neg, p_pos], dim=1)
+    else:
+        affinity, errors = couple(logits, weights, settings)
+        to_neg, to_pos = affinity[:, :negatives], affinity[:, negatives:]
+        neg_mass, pos_mass = (a.sum(dim=1, keepdim=True) for a in (to_neg, to_pos))
+        coefficients = torch.cat([-to_neg * pos_mass, to_pos * neg_mass], dim=1)
+
+    if settings.drift_unit_vec:
+        displacements = problem.targets - problem.x[:, None]  # [N, M, C]
+        lengths = problem.distances[:, :, None]
+        directions = torch.where(lengths > 0, displacements / lengths, 0)
+        field = (coefficients[:, :, None] * directions).sum(dim=1)
+    else:
+        field = coefficients @ (problem.targets / scale)
+    return field, (to_pos.sum(dim=1).square() / to_pos.square().sum(dim=1)).mean(), errors
+
+
+def couple(logits: Tensor, weights: Tensor, settings: FieldSettings) -> tuple[Tensor, list[float]]:
+    """A `[N, M]` from logits and column weights `[M]`, and, for `sinkhorn` only, its marginal error."""
+    sinkhorn = settings.coupling == "sinkhorn"
+    by_logit = settings.sinkhorn_marginal == "none" if sinkhorn else settings.uncond_weighting == "logit"
+    present = weights > 0 if by_logit else torch.ones_like(weights, dtype=torch.bool)
+    z = logits[:, present] + (weights[present].log() if by_logit else 0)
+    affinity = torch.zeros_like(logits)
+
+    if sinkhorn:
+        weighted = settings.sinkhorn_marginal == "weighted_cols"
+        marginal = weights.clamp(min=1e-6) if weighted else torch.ones_like(z[0])
+        affinity[:, present], error = sinkhorn_plan(z, marginal / marginal.sum(), settings)
+        return affinity, [error]
+
+    if settings.alg2_impl == "kernel":
+        kernel = z.exp()
+        rows, columns = (kernel.sum(dim=d, keepdim=True).clamp(min=1e-12) for d in (1, 0))
+        a = kernel / (rows if settings.coupling == "row" else (rows * columns).sqrt())
+    elif settings.coupling == "row":
+        a = z.softmax(dim=1)
+    else:
+        a = ((z.log_softmax(dim=1) + z.log_softmax(dim=0)) / 2).exp()
+    affinity[:, present] = a.clamp(min=math.sqrt(settings.affinity_floor))
+    return affinity if by_logit else affinity * weights, []
+
+
+def sinkhorn_plan(z: Tensor, marginal: Tensor, settings: FieldSettings) -> tuple[Tensor, float]:
+    n = len(z)
+    f, g = torch.zeros_like(z[:, :1]), torch.zeros_like(z[:1])
+    for _ in range(settings.sinkhorn_iters):
+        f = -math.log(n) - (z + g).logsumexp(dim=1, keepdim=True)
+        g = marginal.log() - (z + f).logsumexp(dim=0, keepdim=True)
+        plan = (z + f + g).exp()
+        row_error = (plan.sum(dim=1) - 1 / n).abs().sum()
+        if row_error <= settings.sinkhorn_tolerance:
+            break
+    return plan, float(row_error + (plan.sum(dim=0) - marginal).abs().sum())

@@ -149,10 +149,88 @@ def test_mistakes_are_one_line_with_key_value_and_way_out(tmp_path, changes, wan
         assert part in message
 
 
-def test_field_knobs_that_are_not_there_yet_are_refused(tmp_path):
-    for knob, value in {"coupling": "sinkhorn", "drift_form": "split", "dist_metric": "l2_sq"}.items():
-        message = refusal(tmp_path, **{knob: value})
-        assert knob in message and value in message
+SINKHORN = {"coupling": "sinkhorn", "drift_form": "split"}
+GUIDED = {"drift__omega_min": 1.1, "drift__no_guidance_fraction": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        (SINKHORN | {"alg2_impl": "kernel"}, ["alg2_impl is kernel", "underflow", "use alg2_impl logspace"]),
+        (
+            {"coupling": "sinkhorn", "sinkhorn_marginal": "post_guidance"},
+            ["sinkhorn_marginal is post_guidance", "alg2_joint", "use drift_form split or"],
+        ),
+        (
+            {"sinkhorn_agg_kernel": True},
+            ["sinkhorn_agg_kernel is true", "partial_two_sided", "use coupling sinkhorn or"],
+        ),
+        (
+            SINKHORN | {"sinkhorn_agg_kernel": True, "drift_tau_scale": True, "normalize_drift_theta": False},
+            ["drift_tau_scale is true", "no temperature", "set one of them to false"],
+        ),
+        (
+            {"drift_unit_vec": True, "dist_metric": "l2_sq"},
+            ["drift_unit_vec is true", "l2_sq", "use dist_metric l2 or"],
+        ),
+        (
+            SINKHORN | {"sinkhorn_marginal": "none"},
+            ["sinkhorn_marginal = 'none'", "omega_min = 1", "weigh nothing", "set sinkhorn_marginal to"],
+        ),
+        (
+            SINKHORN | GUIDED | {"sinkhorn_marginal": "none", "drift__no_guidance_fraction": 0.5},
+            ["sinkhorn_marginal = 'none'", "no_guidance_fraction = 0.5", "weighted_cols"],
+        ),
+        ({"drift_tau_scale": True}, ["drift_tau_scale = True", "cancels", "set one of them to false"]),
+        ({"temps": [0.02, 0.05, 0.02]}, ["temps = [0.02, 0.05, 0.02]", "each temperature once"]),
+        ({"negatives": "third_batch"}, ["negatives", "'third_batch'", "self", "second_batch"]),
+        ({"sinkhorn_tolerance": -1e-3}, ["sinkhorn_tolerance", "-0.001", "0 or more"]),
+    ],
+)
+def test_knobs_that_make_no_sense_together_are_refused_with_the_reason(tmp_path, changes, wanted):
+    message = refusal(tmp_path, **changes)
+    for part in wanted:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        SINKHORN,
+        SINKHORN | {"dist_metric": "l2_sq", "negatives": "second_batch"},
+        SINKHORN | {"sinkhorn_marginal": "post_guidance", "sinkhorn_tolerance": 1e-3},
+        SINKHORN | GUIDED | {"sinkhorn_marginal": "none"},
+        SINKHORN | {"sinkhorn_marginal": "none", "drift__unconditional": 0},
+        {"coupling": "sinkhorn", "sinkhorn_agg_kernel": True},
+        {"drift_tau_scale": True, "normalize_drift_theta": False},
+        {"alg2_impl": "kernel", "drift_form": "split", "coupling": "row"},
+        {
+            "drift_unit_vec": True,
+            "normalization_scope": "class",
+            "uncond_weighting": "logit",
+            "vanilla": True,
+        },
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_knobs_that_go_together(tmp_path, changes):
+    field = load_settings(changed(tmp_path, **changes)).field()
+    for key, value in changes.items():
+        if "__" not in key:
+            assert getattr(field, key) == value
+
+
+def test_prior_presets_have_the_prior_field_in_the_ablation_setting():
+    ablation, baseline, sinkhorn = (
+        load_settings(ROOT / "presets" / f"{name}.yaml")
+        for name in ("imagenet256_ablation", "prior_baseline", "prior_sinkhorn")
+    )
+    assert baseline.field() == FieldSettings.prior()
+    assert sinkhorn.field() == FieldSettings.prior(coupling="sinkhorn", drift_form="split")
+    for settings in (baseline, sinkhorn):
+        assert (settings.mae, settings.drift) == (ablation.mae, ablation.drift)
+        assert (settings.encode.vae, settings.encode.posterior) == ("stabilityai/sd-vae-ft-ema", "mean")
+        assert settings.fid.reference == "val"
 
 
 def test_several_mistakes_are_counted(tmp_path):

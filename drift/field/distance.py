@@ -1,41 +1,82 @@
-"""Distances from generated vectors to their targets, and the feature scale S (paper A.6)."""
+"""Distances from generated vectors to their targets, and the feature scale S (paper A.6).
+
+Shapes: B drift problems, N generated vectors and M targets in each, C channels.
+"""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-SQUARED_DISTANCE_FLOOR = 1e-8  # release: keeps the distance of a vector to itself at 1e-4
-SCALE_FLOOR = 1e-3  # release: smallest S
+
+class Guards(NamedTuple):
+    """Lower bounds that keep degenerate features, such as constant ones, from dividing by zero."""
+
+    squared_distance: float
+    scale: float
+    """Of S."""
+    mean_square: float
+    """Of mean(V_tau^2)."""
 
 
-def l2(gram: Tensor, squared_norms: Tensor) -> Tensor:
-    """Distances from the first N of M vectors to all of them, `[..., N, M]`.
+GUARDS = {
+    "batch": Guards(1e-8, 1e-3, 1e-8),  # release: a vector is 1e-4 from itself, lambda_tau >= 1e-4
+    "class": Guards(0.0, 1e-6, 1e-12),  # prior
+}
+"""By `normalization_scope`, as each reference has them."""
 
-        d_ij = ||y_i - y_j|| = sqrt(<y_i, y_i> + <y_j, y_j> - 2 <y_i, y_j>)
 
-    `gram [..., N, M]` holds the inner products, `squared_norms [..., M]` those of every vector with itself.
+def squared_distances(queries: Tensor, targets: Tensor) -> Tensor:
+    """`[B, N, C]`, `[B, M, C]` -> `[B, N, M]`, by inner products.
+
+        ||x_i - y_j||^2 = <x_i, x_i> + <y_j, y_j> - 2 <x_i, y_j>
+
     In float32 the difference has an error of about 1e-7 squared norms: distances below a thousandth of the
-    vectors' length are rounding, except that of a vector to itself, which is set.
+    vectors' length are rounding.
     """
-    n = gram.shape[-2]
-    squares = squared_norms[..., :n, None] + squared_norms[..., None, :]
-    squares.sub_(gram, alpha=2).clamp_min_(SQUARED_DISTANCE_FLOOR)
-    squares.diagonal(dim1=-2, dim2=-1).fill_(SQUARED_DISTANCE_FLOOR)
-    return squares.sqrt_()
+    norms = _squared_norms(queries)[:, :, None] + _squared_norms(targets)[:, None, :]
+    return norms.baddbmm_(queries, targets.mT, alpha=-2)
 
 
-def weighted_sums(distances: Tensor, weights: Tensor) -> Tensor:
-    """Numerator and denominator of the mean distance over classes, locations and pairs, as `[2]`.
+def squared_distances_from_gram(gram: Tensor, n: int) -> Tensor:
+    """The same between the first N of M vectors and all of them, from all inner products `[B, M, M]`."""
+    norms = gram.diagonal(dim1=1, dim2=2)
+    return (norms[:, :n, None] + norms[:, None, :]).sub_(gram[:, :n], alpha=2)
 
-        mean distance = sum_ij w_j d_ij / sum_ij w_j
 
-    `distances [Nc, L, N, M]`, `weights [Nc, M]`. Pairs of a vector with itself count (release).
+def distances(squares: Tensor, metric: str, floor: float, self_pairs: bool) -> Tensor:
+    """Squared distances -> distances of `metric`, in place.
+
+    With `self_pairs`, targets 1 to N are the generated vectors; a vector's distance to itself is set to
+    the guard's, not left to rounding.
+    """
+    squares.clamp_min_(floor)
+    if self_pairs:
+        squares.diagonal(dim1=1, dim2=2).fill_(floor)
+    return squares if metric == "l2_sq" else squares.sqrt_()
+
+
+def weighted_sums(distances: Tensor, weights: Tensor, *, self_pairs: bool, count_self_pairs: bool) -> Tensor:
+    """Numerator and denominator of the mean distance of each class, `[2, Nc]`.
+
+        mean distance = sum_lij w_j d_lij / sum_lij w_j
+
+    `distances [Nc, L, N, M]`, `weights [Nc, M]` of the targets.
     """
     _, locations, n, _ = distances.shape
-    return torch.stack([(distances.sum(dim=(1, 2)) * weights).sum(), weights.sum() * (locations * n)])
+    total = (distances.sum(dim=2) * weights[:, None]).sum(dim=(1, 2))
+    count = weights.sum(dim=1) * (locations * n)
+    if self_pairs and not count_self_pairs:
+        total = total - distances.diagonal(dim1=2, dim2=3).sum(dim=(1, 2))
+        count = count - locations * n
+    return torch.stack([total, count])
 
 
-def feature_scale(mean_distance: Tensor, channels: int) -> Tensor:
-    """S_j = mean distance / sqrt(C_j), bounded from below (paper A.6; bound: release)."""
-    return (mean_distance / math.sqrt(channels)).clamp_min(SCALE_FLOOR)
+def feature_scale(mean_distance: Tensor, channels: int, floor: float) -> Tensor:
+    """S_j = mean distance / sqrt(C_j), bounded from below (paper A.6)."""
+    return (mean_distance / math.sqrt(channels)).clamp_min(floor)
+
+
+def _squared_norms(vectors: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(vectors, dim=-1).square_()

@@ -1,28 +1,30 @@
 """The drifting loss of one feature set: value, and gradient without an autograd graph (paper Alg. 1, 2).
 
-Shapes: Nc classes, N generated, U unconditional and P positive samples for each, M = N + U + P targets,
-L locations, C channels, T temperatures. One drift problem is one (class, location).
+Shapes: Nc classes, N generated, U unconditional and P positive samples for each, L locations, C channels,
+T temperatures. One drift problem is one (class, location); see `drift/field/problems.py`.
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from drift.errors import UserError
-from drift.field.coupling import COUPLINGS
-from drift.field.distance import feature_scale, l2, weighted_sums
-from drift.field.form import DRIFT_FORMS
-from drift.field.guidance import target_weights, unconditional_weight
-from drift.field.settings import FieldSettings, unsupported
-
-SELF_MASK = 100.0  # release: added to d / mean(d) where a vector meets itself
-MEAN_SQUARE_FLOOR = 1e-8  # release: of V_tau, so that lambda_tau >= 1e-4
+from drift.field.distance import GUARDS, feature_scale
+from drift.field.guidance import unconditional_weight
+from drift.field.problems import Chunk, Coefficients, FeatureSet, Measured
+from drift.field.settings import FieldSettings, contradiction
 
 Reduce = Callable[[Tensor], Tensor]
 """Sums a 1-D float32 tensor over the processes that share the classes of a step."""
+
+CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 2 * 2**30}
+"""Memory for one chunk: on a CPU what stays in its caches, on a GPU what keeps it busy."""
+KEEP_BYTES = {"cpu": 4 * 2**30, "cuda": 16 * 2**30}
+"""Memory for what one pass over the chunks keeps for the next; beyond it, chunks are computed again."""
 
 
 def drifting_loss(
@@ -32,7 +34,10 @@ def drifting_loss(
     omega: Tensor,
     settings: FieldSettings,
     *,
+    negatives: Tensor | None = None,
     reduce: Reduce | None = None,
+    chunk_bytes: int | None = None,
+    keep_bytes: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The drifting loss of one feature set, and what it tells about the field (paper Alg. 1, A.6).
 
@@ -49,84 +54,180 @@ def drifting_loss(
         uncond: vectors of real samples of any class, `[Nc, U, L, C]`; U may be 0.
         omega: CFG strength of each class, at least 1, `[Nc]`.
         settings: the knobs of the field.
+        negatives: for `settings.negatives: second_batch`, vectors of other generated samples of the same
+            class, `[Nc, K, L, C]`, which repel x in place of x itself.
         reduce: given where processes share the classes of a step. S, lambda and the statistics then
             belong to all of them; the loss is the mean over this process's classes, so that gradients
             averaged over processes (equal shares assumed) are those of one process with all classes.
+        chunk_bytes, keep_bytes: memory bounds, see `CHUNK_BYTES` and `KEEP_BYTES`; they change the result
+            by rounding only.
 
     Returns:
-        The loss and detached statistics: `loss`; `scale`, the weighted mean distance that S is made of;
-        `drift_rms`, the RMS of every V_tau before normalisation, `[T]`.
+        The loss and detached statistics, all over classes and locations: `loss`; `scale`, the feature scale
+        S (its mean where each class has its own); per temperature `[T]` `drift_rms`, the RMS of V_tau
+        before normalisation; `neighbours`, the effective number (sum_j A_ij)^2 / sum_j A_ij^2 of positives
+        that attract one generated vector; for `sinkhorn` `marginal_error`, the L1 distance of both marginals
+        of the plan from what they should be (for `split` that of the worse plan).
 
     Raises:
-        UserError: a knob has a value that the field cannot compute.
+        UserError: two knobs contradict each other.
+        ValueError: `negatives` is given without `settings.negatives: second_batch`, or missing with it.
     """
-    if complaint := unsupported(settings):
+    if complaint := contradiction(settings):
         raise UserError(complaint)
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    if (negatives is not None) != (settings.negatives == "second_batch"):
+        raise ValueError(
+            f"settings.negatives is {settings.negatives}, negatives are {type(negatives).__name__}"
+        )
+    assert omega.shape == x.shape[:1], f"{tuple(omega.shape)} strengths for {len(x)} classes"
+    device = x.device.type
+    with torch.no_grad(), torch.autocast(device, enabled=False):
+        n, u = x.shape[1], uncond.shape[1]
+        repelling = n - 1 if negatives is None else negatives.shape[1]
+        features = FeatureSet(
+            x,
+            negatives,
+            uncond,
+            pos,
+            omega.float(),
+            unconditional_weight(omega, repelling, u),
+            settings,
+            GUARDS[settings.normalization_scope].squared_distance,
+        )
         loss, drift, slope, statistics = _drift(
-            x, pos, uncond, omega, settings, reduce or (lambda sums: sums)
+            features,
+            reduce or (lambda sums: sums),
+            CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) if chunk_bytes is None else chunk_bytes,
+            KEEP_BYTES.get(device, KEEP_BYTES["cuda"]) if keep_bytes is None else keep_bytes,
         )
     return _KnownGradient.apply(x, loss, drift, slope), statistics
 
 
-def _drift(
-    x: Tensor, pos: Tensor, uncond: Tensor, omega: Tensor, settings: FieldSettings, reduce: Reduce
-) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """The loss, V `[Nc, N, L, C]`, the slope in `dloss/dx = slope V`, and the statistics."""
-    assert omega.shape == x.shape[:1], f"{tuple(omega.shape)} strengths for {len(x)} classes"
-    n, u, p = x.shape[1], uncond.shape[1], pos.shape[1]
-    channels, temps = x.shape[-1], settings.temps
-    weight = unconditional_weight(omega, n, u)  # [Nc]
+@dataclass
+class _Kept:
+    """A chunk on its way through the passes, with what is kept of it in between."""
 
-    # Only differences of vectors matter, and centred vectors keep more digits of them.
-    targets = torch.cat([samples.transpose(1, 2) for samples in (x, uncond, pos)], dim=2).float()
-    targets -= targets.mean(dim=2, keepdim=True)  # [Nc, L, M, C]
-    long_vectors = channels > n + u + p
-    gram = (targets if long_vectors else targets[:, :, :n]) @ targets.mT  # [Nc, L, M or N, M]
-    distances = l2(gram[:, :, :n], targets.square().sum(dim=-1))  # [Nc, L, N, M]
+    chunk: Chunk
+    keep: bool
+    measured: Measured | None = None
+    """From the first pass to the second."""
+    made: Tensor | Coefficients | None = None
+    """What V is a weighted sum of, from the second pass to the third."""
+
+    def measure(self) -> Measured:
+        measured, self.measured = self.measured or self.chunk.measure(), None
+        return measured
+
+    def take(self, scale: Tensor) -> Tensor | Coefficients:
+        made, self.made = self.made, None
+        return self.chunk.coefficients(self.chunk.measure().distances, scale) if made is None else made
+
+
+def _drift(
+    features: FeatureSet, reduce: Reduce, chunk_bytes: int, keep_bytes: int
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """The loss, V `[Nc, N, L, C]`, the slope in `dloss/dx = slope V`, and the statistics.
+
+    Three passes over chunks of problems: the fields need S, and V needs lambda, which belong to all.
+    """
+    x, settings = features.x, features.settings
+    classes, n, _, channels = x.shape
+    per_class = settings.normalization_scope == "class"
+    guards = GUARDS[settings.normalization_scope]
+    mean_square_floor = guards.mean_square
+    if settings.coupling == "sinkhorn" and settings.drift_form == "alg2_joint":
+        mean_square_floor /= n**4  # rows of a plan hold 1/N, those of other couplings about 1
+    chunks, room = [], keep_bytes
+    for chunk in features.chunks(max(1, chunk_bytes // features.working_bytes)):
+        room -= chunk.problems * features.kept_bytes
+        chunks.append(_Kept(chunk, keep=room >= 0))
 
     # S = mean(d) / sqrt(C)
-    distance_sum, weight_sum = reduce(weighted_sums(distances, target_weights(weight, n, u, p)))
-    mean_distance = distance_sum / weight_sum
-    scale = feature_scale(mean_distance, channels)
-
-    # logits_tau = -d / (tau S sqrt(C)); a coupling makes A_tau of them, a drift form R_tau
-    distances /= scale * math.sqrt(channels)
-    if settings.mask_self_neg:
-        distances.diagonal(dim1=-2, dim2=-1).add_(SELF_MASK)
-    logits = torch.stack([distances / -tau for tau in temps], dim=2)  # [Nc, L, T, N, M]
-    affinity = COUPLINGS[settings.coupling](logits).clamp_min_(math.sqrt(settings.affinity_floor))
-    affinity[..., n : n + u] *= weight[:, None, None, None, None]
-    coefficients = DRIFT_FORMS[settings.drift_form](affinity, negatives=n + u)
-    coefficients = coefficients.flatten(2, 3)  # [Nc, L, T*N, M]
-
-    # S V_tau = R_tau Y. The release subtracts rowsum(R_tau) x, which is zero but for rounding; centred
-    # targets make that rounding harmless. Where vectors are longer than M, the fields stay coefficients
-    # until the temperatures are summed, and their inner products are R_tau G R_tau'^T.
-    if long_vectors:
-        fields, duals = coefficients, coefficients @ gram
+    if settings.vanilla:
+        scale = x.new_ones(classes, dtype=torch.float32)
     else:
-        fields = duals = coefficients @ targets
-    fields, duals = (f.unflatten(2, (len(temps), n)).flatten(3) for f in (fields, duals))
-    products = (fields @ duals.mT).sum(dim=(0, 1)) / scale.square()  # sum of V_tau V_tau', [T, T]
+        sums = x.new_zeros(2, classes, dtype=torch.float32)
+        for kept in chunks:
+            measured = kept.chunk.measure()
+            sums[:, kept.chunk.classes] += kept.chunk.distance_sums(measured.distances)
+            if kept.keep:
+                kept.measured = measured
+        if not per_class:
+            sums = reduce(sums.sum(dim=1))[:, None].expand(2, classes)
+        scale = feature_scale(sums[0] / sums[1], channels, guards.scale)  # [Nc]
+
+    # sum V_tau V_tau' over the vectors of each class
+    t = features.fields
+    products = x.new_zeros(classes, t, t, dtype=torch.float32)
+    neighbours, marginal_errors = x.new_zeros(2, t, dtype=torch.float32)
+    for kept in chunks:
+        measured = kept.measure()
+        coefficients = kept.chunk.coefficients(measured.distances, scale)
+        made, chunk_products = kept.chunk.inner_products(coefficients, measured)
+        products[kept.chunk.classes] += chunk_products
+        neighbours += coefficients.neighbours.sum(dim=(0, 2))
+        if coefficients.marginal_error is not None:
+            marginal_errors += coefficients.marginal_error.sum(dim=0)
+        if kept.keep:
+            kept.made = made
+    products /= scale.square()[:, None, None]
 
     # lambda_tau = sqrt(mean(V_tau^2)),  V = sum_tau V_tau / lambda_tau,  so that mean(V^2) needs no V
-    numel = products.new_full((1,), x.numel())
-    sums = reduce(torch.cat([numel, products.flatten()]))
-    mean_products = (sums[1:] / sums[0]).view_as(products)
-    mean_squares = mean_products.diagonal()
-    inverse_lambda = mean_squares.clamp_min(MEAN_SQUARE_FLOOR).rsqrt()  # [T]
-    loss = inverse_lambda @ products @ inverse_lambda / numel
-    drift = fields.mul_((inverse_lambda / scale)[:, None]).sum(dim=2).unflatten(2, (n, -1))
-    if long_vectors:
-        drift = drift @ targets
+    numel = x.new_tensor(x.numel(), dtype=torch.float32)
+    factors = _factors(products * (classes / numel), features, mean_square_floor)  # [Nc, T]
+    sums = (numel, products.sum(dim=0), _loss(factors, products), scale.sum(), scale.new_tensor(classes))
+    all_numel, total, loss_sum, scale_sum, all_classes, neighbours, marginal_errors = _reduce(
+        reduce, *sums, neighbours, marginal_errors
+    )
+    mean_products = total / all_numel
+    if not per_class:
+        factors = _factors(mean_products[None], features, mean_square_floor)
+        loss_sum = _loss(factors, total[None])
+        factors = factors.expand(classes, t)
 
+    drift = torch.empty_like(x)  # half the memory where the gradient is half precise
+    for kept in chunks:
+        kept.chunk.write(drift, kept.take(scale), factors / scale[:, None])
+
+    temps = len(settings.temps)
     statistics = {
-        "loss": inverse_lambda @ mean_products @ inverse_lambda,
-        "scale": mean_distance,
-        "drift_rms": mean_squares.clamp_min(0).sqrt(),
+        "loss": loss_sum / all_numel,
+        "scale": scale_sum / all_classes,
+        "drift_rms": mean_products.diagonal().clamp_min(0).sqrt().expand(temps),
+        "neighbours": (neighbours / all_numel * channels).expand(temps),
     }
-    return loss.squeeze(0), drift.transpose(1, 2), -2 / (scale * x.numel()), statistics
+    if settings.coupling == "sinkhorn":
+        statistics["marginal_error"] = (marginal_errors / all_numel * (channels * n)).expand(temps)
+    slope = (-2 / (scale * numel))[:, None, None, None]
+    return _loss(factors, products) / numel, drift, slope, statistics
+
+
+def _factors(mean_products: Tensor, features: FeatureSet, floor: float) -> Tensor:
+    """What every V_tau is multiplied by in V, from mean(V_tau V_tau') `[*, T, T]`: `[*, T]`."""
+    settings = features.settings
+    mean_squares = mean_products.diagonal(dim1=-2, dim2=-1)
+    if settings.normalize_drift_theta:
+        factors = mean_squares.clamp_min(floor).rsqrt()
+    elif settings.drift_tau_scale:
+        # |d log K / d d| = 1 / (tau sqrt(C)), and twice d more of it for squares
+        power = 2 if settings.dist_metric == "l2_sq" else 1
+        factors = power / (mean_squares.new_tensor(settings.temps) * math.sqrt(features.x.shape[-1]))
+        factors = factors.expand_as(mean_squares)
+    else:
+        factors = torch.ones_like(mean_squares)
+    return factors * (len(settings.temps) // features.fields)  # temperatures that share a field
+
+
+def _loss(factors: Tensor, products: Tensor) -> Tensor:
+    """Sum of V^2 from factors `[*, T]` and sums of V_tau V_tau' `[*, T, T]`."""
+    return (factors[..., None, :] @ products @ factors[..., None]).sum()
+
+
+def _reduce(reduce: Reduce, *tensors: Tensor) -> list[Tensor]:
+    """Every tensor summed over the processes, in one collective."""
+    sums = reduce(torch.cat([tensor.flatten() for tensor in tensors]))
+    parts = sums.split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 class _KnownGradient(torch.autograd.Function):
@@ -134,7 +235,7 @@ class _KnownGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, loss: Tensor, drift: Tensor, slope: Tensor) -> Tensor:
-        ctx.save_for_backward(drift.to(x.dtype), slope)  # half the memory where the gradient is half precise
+        ctx.save_for_backward(drift, slope)
         return loss.clone()
 
     @staticmethod

@@ -18,6 +18,7 @@ class FieldSettings:
     mask_self_neg: bool = True
     alg2_impl: str = "logspace"
     sinkhorn_iters: int = 20
+    sinkhorn_tolerance: float = 0.0
     sinkhorn_marginal: str = "weighted_cols"
     sinkhorn_agg_kernel: bool = False
     drift_unit_vec: bool = False
@@ -28,6 +29,7 @@ class FieldSettings:
     affinity_floor: float = 1e-6
     self_in_scale: bool = True
     vanilla: bool = False
+    negatives: str = "self"
 
     @classmethod
     def prior(cls, **changes) -> "FieldSettings":
@@ -41,35 +43,32 @@ class FieldSettings:
         return replace(base, **changes)
 
 
-# A knob that is missing here takes any value: the field computes them all, or no available value reads it.
-_AVAILABLE = {
-    "coupling": ("partial_two_sided", "row"),
-    "drift_form": ("alg2_joint",),
-    "dist_metric": ("l2",),
-    "alg2_impl": ("logspace",),
-    "sinkhorn_agg_kernel": (False,),
-    "drift_unit_vec": (False,),
-    "drift_tau_scale": (False,),
-    "normalize_drift_theta": (True,),
-    "normalization_scope": ("batch",),
-    "uncond_weighting": ("affinity",),
-    "self_in_scale": (True,),
-    "vanilla": (False,),
-}
-
-
-def unsupported(settings: FieldSettings) -> str | None:
-    """One line about the first knob with a value that the field cannot compute; None if there is none."""
-    for knob, available in _AVAILABLE.items():
-        value = getattr(settings, knob)
-        if value not in available:
-            return f"{knob} is {_as_yaml(value)}, which the field cannot compute: use {_either(available)}"
+def contradiction(settings: FieldSettings) -> str | None:
+    """One line about the first pair of knobs that cannot be computed together; None if there is none."""
+    sinkhorn = settings.coupling == "sinkhorn"
+    if sinkhorn and settings.alg2_impl == "kernel":
+        return (
+            "alg2_impl is kernel with coupling sinkhorn: scalings of kernels that underflow do not converge; "
+            "use alg2_impl logspace"
+        )
+    if settings.sinkhorn_marginal == "post_guidance" and settings.drift_form == "alg2_joint":
+        return (
+            "sinkhorn_marginal is post_guidance with drift_form alg2_joint: only split has a plan of the "
+            "negatives to reweight; use drift_form split or sinkhorn_marginal weighted_cols"
+        )
+    if settings.sinkhorn_agg_kernel and not sinkhorn:
+        return (
+            f"sinkhorn_agg_kernel is true with coupling {settings.coupling}: only sinkhorn averages kernels; "
+            "use coupling sinkhorn or sinkhorn_agg_kernel false"
+        )
+    if settings.sinkhorn_agg_kernel and settings.drift_tau_scale:
+        return (
+            "drift_tau_scale is true with sinkhorn_agg_kernel true: an averaged kernel has no temperature; "
+            "set one of them to false"
+        )
+    if settings.drift_unit_vec and settings.dist_metric == "l2_sq":
+        return (
+            "drift_unit_vec is true with dist_metric l2_sq: unit displacements are the gradient of l2 only; "
+            "use dist_metric l2 or drift_unit_vec false"
+        )
     return None
-
-
-def _either(values: tuple[str | bool, ...]) -> str:
-    return " or ".join(_as_yaml(value) for value in values)
-
-
-def _as_yaml(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

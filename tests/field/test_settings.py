@@ -1,48 +1,66 @@
-"""Which knobs the field computes, and how it refuses the others."""
+"""Which knobs contradict each other, and that all others go together."""
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
-import torch
 
-from drift.errors import UserError
-from drift.field import FieldSettings, drifting_loss
-from drift.field.settings import unsupported
+from drift.field import FieldSettings
+from drift.field.settings import contradiction
+
+CONTRADICTIONS = [
+    (
+        {"coupling": "sinkhorn", "alg2_impl": "kernel"},
+        [{"alg2_impl": "logspace"}],
+    ),
+    (
+        {"coupling": "sinkhorn", "sinkhorn_marginal": "post_guidance", "drift_form": "alg2_joint"},
+        [{"drift_form": "split"}, {"sinkhorn_marginal": "weighted_cols"}],
+    ),
+    (
+        {"sinkhorn_agg_kernel": True, "coupling": "row"},
+        [{"coupling": "sinkhorn"}, {"sinkhorn_agg_kernel": False}],
+    ),
+    (
+        {"coupling": "sinkhorn", "sinkhorn_agg_kernel": True, "drift_tau_scale": True},
+        [{"sinkhorn_agg_kernel": False}, {"drift_tau_scale": False}],
+    ),
+    (
+        {"drift_unit_vec": True, "dist_metric": "l2_sq"},
+        [{"dist_metric": "l2"}, {"drift_unit_vec": False}],
+    ),
+]
 
 
-def test_defaults_are_supported():
-    assert unsupported(FieldSettings()) is None
+@pytest.mark.parametrize(("knobs", "ways_out"), CONTRADICTIONS, ids=str)
+def test_contradiction_names_the_knobs_and_ways_out(knobs, ways_out):
+    settings = FieldSettings(**knobs)
+    line = contradiction(settings)
+    assert "\n" not in line
+    for way_out in ways_out:
+        [(knob, value)] = way_out.items()
+        assert knob in line
+        assert str(value).lower() in line
+        assert contradiction(replace(settings, **way_out)) is None
 
 
+@pytest.mark.parametrize("settings", [FieldSettings(), FieldSettings.prior()], ids=["release", "prior"])
 @pytest.mark.parametrize(
     "changes",
-    [{"coupling": "row"}, {"mask_self_neg": False}, {"affinity_floor": 0.0}, {"temps": (0.1,)}],
+    [
+        {},
+        {"coupling": "row", "alg2_impl": "kernel"},
+        {"coupling": "sinkhorn"},
+        {"coupling": "sinkhorn", "sinkhorn_marginal": "none"},
+        {"coupling": "sinkhorn", "sinkhorn_marginal": "post_guidance", "drift_form": "split"},
+        {"coupling": "sinkhorn", "sinkhorn_agg_kernel": True, "drift_unit_vec": True},
+        {"dist_metric": "l2_sq", "drift_tau_scale": True},
+        {"negatives": "second_batch", "vanilla": True, "normalize_drift_theta": False},
+    ],
     ids=str,
 )
-def test_available_values(changes):
-    assert unsupported(FieldSettings(**changes)) is None
-
-
-@pytest.mark.parametrize(
-    ("knob", "value", "words"),
-    [
-        ("coupling", "sinkhorn", ("sinkhorn", "partial_two_sided", "row")),
-        ("drift_form", "split", ("split", "alg2_joint")),
-        ("normalize_drift_theta", False, ("false", "true")),
-        ("vanilla", True, ("true", "false")),
-    ],
-)
-def test_refusal_names_knob_value_and_way_out(knob, value, words):
-    line = unsupported(FieldSettings(**{knob: value}))
-    assert line.startswith(f"{knob} ")
-    assert all(word in line for word in words)
-    assert "\n" not in line
-
-
-def test_loss_refuses():
-    x = torch.randn(1, 2, 1, 3)
-    with pytest.raises(UserError, match="coupling"):
-        drifting_loss(x, x, x, torch.ones(1), FieldSettings(coupling="sinkhorn"))
+def test_others_go_together(settings, changes):
+    assert contradiction(replace(settings, **changes)) is None
 
 
 def test_prior_differs_from_release_where_the_method_says():

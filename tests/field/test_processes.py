@@ -1,0 +1,72 @@
+"""Two processes with half of the classes each against one with all of them."""
+
+import multiprocessing
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from field_inputs import draw, loss_and_grad, relative_error
+
+from drift.field import FieldSettings
+
+RANKS = 2
+CASES = {
+    "batch": FieldSettings(),
+    "class": FieldSettings.prior(),
+    "batch-split-sinkhorn": FieldSettings(coupling="sinkhorn", drift_form="split", negatives="second_batch"),
+    "class-joint-sinkhorn": FieldSettings.prior(coupling="sinkhorn"),
+    "batch-raw": replace(FieldSettings(), normalize_drift_theta=False, drift_tau_scale=True),
+    "class-vanilla": FieldSettings.prior(vanilla=True),
+}
+
+
+def inputs(channels):
+    return draw(classes=2 * RANKS, channels=channels)  # classes of different scales
+
+
+def compute_share(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=RANKS)
+
+    def all_reduce(sums):
+        dist.all_reduce(sums)
+        return sums
+
+    results = {}
+    for channels in (7, 40):
+        share = [t.tensor_split(RANKS)[rank] for t in inputs(channels)]
+        for name, knobs in CASES.items():
+            results[name, channels] = loss_and_grad(*share, knobs, reduce=all_reduce)
+    torch.save(results, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def shares(tmp_path_factory):
+    """What each rank has computed."""
+    folder = tmp_path_factory.mktemp("ranks")
+    context = multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=compute_share, args=(rank, folder)) for rank in range(RANKS)]
+    try:
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(timeout=90)
+        assert [process.exitcode for process in ranks] == [0] * RANKS
+    finally:
+        for process in ranks:
+            process.kill()
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+@pytest.mark.parametrize("channels", [7, 40], ids=["short_vectors", "long_vectors"])
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_equal_one_process(shares, name, channels):
+    loss, grad, statistics = loss_and_grad(*inputs(channels), CASES[name])
+    losses, grads, shared = zip(*(share[name, channels] for share in shares), strict=True)
+    assert float(losses[0]) != pytest.approx(float(losses[1]), rel=1e-2)  # each its own mean
+    torch.testing.assert_close(sum(losses) / RANKS, loss)
+    assert relative_error(torch.cat(grads) / RANKS, grad) < 1e-5
+    for of_rank in shared:
+        torch.testing.assert_close(of_rank, statistics, rtol=1e-5, atol=1e-6)

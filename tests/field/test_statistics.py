@@ -1,0 +1,103 @@
+"""What the statistics of the loss tell about the field."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from field_inputs import draw, loss_and_grad
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from drift.field import FieldSettings
+
+PRIOR = FieldSettings.prior()
+SINKHORN = FieldSettings.prior(coupling="sinkhorn", temps=(0.05, 0.2))
+
+forms = pytest.mark.parametrize("form", ["alg2_joint", "split"])
+marginals = pytest.mark.parametrize("marginal", ["none", "weighted_cols"])
+
+
+def statistics_of(inputs, knobs):
+    return loss_and_grad(*inputs, knobs)[2]
+
+
+@forms
+@marginals
+@given(seed=st.integers(0, 1000))
+@settings(max_examples=10, deadline=None)
+def test_marginal_error_falls_with_the_iterations(form, marginal, seed):
+    inputs = draw(seed)
+    knobs = replace(SINKHORN, drift_form=form, sinkhorn_marginal=marginal, temps=(0.2, 0.5))
+    errors = [
+        statistics_of(inputs, replace(knobs, sinkhorn_iters=iterations))["marginal_error"]
+        for iterations in (1, 2, 5, 20, 300)
+    ]
+    for before, after in pairwise(errors):
+        assert (after <= before + 1e-5).all()
+    assert (errors[0] > 1e-2).all()
+    assert (errors[-1] < 1e-4).all()
+
+
+@forms
+@marginals
+@pytest.mark.parametrize("tolerance", [0.1, 0.01])
+def test_iterations_stop_at_the_tolerance(form, marginal, tolerance):
+    inputs = draw()
+    knobs = replace(SINKHORN, drift_form=form, sinkhorn_marginal=marginal, sinkhorn_iters=2000)
+    stopped = statistics_of(inputs, replace(knobs, sinkhorn_tolerance=tolerance))["marginal_error"]
+    converged = statistics_of(inputs, knobs)["marginal_error"]
+    assert (stopped <= 1.001 * tolerance).all()
+    assert (stopped > tolerance / 50).all()
+    assert (converged < tolerance / 100).all()
+
+
+def test_columns_are_exact_where_the_first_iteration_suffices():
+    """Every target at the same distance, tau such that K sums to one: rows are right before any iteration."""
+    n, p, u = 4, 5, 2
+    x, second, uncond, pos = torch.eye(n + n + u + p)[None, :, None].split([n, n, u, p], dim=1)
+    knobs = replace(
+        SINKHORN,
+        negatives="second_batch",
+        temps=(1 / torch.tensor(float(n * (n + u + p))).log().item(),),
+        sinkhorn_tolerance=0.05,
+    )
+    statistics = statistics_of((x, pos, uncond, torch.tensor([4.0]), second), knobs)
+    assert statistics["marginal_error"] < 1e-5
+
+
+@pytest.mark.parametrize("coupling", ["row", "partial_two_sided", "sinkhorn"])
+@forms
+def test_neighbours_are_counted(coupling, form):
+    """All positives attract at a high temperature, at a low one the nearest alone."""
+    _, pos, *rest = draw(n=5, p=6)
+    inputs = pos[:, :5] + 0.05, pos, *rest
+    knobs = replace(PRIOR, coupling=coupling, drift_form=form, temps=(1e3, 1e-3))
+    hot, cold = statistics_of(inputs, knobs)["neighbours"].tolist()
+    assert hot == pytest.approx(6, rel=1e-3)
+    assert 0.999 < cold < (3 if coupling == "sinkhorn" else 1.2)  # a plan spreads a row over several columns
+
+
+@pytest.mark.parametrize("coupling", ["row", "partial_two_sided", "sinkhorn"])
+@forms
+@pytest.mark.parametrize("distance", [2.0, 5.0, 10.0])
+def test_neighbours_are_counted_among_weights_however_small(coupling, form, distance):
+    """Positives that are much further away than the negatives get weights whose squares are no float32."""
+    x, pos, uncond, omega, second = draw(p=6)
+    pos = pos + distance
+    neighbours = statistics_of(
+        (x, pos, uncond, omega, second), replace(PRIOR, coupling=coupling, drift_form=form)
+    )
+    assert (neighbours["neighbours"] >= 0.999).all()
+    assert (neighbours["neighbours"] <= 6.001).all()
+
+
+@pytest.mark.parametrize("coupling", ["row", "partial_two_sided", "sinkhorn"])
+@forms
+def test_drift_is_larger_for_samples_that_are_off(coupling, form):
+    """The loss is about the squared number of temperatures either way: its size is no sign of progress."""
+    knobs = replace(PRIOR, coupling=coupling, drift_form=form, temps=(0.5,), negatives="second_batch")
+    good, bad = (statistics_of(draw(n=40, p=40, k=40, shift=shift), knobs) for shift in (0.0, 1.0))
+    assert float(bad["drift_rms"]) > 1.5 * float(good["drift_rms"])
+    assert float(good["loss"]) == pytest.approx(1, rel=1e-3)
+    assert float(bad["loss"]) == pytest.approx(1, rel=1e-3)
