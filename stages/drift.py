@@ -16,7 +16,7 @@ from drift.files import check_writable, sha256
 from drift.launch import join, run_stage, spawn, stage_parser, wanted_processes
 from drift.models.mae import LatentMAE
 from drift.params import FIELD_KEYS, load_settings
-from drift.training.drift import PLOT_COLUMNS, train_generator
+from drift.training.drift import plot_columns, train_generator
 from drift.training.export import export_run
 from drift.work import Work
 
@@ -61,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder=work.folder,
         )
         if ranks.first:
-            export = export_run(model, emas, work.folder, plot=args.plot, columns=PLOT_COLUMNS)
+            export = export_run(
+                model, emas, work.folder, plot=args.plot, columns=plot_columns(settings.field())
+            )
             work.publish(export, args.out, precision=settings.hardware.precision)
     return 0
 

@@ -1,7 +1,8 @@
 """Training of the generator: each step draws classes, moves their samples along the drift field, follows.
 
 One step (paper Alg. 1): for every class slot draw omega, N noises, P real samples of the class and U real
-samples of any class; generate; the drifting loss in the encoder's features gives the gradient.
+samples of any class; generate; the drifting loss in the encoder's features gives the gradient. With
+`negatives: second_batch` another N samples are generated to repel the first.
 """
 
 from collections.abc import Mapping
@@ -23,7 +24,16 @@ from drift.training.loop import autocast, train
 from drift.training.objective import drift_objective
 from drift.training.schedule import draw_omega
 
-PLOT_COLUMNS = ("loss", "drift_rms", "scale", "grad_norm", "lr")
+
+def plot_columns(field: FieldSettings) -> list[str]:
+    """What of each line of `logs.jsonl` goes into DVC's plots."""
+    per_temperature = [f"{name}_{tau:g}" for name in _by_temperature(field) for tau in field.temps]
+    return ["loss", *_by_temperature(field), *per_temperature, "scale", "grad_norm", "lr"]
+
+
+def _by_temperature(field: FieldSettings) -> list[str]:
+    """Statistics of `drifting_loss` that have one value per temperature."""
+    return ["drift_rms", "neighbours", *(["marginal_error"] if field.coupling == "sinkhorn" else [])]
 
 
 def generator_config(options: Drift, store: LatentStore) -> GeneratorConfig:
@@ -45,17 +55,18 @@ def generator_config(options: Drift, store: LatentStore) -> GeneratorConfig:
 
 
 def summarise(statistics: Mapping[str, Mapping[str, Tensor]], field: FieldSettings) -> dict[str, Tensor]:
-    """Statistics per feature set -> a few scalars: means over the feature sets.
+    """Statistics per feature set -> `[T]` per temperature and scalars, means over the feature sets.
 
     `drift_rms_<tau>` is the RMS of the raw drift before each temperature's normalisation, in units of the
     feature scale S, and `drift_rms` its mean over temperatures: the number that falls while the generator
     learns. The normalised loss stays about one per temperature and feature set by construction.
     """
-    sets = list(statistics.values())
-    rms = torch.stack([s["drift_rms"] for s in sets]).mean(0)  # [T]
-    scale = torch.stack([s["scale"] for s in sets]).mean()
-    by_temperature = {f"drift_rms_{tau:g}": value for tau, value in zip(field.temps, rms, strict=True)}
-    return {"drift_rms": rms.mean(), **by_temperature, "scale": scale}
+    summary = {}
+    for name in _by_temperature(field):
+        means = torch.stack([s[name] for s in statistics.values()]).mean(dim=0)  # [T]
+        summary[name] = means.mean()
+        summary |= {f"{name}_{tau:g}": mean for tau, mean in zip(field.temps, means, strict=True)}
+    return {**summary, "scale": torch.stack([s["scale"] for s in statistics.values()]).mean()}
 
 
 def train_generator(
@@ -93,11 +104,11 @@ def train_generator(
     slots = range(mine.start, mine.stop)
     sample_shape = (config.in_channels, config.input_size, config.input_size)
 
-    def draw(step: int) -> tuple[Tensor, Tensor]:
+    def draw(what: str, step: int) -> tuple[Tensor, Tensor]:
         """Noise `[Nc, N, C, H, W]` and style indices `[Nc, N, S]`, each slot from its own generator."""
         noise, style = [], []
         for slot in slots:
-            generator = torch_generator(seed, "drift/noise", step, slot)
+            generator = torch_generator(seed, what, step, slot)
             noise.append(torch.randn(n, *sample_shape, generator=generator))
             style.append(
                 torch.randint(config.style_entries, (n, config.style_codebooks), generator=generator)
@@ -119,14 +130,23 @@ def train_generator(
             generator=torch_generator(seed, "drift/omega", step),
         )[mine].to(ranks.device)  # [Nc]
         labels = torch.as_tensor(classes[mine], device=ranks.device)
-        noise, style = draw(step)
-        with autocast(ranks, hardware.precision):
-            generated = network(
+
+        def generate(what: str) -> Tensor:
+            noise, style = draw(what, step)
+            samples = network(
                 noise.flatten(0, 1),
                 labels.repeat_interleave(n),
                 omega.repeat_interleave(n),
                 style.flatten(0, 1),
-            ).unflatten(0, (len(slots), n))  # [Nc, N, C, H, W]
+            )
+            return samples.unflatten(0, (len(slots), n))  # [Nc, N, C, H, W]
+
+        with autocast(ranks, hardware.precision):
+            negatives = None
+            if field.negatives == "second_batch":
+                with torch.no_grad():
+                    negatives = generate("drift/negatives")
+            generated = generate("drift/noise")
             loss, statistics = drift_objective(
                 generated,
                 positives,
@@ -134,11 +154,12 @@ def train_generator(
                 omega,
                 encoder,
                 field,
+                negatives=negatives,
                 reduce=ranks.sum if ranks.world_size > 1 else None,
                 drop_duplicates=options.duplicate_features == "drop",
             )
-        mean_loss = ranks.sum(loss.detach().clone()) / ranks.world_size
-        return loss, {"loss": mean_loss, **summarise(statistics, field)}
+        total = torch.stack([s["loss"] for s in statistics.values()]).sum()
+        return loss, {"loss": total, **summarise(statistics, field), "feature_sets": statistics}
 
     emas = train(
         model,

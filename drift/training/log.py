@@ -2,8 +2,10 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -34,7 +36,7 @@ class RunLog:
         """One more step is done."""
         self._bar.update()
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Append a line for `step`, with the steps per second so far."""
         if not self.active:
             return
@@ -67,7 +69,26 @@ def write_plot(log: Path, destination: Path, columns: Sequence[str]) -> None:
         file.write("".join(",".join(row) + "\n" for row in rows).encode())
 
 
-def to_floats(values: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """Scalars of one device as numbers, in one transfer."""
-    numbers = torch.stack([value.detach().float().reshape(()) for value in values.values()])
-    return dict(zip(values, numbers.tolist(), strict=True))
+Tree = Mapping[str, "torch.Tensor | Tree"]
+"""Tensors by name, grouped at will."""
+
+
+def to_numbers(values: Tree) -> dict:
+    """Tensors of one device as numbers or lists of numbers, in one transfer; in groups to four digits."""
+    numbers = iter(torch.cat([leaf.detach().float().reshape(-1) for leaf in _leaves(values)]).tolist())
+
+    def read(value: torch.Tensor | Tree, grouped: bool) -> float | list | dict:
+        if isinstance(value, Mapping):
+            return {name: read(part, True) for name, part in value.items()}
+        taken = [float(f"{x:.4g}") if grouped else x for x in islice(numbers, value.numel())]
+        return taken if value.ndim else taken[0]
+
+    return {name: read(value, False) for name, value in values.items()}
+
+
+def _leaves(tree: Tree) -> Iterator[torch.Tensor]:
+    for value in tree.values():
+        if isinstance(value, Mapping):
+            yield from _leaves(value)
+        else:
+            yield value

@@ -16,7 +16,7 @@ from drift.launch import Ranks
 from drift.models.ema import EMA
 from drift.params import Hardware, Optimizer
 from drift.training.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
-from drift.training.log import RunLog, to_floats
+from drift.training.log import RunLog, Tree, to_numbers
 from drift.training.schedule import learning_rate
 
 LOG_FILE = "logs.jsonl"
@@ -37,7 +37,7 @@ def autocast(ranks: Ranks, precision: str) -> AbstractContextManager:
 
 def train(
     model: nn.Module,
-    compute: Callable[[int], tuple[Tensor, Mapping[str, Tensor]]],
+    compute: Callable[[int], tuple[Tensor, Tree]],
     *,
     options: Optimizer,
     ema_decays: Sequence[float],
@@ -50,9 +50,9 @@ def train(
     """Take `options.steps` optimizer steps of `model`, or those that are left of them.
 
     `compute(step)` gives this process's loss, whose mean over processes is the loss of the step, and
-    scalar statistics of the whole step to log. Checkpoints and `logs.jsonl` go to `folder`. Returns one
-    EMA per decay. Raises FloatingPointError naming the first step with a loss or gradient that is not
-    finite; no checkpoint is written after such a step.
+    statistics of the whole step to log, that `loss` among them. Checkpoints and `logs.jsonl` go to
+    `folder`. Returns one EMA per decay. Raises FloatingPointError naming the first step with a loss or
+    gradient that is not finite; no checkpoint is written after such a step.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -99,7 +99,7 @@ def train(
         loss.backward()
         _average_gradients(parameters, ranks)
         norm = nn.utils.clip_grad_norm_(parameters, options.grad_clip)
-        bad = ~torch.isfinite(norm + ranks.sum(loss.detach().clone()))
+        bad = ~torch.isfinite(norm + statistics["loss"])
         first_bad = torch.where(bad & (first_bad < 0), step, first_bad)  # looked at only now and then
         optimizer.step()
         for ema in emas:
@@ -108,7 +108,7 @@ def train(
         last = step + 1 == options.steps
         if step % hardware.log_every == 0 or last:
             _require_finite(first_bad)
-            log.write(step, {**to_floats({**statistics, "grad_norm": norm}), "lr": rate})
+            log.write(step, {**to_numbers({**statistics, "grad_norm": norm}), "lr": rate})
         if (step + 1) % hardware.checkpoint_every == 0 or last:
             _require_finite(first_bad)
             if ranks.first:

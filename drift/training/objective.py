@@ -24,6 +24,7 @@ def drift_objective(
     encoder: FeatureEncoder,
     settings: FieldSettings,
     *,
+    negatives: Tensor | None = None,
     reduce: Reduce | None = None,
     drop_duplicates: bool = False,
 ) -> tuple[Tensor, dict[str, dict[str, Tensor]]]:
@@ -38,6 +39,8 @@ def drift_objective(
         omega: CFG strength of each class, `[Nc]`.
         encoder: the frozen feature encoder.
         settings: the knobs of the field.
+        negatives: for `settings.negatives: second_batch`, latents of other generated samples of the same
+            class, `[Nc, K, C, H, W]`.
         reduce: sums over the processes that share the classes of a step, see `drifting_loss`.
         drop_duplicates: leave out feature sets that repeat another one whatever the values are. The
             release keeps them, so that those count twice.
@@ -46,24 +49,32 @@ def drift_objective(
         The loss, and by feature set the statistics of `drifting_loss`.
 
     Raises:
-        UserError: a knob has a value that the field cannot compute.
+        UserError, ValueError: see `drifting_loss`.
     """
-    classes, real = len(generated), torch.cat([positives, unconditional], dim=1)  # [Nc, P+U, C, H, W]
+    # What nothing is learned through: [Nc, P+U(+K), C, H, W]
+    given = [positives, unconditional, *([] if negatives is None else [negatives])]
+    classes, fixed = len(generated), torch.cat(given, dim=1).detach()
     with torch.no_grad():
-        real_features = encoder.encode(real.flatten(0, 1), drop_duplicates=drop_duplicates)
-    real_features["global"] = real.flatten(0, 1).flatten(1)[:, None]
+        fixed_features = encoder.encode(fixed.flatten(0, 1), drop_duplicates=drop_duplicates)
+    fixed_features["global"] = fixed.flatten(0, 1).flatten(1)[:, None]
     features = encoder.encode(generated.flatten(0, 1), drop_duplicates=drop_duplicates)
     features["global"] = generated.flatten(0, 1).flatten(1)[:, None]
 
     losses, statistics = [], {}
     for name, x in features.items():
-        pos, uncond = (
-            real_features.pop(name)  # a set that is done makes room for the next
+        pos, uncond, *repelling = (
+            fixed_features.pop(name)  # a set that is done makes room for the next
             .unflatten(0, (classes, -1))
-            .split([positives.shape[1], unconditional.shape[1]], dim=1)
+            .split([samples.shape[1] for samples in given], dim=1)
         )
         loss, statistics[name] = drifting_loss(
-            x.unflatten(0, (classes, -1)), pos, uncond, omega, settings, reduce=reduce
+            x.unflatten(0, (classes, -1)),
+            pos,
+            uncond,
+            omega,
+            settings,
+            negatives=repelling[0] if repelling else None,
+            reduce=reduce,
         )
         losses.append(loss)
     return torch.stack(losses).sum(), statistics

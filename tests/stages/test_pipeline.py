@@ -39,7 +39,7 @@ def test_one_command_runs_all_stages(finished):
 def test_plots_and_experiments_can_be_shown(finished):
     finished.run("dvc", "plots", "show", "--out", "shown")
     page = (finished.folder / "shown" / "index.html").read_text()
-    for axis in ("fid", "accuracy", "drift_rms", "loss", "reconstruction"):
+    for axis in ("fid", "accuracy", "drift_rms", "neighbours", "loss", "reconstruction"):
         assert f'"title": "{axis}"' in page
     assert "plots_samples.png" in page
 

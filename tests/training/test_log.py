@@ -2,7 +2,9 @@
 
 import json
 
-from drift.training.log import RunLog, read_log, write_plot
+import torch
+
+from drift.training.log import RunLog, read_log, to_numbers, write_plot
 
 
 def test_a_resumed_log_has_each_step_once(tmp_path):
@@ -41,3 +43,17 @@ def test_plot_has_the_columns_and_not_the_time(tmp_path):
     (tmp_path / "logs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_plot(tmp_path / "logs.jsonl", tmp_path / "plot.csv", ("loss", "lr"))
     assert (tmp_path / "plot.csv").read_text() == "step,loss,lr\n0,1.25,0.001\n10,0.5,1e-06\n"
+
+
+def test_numbers_keep_their_groups_and_shapes():
+    third = torch.tensor(1 / 3, requires_grad=True)
+    values = {
+        "loss": third,
+        "rms": torch.arange(2.0),
+        "sets": {"a": {"rms": third * torch.ones(2)}, "b": third},
+    }
+    assert to_numbers(values) == {
+        "loss": third.item(),
+        "rms": [0.0, 1.0],
+        "sets": {"a": {"rms": [0.3333, 0.3333]}, "b": 0.3333},
+    }

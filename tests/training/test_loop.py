@@ -72,7 +72,7 @@ def run(folder: Path, steps: int = 8, cut_at: int | None = None, bad_at: int | N
         loss = (model(x) - 0.01 * counter.total).square().mean()
         if step == bad_at:
             loss = loss * float("nan")
-        return loss, {"loss": loss.detach(), "total": counter.total}
+        return loss, {"loss": loss.detach(), "total": counter.total[0]}
 
     emas = train(
         model,

@@ -1,0 +1,116 @@
+"""Training of the generator: what is drawn for a step, and what is logged of it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import drift.training.drift
+from drift.data.latents import LatentStore, write_latents
+from drift.field import FieldSettings
+from drift.launch import Ranks
+from drift.models import LatentMAE
+from drift.models.mae import MAEConfig
+from drift.params import load_settings
+from drift.training.drift import plot_columns, train_generator
+from drift.training.log import read_log, write_plot
+
+SETTINGS = load_settings(Path(__file__).parents[2] / "presets" / "digits.yaml")
+OPTIONS = SETTINGS.drift.model_copy(
+    update={
+        "hidden": 16, "depth": 1, "heads": 2, "style_codebooks": 2, "classes_per_step": 4, "generated": 3,
+        "positives": 2, "unconditional": 2, "queue_push": 16, "steps": 2, "warmup_steps": 0,
+    }
+)  # fmt: skip
+HARDWARE = SETTINGS.hardware.model_copy(update={"log_every": 1, "checkpoint_every": 2})
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def store(tmp_path) -> LatentStore:
+    rng = np.random.default_rng(0)
+    latents = rng.standard_normal((24, 2, 4, 4)).astype(np.float16)
+    write_latents(tmp_path / "latents", "train", latents, np.arange(24) % 4, {"num_classes": 4})
+    return LatentStore.open(tmp_path / "latents")
+
+
+@pytest.fixture
+def encoder() -> LatentMAE:
+    torch.manual_seed(0)
+    return LatentMAE(
+        MAEConfig(in_channels=2, base_channels=8, layers=(1, 1, 1, 1), num_classes=4, norm_groups=2)
+    )
+
+
+def train(store, encoder, field, folder, ranks=ALONE):
+    return train_generator(
+        store, encoder, OPTIONS, field, seed=0, hardware=HARDWARE, ranks=ranks, folder=folder
+    )
+
+
+class FirstStep(Exception):
+    pass
+
+
+def first_batches(store, encoder, field, folder, monkeypatch, ranks=ALONE):
+    """Generated samples and negatives of the first step, as the objective gets them."""
+    caught = []
+
+    def objective(generated, *args, negatives, **kwargs):
+        caught.extend([generated, negatives])
+        raise FirstStep
+
+    monkeypatch.setattr(drift.training.drift, "drift_objective", objective)
+    # The output layer begins at zero: let it tell noises apart
+    monkeypatch.setattr(torch.nn.init, "zeros_", lambda tensor: torch.nn.init.constant_(tensor, 0.01))
+    with pytest.raises(FirstStep):
+        train(store, encoder, field, folder, ranks)
+    return caught
+
+
+SECOND_BATCH = FieldSettings.prior(
+    coupling="sinkhorn", drift_form="split", dist_metric="l2_sq", negatives="second_batch"
+)
+
+
+def test_the_second_batch_is_another_draw_without_a_graph(store, encoder, tmp_path, monkeypatch):
+    generated, negatives = first_batches(store, encoder, SECOND_BATCH, tmp_path, monkeypatch)
+    assert generated.shape == negatives.shape == (4, 3, 2, 4, 4)
+    assert generated.requires_grad and not negatives.requires_grad
+    assert ((generated - negatives).flatten(2).norm(dim=-1) > 1e-6).all()
+    alone, none = first_batches(store, encoder, FieldSettings(), tmp_path / "alone", monkeypatch)
+    assert none is None and torch.equal(alone, generated)
+
+
+def test_the_second_batch_does_not_depend_on_the_number_of_processes(store, encoder, tmp_path, monkeypatch):
+    whole = first_batches(store, encoder, SECOND_BATCH, tmp_path, monkeypatch)
+    shares = [
+        first_batches(store, encoder, SECOND_BATCH, tmp_path / str(r), monkeypatch, Ranks(r, 2, ALONE.device))
+        for r in range(2)
+    ]
+    for i in range(2):
+        torch.testing.assert_close(torch.cat([share[i] for share in shares]), whole[i])
+
+
+@pytest.mark.parametrize("field", [FieldSettings(temps=(0.05, 0.5)), SECOND_BATCH], ids=["release", "second"])
+def test_every_line_of_the_log_tells_about_the_field(store, encoder, tmp_path, field):
+    train(store, encoder, field, tmp_path / "run")
+    lines = read_log(tmp_path / "run" / "logs.jsonl")
+    assert [line["step"] for line in lines] == [0, 1]
+    names = ["drift_rms", "neighbours"] + (["marginal_error"] if field.coupling == "sinkhorn" else [])
+    for line in lines:
+        sets = line["feature_sets"]
+        assert {"conv1", "norm_x", "layer1_mean", "global"} <= sets.keys()
+        for name in names:
+            by_set = np.array([s[name] for s in sets.values()])
+            assert by_set.shape == (len(sets), len(field.temps))
+            for i, tau in enumerate(field.temps):
+                assert line[f"{name}_{tau:g}"] == pytest.approx(by_set[:, i].mean(), rel=1e-3)
+            assert line[name] == pytest.approx(by_set.mean(), rel=1e-3)
+        assert line["loss"] == pytest.approx(sum(s["loss"] for s in sets.values()), rel=1e-3)
+        assert line["scale"] == pytest.approx(np.mean([s["scale"] for s in sets.values()]), rel=1e-3)
+        assert 1 <= line["neighbours"] <= OPTIONS.positives
+    write_plot(tmp_path / "run" / "logs.jsonl", tmp_path / "plot.csv", plot_columns(field))
+    header = (tmp_path / "plot.csv").read_text().splitlines()[0].split(",")
+    assert {"loss", "scale", "lr", *names, *(f"{n}_{t:g}" for n in names for t in field.temps)} <= set(header)
