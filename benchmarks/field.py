@@ -9,7 +9,6 @@ ratios, not the seconds. On a CPU the number of classes is scaled down to keep a
 """
 
 import argparse
-import itertools
 import json
 import math
 import multiprocessing
@@ -34,28 +33,26 @@ Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 def plain_loss(x: Tensor, pos: Tensor, uncond: Tensor, omega: Tensor, *, literal: bool) -> Tensor:
     """The drifting loss as Algorithm 2 says it; arguments as those of `drifting_loss`."""
-    classes, n, locations, channels = x.shape
-    u = uncond.shape[1]
-    x, pos, uncond = (t.transpose(1, 2) for t in (x, pos, uncond))  # [Nc, L, *, C]
-    # Each problem is [*, C]; without the loop over locations, [L, *, C]
-    problems = list(itertools.product(range(classes), range(locations))) if literal else list(range(classes))
+    _, n, _, channels = x.shape
+    u, numel = uncond.shape[1], x.numel()
+    # Each problem is [*, C], or without the loop over locations [L, *, C]
+    x, pos, uncond = (_problems(t.transpose(1, 2), literal) for t in (x, pos, uncond))
 
     targets, distances, weights = {}, {}, {}
     numerator, denominator = 0.0, 0.0
-    for i in problems:
-        c = i[0] if literal else i
+    for i in x:
         targets[i] = torch.cat([x[i].detach(), uncond[i], pos[i]], dim=-2)
         distances[i] = torch.cdist(x[i].detach(), targets[i])
-        weights[i] = torch.ones(targets[i].shape[-2], device=x.device)
-        weights[i][n : n + u] = (omega[c] - 1) * (n - 1) / u
+        weights[i] = torch.ones(targets[i].shape[-2], device=omega.device)
+        weights[i][n : n + u] = (omega[i[0]] - 1) * (n - 1) / u
         numerator += (distances[i] * weights[i]).sum()
         denominator += weights[i].expand_as(distances[i]).sum()
     scale = numerator / denominator / math.sqrt(channels)
 
     drifts, mean_squares = {}, dict.fromkeys(TEMPS, 0.0)
-    for i in problems:
+    for i in x:
         y = targets[i] / scale
-        mask = 100 * torch.eye(n, len(weights[i]), device=x.device)
+        mask = 100 * torch.eye(n, len(weights[i]), device=omega.device)
         for tau in TEMPS:
             logits = -(distances[i] / (scale * math.sqrt(channels)) + mask) / tau
             affinity = (logits.softmax(dim=-1) * logits.softmax(dim=-2)).clamp(min=1e-6).sqrt() * weights[i]
@@ -63,14 +60,25 @@ def plain_loss(x: Tensor, pos: Tensor, uncond: Tensor, omega: Tensor, *, literal
             w_pos = a_pos * a_neg.sum(dim=-1, keepdim=True)
             w_neg = a_neg * a_pos.sum(dim=-1, keepdim=True)
             drifts[i, tau] = w_pos @ y[..., n + u :, :] - w_neg @ y[..., : n + u, :]
-            mean_squares[tau] += drifts[i, tau].square().sum() / x.numel()
+            mean_squares[tau] += drifts[i, tau].square().sum() / numel
 
     losses = []
-    for i in problems:
+    for i in x:
         drift = sum(drifts[i, tau] / mean_squares[tau].clamp(min=1e-8).sqrt() for tau in TEMPS)
         goal = x[i].detach() / scale + drift
         losses.append((x[i] / scale - goal).square().mean())
     return torch.stack(losses).mean()
+
+
+def _problems(vectors: Tensor, literal: bool) -> dict[tuple, Tensor]:
+    """`[Nc, L, *, C]` -> problems by (class, location), or by (class,).
+
+    By `unbind`, as the gradient of an index into `vectors` would be as large as they.
+    """
+    by_class = {(c,): part for c, part in enumerate(vectors.unbind())}
+    return (
+        {(*c, l): p for c, ps in by_class.items() for l, p in enumerate(ps.unbind())} if literal else by_class
+    )
 
 
 def literal(*inputs: Tensor) -> Tensor:
@@ -85,7 +93,7 @@ def ours(*inputs: Tensor) -> Tensor:
     return drifting_loss(*inputs, FieldSettings())[0]
 
 
-IMPLEMENTATIONS: dict[str, Loss] = {"literal": literal, "vectorised": vectorised, "ours": ours}
+IMPLEMENTATIONS: dict[str, Loss] = {"ours": ours, "vectorised": vectorised, "literal": literal}
 
 
 def draw(classes: int, locations: int, channels: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:

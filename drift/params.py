@@ -237,8 +237,8 @@ class Settings(Section):
     sinkhorn_tolerance: NotNegative
     """A drift problem stops earlier, once the L1 error of its row marginal is at most this; 0 is never."""
     sinkhorn_marginal: Literal["none", "weighted_cols", "post_guidance"]
-    """How unconditional negatives weigh in a plan: not at all but for where it starts from, by their share of
-    the column marginal, or by omega afterwards."""
+    """Where the weight of unconditional negatives enters: `none`, in the logits alone, which column scalings
+    undo as they converge; `weighted_cols`, in the column marginal; `post_guidance`, after the iterations."""
     sinkhorn_agg_kernel: Switch
     """Average the Gibbs kernels over the temperatures and scale once."""
     drift_unit_vec: Switch
@@ -302,7 +302,7 @@ class Settings(Section):
         """Refuse what would train for days and end as another run does."""
         if self.drift_tau_scale and self.normalize_drift_theta:
             raise ValueError(
-                "drift_tau_scale = True: cancels, as normalize_drift_theta divides every V_tau by its own "
+                "drift_tau_scale = true: cancels, as normalize_drift_theta divides every V_tau by its own "
                 "RMS; set one of them to false"
             )
         if len(set(self.temps)) < len(self.temps):

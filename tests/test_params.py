@@ -181,7 +181,7 @@ GUIDED = {"drift__omega_min": 1.1, "drift__no_guidance_fraction": 0.0}
             SINKHORN | GUIDED | {"sinkhorn_marginal": "none", "drift__no_guidance_fraction": 0.5},
             ["sinkhorn_marginal = 'none'", "no_guidance_fraction = 0.5", "weighted_cols"],
         ),
-        ({"drift_tau_scale": True}, ["drift_tau_scale = True", "cancels", "set one of them to false"]),
+        ({"drift_tau_scale": True}, ["drift_tau_scale = true", "cancels", "set one of them to false"]),
         ({"temps": [0.02, 0.05, 0.02]}, ["temps = [0.02, 0.05, 0.02]", "each temperature once"]),
         ({"negatives": "third_batch"}, ["negatives", "'third_batch'", "self", "second_batch"]),
         ({"sinkhorn_tolerance": -1e-3}, ["sinkhorn_tolerance", "-0.001", "0 or more"]),

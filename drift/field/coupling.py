@@ -10,9 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MAXIMA_RANGE = (
-    160.0  # half of it to either side of the middle, halved again, is well within a float's exponents
-)
+MAXIMA_RANGE = 160.0  # of logits: a quarter of it to either side is well within a float's exponents
 ITERATIONS_PER_KERNEL = 5
 KERNEL_RANGE = 20.0  # of the potentials: what underflows in the kernel then stays below 1e-20 of a plan
 REMOVED = -1e30  # logit or potential of a target that is not there: its kernel is zero at any temperature

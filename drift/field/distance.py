@@ -39,6 +39,20 @@ def squared_distances(queries: Tensor, targets: Tensor) -> Tensor:
     return norms.baddbmm_(queries, targets.mT, alpha=-2)
 
 
+def gram_matrix(x: Tensor, targets: Tensor) -> Tensor:
+    """Inner products of all targets `[B, M, C]`, of which x `[B, N, C]` are the first N: `[B, M, M]`.
+
+    From two blocks, since those of the first N with the others are there twice.
+    """
+    n, m = x.shape[1], targets.shape[1]
+    others = targets[:, n:]
+    gram = x.new_empty(len(x), m, m)
+    gram[:, :n] = x @ targets.mT
+    gram[:, n:, :n] = gram[:, :n, n:].mT
+    gram[:, n:, n:] = others @ others.mT
+    return gram
+
+
 def squared_distances_from_gram(gram: Tensor, n: int) -> Tensor:
     """The same between the first N of M vectors and all of them, from all inner products `[B, M, M]`."""
     norms = gram.diagonal(dim1=1, dim2=2)

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from drift.field.coupling import COUPLINGS, REMOVED, normalised_rows, sinkhorn
-from drift.field.distance import distances, squared_distances, squared_distances_from_gram, weighted_sums
+from drift.field.distance import (
+    distances,
+    gram_matrix,
+    squared_distances,
+    squared_distances_from_gram,
+    weighted_sums,
+)
 from drift.field.form import DRIFT_FORMS, TINY
 from drift.field.guidance import target_weights
 from drift.field.settings import FieldSettings
@@ -140,30 +146,27 @@ class Chunk:
         return mine[:, None].expand(-1, self.shape[1], *mine.shape[1:]).flatten(0, 1)
 
     def gather(self) -> tuple[Tensor, Tensor]:
-        """Generated vectors `[B, N, C]` and targets `[B, M, C]` in float32, around the targets' mean.
+        """Generated vectors `[B, N, C]` and targets `[B, M, C]` in float32, around the mean of the former.
 
         Only differences of vectors matter, and centred vectors keep more digits of them.
         """
         of = self.of
-        x = self._take(of.x)
-        targets = torch.cat(
-            [x if of.repelling is None else self._take(of.repelling), *map(self._take, (of.uncond, of.pos))],
-            dim=2,
-        )
-        targets = targets.flatten(0, 1).float()
-        centre = targets.mean(dim=1, keepdim=True)
-        targets -= centre
-        return targets[:, : x.shape[2]] if of.self_pairs else x.flatten(0, 1).float() - centre, targets
-
-    def _take(self, vectors: Tensor) -> Tensor:
-        return vectors[self.classes, :, self.locations].transpose(1, 2)  # [classes, locations, *, C]
+        sets = [of.x, of.uncond, of.pos] if of.self_pairs else [of.x, of.repelling, of.uncond, of.pos]
+        parts = [vectors[self.classes, :, self.locations].transpose(1, 2) for vectors in sets]
+        counts = [part.shape[2] for part in parts]
+        gathered = of.x.new_empty(*self.shape, sum(counts), of.x.shape[-1], dtype=torch.float32)
+        centre = parts[0].mean(dim=2, keepdim=True, dtype=torch.float32)  # [classes, locations, 1, C]
+        for part, place in zip(parts, gathered.split(counts, dim=2), strict=True):
+            torch.sub(part, centre, out=place)
+        gathered, n = gathered.flatten(0, 1), counts[0]
+        return gathered[:, :n], gathered if of.self_pairs else gathered[:, n:]
 
     def measure(self) -> Measured:
         """Distances, and the Gram matrix where it will be used."""
         of = self.of
         x, targets = self.gather()
         if of.long_vectors:
-            gram = targets @ targets.mT
+            gram = gram_matrix(x, targets)
             squares, kept = squared_distances_from_gram(gram, x.shape[1]), (None, None, gram)
         else:
             squares, kept = squared_distances(x, targets), (x, targets, None)
@@ -185,12 +188,7 @@ class Chunk:
         of, settings = self.of, self.of.settings
         k, u, _ = of.counts
         affinity, marginal_error = self._affinity(self._logits(d, scale))
-        to_pos = affinity[..., k + u :]
-        relative = to_pos / to_pos.amax(dim=-1, keepdim=True).clamp_min_(
-            TINY
-        )  # squares that do not underflow
-        size = torch.linalg.vector_norm(relative, dim=-1).clamp_min_(TINY)
-        neighbours = relative.sum(dim=-1).div_(size).square_()
+        neighbours = _effective_number(affinity[..., k + u :])
         field, own = DRIFT_FORMS[settings.drift_form](affinity, k + u), None
         if settings.drift_unit_vec:
             # V_i = sum_j R_ij (y_j - x_i) / ||y_j - x_i||, in units of S as everything; pairs at the guard's
@@ -205,7 +203,7 @@ class Chunk:
         settings = self.of.settings
         if settings.mask_self_neg and self.of.self_pairs and settings.coupling != "sinkhorn":
             d.diagonal(dim1=1, dim2=2).fill_(math.inf)
-        widths = (self.per_problem(scale) * math.sqrt(self.of.x.shape[-1]))[:, None] * d.new_tensor(
+        widths = self.per_problem(scale * math.sqrt(self.of.x.shape[-1]))[:, None] * d.new_tensor(
             settings.temps
         )
         logits = d[:, None] * (-1 / widths)[:, :, None, None]
@@ -218,15 +216,13 @@ class Chunk:
         of, settings = self.of, self.of.settings
         k, u, _ = of.counts
         unconditional, w = slice(k, k + u), self.per_problem(of.weight)[:, None, None, None]
-        is_sinkhorn = settings.coupling == "sinkhorn"
-        column_weights = self._column_weights() if is_sinkhorn else None
-        # How w enters is for `sinkhorn` a question of the marginal
-        by_logit = (
-            settings.sinkhorn_marginal == "none" if is_sinkhorn else settings.uncond_weighting == "logit"
-        )
+        if settings.coupling == "sinkhorn":
+            column_weights, by_logit = self._column_weights(), settings.sinkhorn_marginal == "none"
+        else:
+            column_weights, by_logit = None, settings.uncond_weighting == "logit"
         if by_logit:
-            # A plan leaves out what has no weight by its marginal
-            log_w = torch.where(w > 0, w, 1).log() if is_sinkhorn else w.log().clamp_min(REMOVED)
+            # A plan leaves out what has no weight by its marginal, other couplings by the logit
+            log_w = w.log().clamp_min(REMOVED) if column_weights is None else torch.where(w > 0, w, 1).log()
             logits[..., unconditional] += log_w
 
         blocks = (slice(k + u), slice(k + u, None)) if settings.drift_form == "split" else (slice(None),)
@@ -235,7 +231,7 @@ class Chunk:
             for block in blocks
         ]
         affinity = torch.cat([a for a, _ in coupled], dim=-1) if len(coupled) > 1 else coupled[0][0]
-        if not is_sinkhorn:
+        if column_weights is None:
             affinity[..., unconditional] *= (w > 0) if by_logit else w
             return affinity, None
         if settings.sinkhorn_marginal == "post_guidance":
@@ -292,6 +288,13 @@ class Chunk:
         else:
             vectors = _weighted_sum(made, factors)
         drift[self.classes, :, self.locations] = vectors.unflatten(0, self.shape).transpose(1, 2)
+
+
+def _effective_number(weights: Tensor) -> Tensor:
+    """(sum_j A_j)^2 / sum_j A_j^2, `[..., P]` -> `[...]`: 1 if one has it all, P if all are alike."""
+    largest = weights.amax(dim=-1, keepdim=True).clamp_min_(TINY)
+    relative = weights / largest  # their squares do not underflow
+    return (relative.sum(dim=-1) / torch.linalg.vector_norm(relative, dim=-1).clamp_min_(TINY)).square_()
 
 
 def _vectors(coefficients: Coefficients, x: Tensor, targets: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from drift.errors import UserError
 from drift.field import FieldSettings, drifting_loss
+from drift.field.problems import Chunk
 
 RELEASE = FieldSettings()
 SETTINGS = {
@@ -61,7 +62,7 @@ def test_float32_inside_whatever_comes_in(knobs, channels):
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 6_000, 20_000])  # from one problem to more than a class
-@pytest.mark.parametrize("keep_bytes", [0, 10_000, None], ids=["keep_none", "keep_some", "keep_all"])
+@pytest.mark.parametrize("keep_bytes", [0, 3_000, None], ids=["keep_none", "keep_some", "keep_all"])
 @pytest.mark.parametrize("locations", [1, 3])
 @pytest.mark.parametrize("channels", [7, 40], ids=["short_vectors", "long_vectors"])
 @every_settings
@@ -97,6 +98,26 @@ def test_pieces_bound_the_memory(knobs):
         loss_and_grad(*inputs, knobs, chunk_bytes=1, keep_bytes=0)
     assert pieces.bytes == inputs[0].untyped_storage().nbytes()
     assert whole.bytes > 10 * pieces.bytes
+
+
+@pytest.mark.parametrize(
+    ("channels", "all_kept"), [(7, 1), (40, 2)], ids=["short_vectors", "long_vectors: again for V"]
+)
+def test_what_there_is_room_for_is_kept_between_passes(channels, all_kept, monkeypatch):
+    inputs = draw(channels=channels, locations=4)  # of three classes: twelve problems
+    gathered = []
+    gather = Chunk.gather
+    monkeypatch.setattr(Chunk, "gather", lambda chunk: gathered.append(chunk) or gather(chunk))
+
+    def gathers_per_problem(keep_bytes):
+        gathered.clear()
+        loss_and_grad(*inputs, RELEASE, chunk_bytes=1, keep_bytes=keep_bytes)
+        return len(gathered) / 12
+
+    assert gathers_per_problem(None) == all_kept
+    # For distances, for fields, and for V once more distances and vectors
+    assert gathers_per_problem(0) == 4
+    assert all_kept < gathers_per_problem(3_000) < gathers_per_problem(0)
 
 
 def test_negatives_are_given_exactly_where_the_settings_want_them():
