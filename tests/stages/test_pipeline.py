@@ -102,6 +102,10 @@ def test_two_processes_compute_what_one_does(finished):
     for line, other in zip(one, two, strict=True):
         for name in ("step", "loss", "drift_rms", "neighbours", "scale", "grad_norm"):
             assert other[name] == pytest.approx(line[name], rel=1e-5), name
+    one, two = weights(finished, "artifacts/generator"), weights(finished, "other/two")
+    assert one.keys() == two.keys()
+    apart = sum(np.square(two[name] - one[name]).sum() for name in one)
+    assert apart < 1e-6 * sum(np.square(one[name]).sum() for name in one)
 
 
 def wait_for(condition, seconds=60):
