@@ -1,4 +1,4 @@
-"""The one exception for mistakes of the user, as opposed to bugs of ours."""
+"""How a run ends early: by a mistake of the user or by a signal. Anything else is a bug of ours."""
 
 
 class UserError(Exception):
@@ -7,3 +7,15 @@ class UserError(Exception):
     The message is one line that names the thing, the value and the way out. Entry points print it
     without a traceback and exit with code 2 (see `drift.launch.run`); anything else keeps its traceback.
     """
+
+
+class Stopped(Exception):
+    """A signal ended the run, and everything needed to go on is on the disk.
+
+    Entry points print the message, which says how far the run came and is empty on all processes but the
+    first, and exit with `code`: 128 and the signal's number, as a shell reports it.
+    """
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.code = 128 + signal_number

@@ -7,16 +7,20 @@ Under an existing torchrun `spawn` does nothing, so `torchrun --nnodes ... -m st
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
+import psutil
 import torch
 import torch.distributed as dist
 
-from drift.errors import UserError
+from drift.errors import Stopped, UserError
+from drift.signals import STOP
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,8 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    control: dist.ProcessGroup | None = None
+    """A group on CPUs for what no GPU should wait for; None is the default group."""
 
     @property
     def first(self) -> bool:
@@ -37,6 +43,14 @@ class Ranks:
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def highest(self, numbers: Sequence[int]) -> list[int]:
+        """Each number's highest value over all processes, without a GPU."""
+        if self.world_size == 1:
+            return list(numbers)
+        tensor = torch.tensor(numbers)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
+        return tensor.tolist()
 
     def barrier(self) -> None:
         """Wait for all processes."""
@@ -72,10 +86,12 @@ def spawn(module: str, arguments: Sequence[str], processes: int) -> int | None:
     """Run `python -m module arguments` in several processes of this machine, and wait for them.
 
     Returns the exit code, or None where nothing was to be started: one process is wanted, or torchrun
-    is already there.
+    is already there. SIGTERM and SIGINT are passed on to the processes, which have 30 s to finish a step
+    and save it; so is SIGUSR1.
     """
     if processes == 1 or under_torchrun():
         return None
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -93,14 +109,25 @@ def spawn(module: str, arguments: Sequence[str], processes: int) -> int | None:
         local_addr="127.0.0.1",
         max_restarts=0,
     )
+    before = signal.signal(signal.SIGUSR1, _pass_on)
     try:
         elastic_launch(config, sys.executable)("-u", "-m", module, *arguments)
+    except SignalException as error:
+        return 128 + error.sigval
     except ChildFailedError as error:
-        codes = [failure.exitcode for failure in error.failures.values()]
-        if 2 in codes:  # a rank has already printed its one line
-            return 2
+        codes = {failure.exitcode for failure in error.failures.values()}
+        for code in (2, *(128 + number for number in STOP)):
+            if code in codes:  # a rank has already printed its one line
+                return code
         raise
+    finally:
+        signal.signal(signal.SIGUSR1, before)
     return 0
+
+
+def _pass_on(number: int, frame: FrameType | None) -> None:
+    for child in psutil.Process().children():
+        child.send_signal(number)
 
 
 @contextmanager
@@ -114,11 +141,12 @@ def join() -> Iterator[Ranks]:
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device)
+        control = dist.new_group(backend="gloo")
     else:
-        device = torch.device("cpu")
+        device, control = torch.device("cpu"), None
         dist.init_process_group("gloo")
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+        yield Ranks(dist.get_rank(), dist.get_world_size(), device, control)
     finally:
         dist.destroy_process_group()
 
@@ -141,10 +169,15 @@ def _positive(text: str) -> int:
 
 
 def run_stage(main: Callable[[], int | None]) -> None:
-    """Run a stage's or command's `main` and exit: 0, or 2 after one line for a mistake of the user."""
+    """Run a stage's or command's `main` and exit: 0, or after one line 2 for a mistake of the user or 128 and
+    the number of the signal that stopped it."""
     try:
         code = main() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
+    except Stopped as stopped:
+        if str(stopped):
+            print(stopped, file=sys.stderr)
+        code = stopped.code
     sys.exit(code)

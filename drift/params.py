@@ -215,7 +215,9 @@ class Hardware(Section):
     log_every: Count
     """Steps between two lines of `logs.jsonl`."""
     checkpoint_every: Count
-    """Steps between two checkpoints."""
+    """Steps between two checkpoints, of which the newest two are kept."""
+    checkpoint_keep_every: CountOrZero
+    """Checkpoints of a multiple of so many steps are kept as well; 0 keeps none."""
 
 
 class Settings(Section):

@@ -109,7 +109,7 @@ def sinkhorn(
     """
     n = logits.shape[-2]
     marginal = (column_weights / column_weights.sum(dim=-1, keepdim=True))[:, None, None]  # b, [B, 1, 1, M]
-    removed = marginal == 0
+    log_marginal, removed = marginal.log(), marginal == 0
     start = Potentials(
         f=logits.new_full((*logits.shape[:-1], 1), math.inf),  # not read but for the first row sums: not done
         g=torch.where(removed, REMOVED, torch.zeros_like(logits[..., :1, :])),
@@ -124,8 +124,8 @@ def sinkhorn(
                 # The row sums of exp(z + f + g) are exp(f - next_f) / N
                 done = done | (((f - next_f).exp() - 1).abs().mean(dim=-2, keepdim=True) <= tolerance)
                 next_f = torch.where(done, f, next_f)
-            next_g = torch.where(removed, REMOVED, marginal.log() - log_sums(next_f, -2))
-            f, g = next_f, torch.where(done, g, next_g)
+            next_g = torch.where(removed, REMOVED, log_marginal - log_sums(next_f, -2))
+            f, g = next_f, torch.where(done, g, next_g) if tolerance > 0 else next_g
         return Potentials(f, g, done)
 
     now, step = iterate(start, 1, _log_sums(logits)), 1

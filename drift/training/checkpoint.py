@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: written whole or not at all, the two newest kept.
+"""Checkpoints of a training run: written whole or not at all, the two newest and every so many steps' kept.
 
 A checkpoint is a folder `step-00001000/` with every tensor in `tensors.safetensors` and the small rest of
 the state in `state.json`. It is written under a temporary name, flushed to the disk and renamed, so a kill
@@ -56,22 +56,31 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, torch.Tensor],
+    state: Mapping[str, Any] | None = None,
+    *,
+    keep_every: int = 0,
 ) -> Path:
-    """Write the checkpoint of `step` into `folder` and drop all but the newest two."""
+    """Write the checkpoint of `step` into `folder` and drop all but the newest two.
+
+    Those of a multiple of `keep_every` steps stay, unless it is 0.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     final, draft = folder / f"step-{step:08d}", folder / f"tmp-{step:08d}"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
     save_file({k: v.detach().contiguous() for k, v in tensors.items()}, draft / "tensors.safetensors")
-    (draft / "state.json").write_text(json.dumps({"step": step, **state}, sort_keys=True))
+    (draft / "state.json").write_text(json.dumps({"step": step, **(state or {})}, sort_keys=True))
     for path in (*draft.iterdir(), draft):
         sync(path)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(draft, final)
     sync(folder)
-    for _, old in _found(folder)[KEPT:]:
-        shutil.rmtree(old)
+    for old_step, old in _found(folder)[KEPT:]:
+        if not keep_every or old_step % keep_every:
+            shutil.rmtree(old)
     return final
 
 

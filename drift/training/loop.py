@@ -4,6 +4,7 @@ Nothing in it remembers: every number that a step draws is a function of (seed, 
 on from a checkpoint computes what the uninterrupted run would have, to the bit on the same machine.
 """
 
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from drift.errors import Stopped
 from drift.launch import Ranks
 from drift.models.ema import EMA
 from drift.params import Hardware, Optimizer
+from drift.signals import Asked, Signals
 from drift.training.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
 from drift.training.log import RunLog, Tree, to_numbers
 from drift.training.schedule import learning_rate
@@ -52,7 +55,8 @@ def train(
     `compute(step)` gives this process's loss, whose mean over processes is the loss of the step, and
     statistics of the whole step to log, that `loss` among them. Checkpoints and `logs.jsonl` go to
     `folder`. Returns one EMA per decay. Raises FloatingPointError naming the first step with a loss or
-    gradient that is not finite; no checkpoint is written after such a step.
+    gradient that is not finite; no checkpoint is written after such a step. Raises Stopped after SIGTERM
+    or SIGINT (see `drift.signals`), with a checkpoint of the step that was being taken.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -82,37 +86,47 @@ def train(
 
     log = RunLog(folder / LOG_FILE, what=what, steps=options.steps, start=start, active=ranks.first)
     first_bad = torch.full((), -1, dtype=torch.int64, device=ranks.device)
-    for step in range(start, options.steps):
-        rate = learning_rate(
-            step,
-            steps=options.steps,
-            peak=options.lr,
-            warmup_steps=options.warmup_steps,
-            warmup_start=options.warmup_start_lr,
-            schedule=options.lr_schedule,
-            final_share=options.lr_final,
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        loss, statistics = compute(step)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        _average_gradients(parameters, ranks)
-        norm = nn.utils.clip_grad_norm_(parameters, options.grad_clip)
-        bad = ~torch.isfinite(norm + statistics["loss"])
-        first_bad = torch.where(bad & (first_bad < 0), step, first_bad)  # looked at only now and then
-        optimizer.step()
-        for ema in emas:
-            ema.update(model)
-        log.step()
-        last = step + 1 == options.steps
-        if step % hardware.log_every == 0 or last:
-            _require_finite(first_bad)
-            log.write(step, {**to_numbers({**statistics, "grad_norm": norm}), "lr": rate})
-        if (step + 1) % hardware.checkpoint_every == 0 or last:
-            _require_finite(first_bad)
-            if ranks.first:
-                save_checkpoint(folder, step + 1, state(), {})
+    with Signals() as signals:
+        for step in range(start, options.steps):
+            rate = learning_rate(
+                step,
+                steps=options.steps,
+                peak=options.lr,
+                warmup_steps=options.warmup_steps,
+                warmup_start=options.warmup_start_lr,
+                schedule=options.lr_schedule,
+                final_share=options.lr_final,
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            loss, statistics = compute(step)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            _average_gradients(parameters, ranks)
+            norm = nn.utils.clip_grad_norm_(parameters, options.grad_clip)
+            bad = ~torch.isfinite(norm + statistics["loss"])
+            first_bad = torch.where(bad & (first_bad < 0), step, first_bad)  # looked at only now and then
+            optimizer.step()
+            for ema in emas:
+                ema.update(model)
+            log.step()
+            last = step + 1 == options.steps
+            if step % hardware.log_every == 0 or last:
+                _require_finite(first_bad)
+                log.write(step, {**to_numbers({**statistics, "grad_norm": norm}), "lr": rate})
+            asked = Asked(*ranks.highest(signals.look()))
+            if (step + 1) % hardware.checkpoint_every == 0 or last or asked.stop or asked.save:
+                _require_finite(first_bad)
+                if ranks.first:
+                    save_checkpoint(folder, step + 1, state(), keep_every=hardware.checkpoint_keep_every)
+            if asked.stop and not last:
+                log.close()
+                ranks.barrier()
+                name = signal.Signals(asked.stop).name
+                told = (
+                    f"{what}: {name} after step {step + 1} of {options.steps}; saved, run it again to go on"
+                )
+                raise Stopped(told if ranks.first else "", asked.stop)
     log.close()
     ranks.barrier()
     return emas

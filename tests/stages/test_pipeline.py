@@ -6,6 +6,7 @@ The tests share one project and run in the order of this file.
 import csv
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -108,21 +109,21 @@ def test_two_processes_compute_what_one_does(finished):
     assert apart < 1e-6 * sum(np.square(one[name]).sum() for name in one)
 
 
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
+def start_and_wait_for_a_checkpoint(project, *command):
+    shutil.rmtree(project.folder / ".work/drift")
+    process = project.start(*command)
+    end = time.monotonic() + 60
+    while not list(project.folder.glob(".work/drift/*/step-*")):
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.02)
+    return process
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(finished):
     finished.settings(drift={"steps": 60, "warmup_steps": 2})
     finished.stage("drift", *DRIFT, "--out", "other/whole")
-    for leftover in (finished.folder / ".work/drift").iterdir():
-        finished.run("rm", "-r", str(leftover))
     command = (sys.executable, "-m", "stages.drift", *DRIFT, "--out", "other/resumed")
-    process = finished.start(*command)
-    wait_for(lambda: list(finished.folder.glob(".work/drift/*/step-*")))
+    process = start_and_wait_for_a_checkpoint(finished, *command)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (finished.folder / "other/resumed").exists()
@@ -131,6 +132,27 @@ def test_a_killed_run_goes_on_to_the_same_bits(finished):
     for name in ("model.safetensors", "config.json", "settings.yaml"):
         one, other = (finished.folder / "other" / run / name for run in ("whole", "resumed"))
         assert one.read_bytes() == other.read_bytes()
+
+
+def test_two_processes_that_are_told_to_stop_save_the_step(finished):
+    command = (sys.executable, "-m", "stages.drift", *DRIFT, "--out", "other/stopped", "--nproc", "2")
+    process = start_and_wait_for_a_checkpoint(finished, *command)
+    process.terminate()
+    assert process.wait() == 143
+    assert not (finished.folder / "other/stopped").exists()
+    reached = max(int(path.name[5:]) for path in finished.folder.glob(".work/drift/*/step-*"))
+    assert f"going on from step {reached} " in finished.run(*command).stdout
+
+
+def test_ctrl_c_under_dvc_saves_the_step(finished):
+    finished.settings(drift={"steps": 200})
+    process = start_and_wait_for_a_checkpoint(finished, "dvc", "repro", "drift")
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    assert process.wait() != 0
+    reached = [int(path.name[5:]) for path in finished.folder.glob(".work/drift/*/step-*")]
+    said = finished.run("dvc", "repro", "drift").stdout
+    assert f"going on from step {max(reached)} " in said
+    assert "wrote artifacts/generator" in said
 
 
 @pytest.mark.parametrize("stage", ["mae", "drift"])

@@ -24,6 +24,13 @@ def test_the_newest_is_loaded_and_two_are_kept(tmp_path):
     assert checkpoint.part("queue")["rows"].dtype == torch.int64
 
 
+def test_every_so_many_steps_one_is_kept(tmp_path):
+    for step in range(10, 90, 10):
+        save_checkpoint(tmp_path, step, tensors(step), keep_every=30)
+    assert sorted(int(p.name[5:]) for p in tmp_path.iterdir()) == [30, 60, 70, 80]
+    assert load_checkpoint(tmp_path).step == 80
+
+
 def test_no_checkpoint(tmp_path):
     assert load_checkpoint(tmp_path) is None
     assert load_checkpoint(tmp_path / "absent") is None

@@ -1,11 +1,14 @@
 """The training loop: the same bits after a cut, gradients averaged over processes, no step after a NaN."""
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from drift.errors import Stopped
 from drift.launch import Ranks
 from drift.models.ema import EMA
 from drift.params import Hardware, Optimizer
@@ -40,6 +43,7 @@ HARDWARE = Hardware(
     sample_batch=1,
     log_every=1,
     checkpoint_every=3,
+    checkpoint_keep_every=0,
 )
 
 
@@ -60,7 +64,13 @@ class Cut(Exception):
     pass
 
 
-def run(folder: Path, steps: int = 8, cut_at: int | None = None, bad_at: int | None = None):
+def run(
+    folder: Path,
+    steps: int = 8,
+    cut_at: int | None = None,
+    bad_at: int | None = None,
+    signals: dict[int, signal.Signals] | None = None,
+):
     torch.manual_seed(0)
     model, counter = nn.Linear(3, 2), Counter()
 
@@ -68,6 +78,8 @@ def run(folder: Path, steps: int = 8, cut_at: int | None = None, bad_at: int | N
         if step == cut_at:
             raise Cut
         counter.total += step
+        if signals and step in signals:
+            os.kill(os.getpid(), signals[step])
         x = torch.randn(4, 3, generator=torch_generator(0, "x", step))
         loss = (model(x) - 0.01 * counter.total).square().mean()
         if step == bad_at:
@@ -107,6 +119,31 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bits(tmp_path):
     ]
     assert without_time[0] == without_time[1]
     assert [line["step"] for line in without_time[0]] == list(range(8))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_is_told_to_stop_saves_the_step_and_goes_on_to_the_same_bits(tmp_path, number, code):
+    model, _ = run(tmp_path / "whole")
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped, match=f"{number.name} after step 5 of 8; saved") as caught:
+        run(tmp_path / "stopped", signals={4: number})
+    assert caught.value.code == code
+    assert signal.getsignal(number) == before
+    assert load_checkpoint(tmp_path / "stopped").step == 5
+    resumed, _ = run(tmp_path / "stopped")
+    for one, other in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_run_that_is_told_to_stop_at_its_last_step_is_finished(tmp_path):
+    run(tmp_path, signals={7: signal.SIGTERM})
+    assert load_checkpoint(tmp_path).step == 8
+
+
+def test_a_run_that_is_told_to_save_does_so_and_goes_on(tmp_path):
+    with pytest.raises(Cut):
+        run(tmp_path, signals={3: signal.SIGUSR1}, cut_at=5)  # the checkpoint before is of step 3
+    assert load_checkpoint(tmp_path).step == 4
 
 
 def test_a_finished_run_takes_no_more_steps(tmp_path):
