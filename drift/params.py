@@ -60,6 +60,8 @@ class Encode(Section):
     """Smallest and largest aspect ratio of a random crop."""
     flip: Switch
     """Mirror a random crop with probability one half."""
+    on_bad_image: Literal["error", "skip"]
+    """Of images that do not decode, told together at the end: refuse to go on, or leave them out."""
 
 
 class Optimizer(Section):
@@ -107,6 +109,10 @@ class Mae(Optimizer):
     """Share of the class loss at the end of its ramp."""
     finetune_ramp_steps: CountOrZero
     """Steps over which that share rises from 0."""
+    held_out: CountOrZero
+    """Images, all crops of each, that are kept out of training to measure reconstruction on; 0 is none."""
+    evaluate_every: Count
+    """Steps between two such measurements, which are taken with the EMA weights."""
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -143,6 +149,8 @@ class Drift(Optimizer):
     """p(omega) is proportional to omega^-k on [omega_min, omega_max]; this is k."""
     no_guidance_fraction: Share
     """Probability that a class is trained at omega = 1 whatever that density says."""
+    sampling: Literal["queue", "direct"]
+    """Real samples of a step from the latest ones of a stream (paper A.8), or from all of the data."""
     queue_per_class: Count
     """The latest real samples of each class, from which positives are drawn."""
     queue_global: Count
@@ -200,10 +208,26 @@ class Fid(Section):
 class Hardware(Section):
     """How, not what: tracked by no stage, so a change reruns nothing."""
 
-    precision: Literal["float32", "bfloat16"]
-    """Autocast type of the networks; the field is float32 always."""
+    precision: Literal["float32", "bfloat16", "float16"]
+    """Autocast type of the networks; the field is float32 always. float16 scales the loss."""
     compile: Switch
     """torch.compile for the networks."""
+    mae_micro_batch: Count | None
+    """Latents in one forward and backward pass of the MAE, per process; null is all of a step's."""
+    classes_per_pass: Count | None
+    """Classes in one forward and backward pass of the drift stage, per process; null is all of a step's.
+    With fewer, features are computed up to three times: for S, for lambda and for the gradient."""
+    feature_batch: Count | None
+    """Samples whose activations the feature encoder keeps at once: others are computed again in the backward
+    pass. null keeps all."""
+    activation_checkpointing: Switch
+    """Keep of the generator only what enters each block, and compute the rest again in the backward pass."""
+    latents_on_device: Switch
+    """Hold all latents in the device's memory instead of reading rows from the disk."""
+    prefetch: CountOrZero
+    """Steps whose latents are read ahead in the background; 0 reads them when they are needed."""
+    time_limit: Positive
+    """Minutes after which a process that waits in vain for the others gives up."""
     processes: Count | None
     """Processes per machine; null is one per CUDA device, or one on a CPU."""
     workers: CountOrZero

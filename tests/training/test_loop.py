@@ -11,7 +11,7 @@ from torch import nn
 from drift.errors import Stopped
 from drift.launch import Ranks
 from drift.models.ema import EMA
-from drift.params import Hardware, Optimizer
+from drift.params import Optimizer, load_settings
 from drift.seeds import torch_generator
 from drift.training.checkpoint import load_checkpoint
 from drift.training.log import read_log
@@ -34,16 +34,8 @@ def options(steps: int) -> Optimizer:
     )
 
 
-HARDWARE = Hardware(
-    precision="float32",
-    compile=False,
-    processes=None,
-    workers=0,
-    encode_batch=1,
-    sample_batch=1,
-    log_every=1,
-    checkpoint_every=3,
-    checkpoint_keep_every=0,
+HARDWARE = load_settings(Path(__file__).parents[2] / "presets" / "digits.yaml").hardware.model_copy(
+    update={"log_every": 1, "checkpoint_every": 3}
 )
 
 
