@@ -1,4 +1,4 @@
-"""How a run ends early: by a mistake of the user or by a signal. Anything else is a bug of ours."""
+"""How a run ends early: a mistake of the user, a signal, another process that is gone. The rest are bugs."""
 
 
 class UserError(Exception):
@@ -19,3 +19,10 @@ class Stopped(Exception):
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
         self.code = 128 + signal_number
+
+
+class PeerLost(Exception):
+    """Another process of the run is gone or does not answer; it tells why itself, if it can.
+
+    Entry points print the message and exit with code 3.
+    """

@@ -6,21 +6,36 @@ Under an existing torchrun `spawn` does nothing, so `torchrun --nnodes ... -m st
 """
 
 import argparse
+import errno
+import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING, TypeVar
 
 import psutil
 import torch
 import torch.distributed as dist
 
-from drift.errors import Stopped, UserError
-from drift.signals import STOP
+from drift.errors import PeerLost, Stopped, UserError
+from drift.signals import SAVE, STOP
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+T = TypeVar("T")
+USER_ERROR, _PEER_LOST = 2, 3  # exit codes
+_SPAWNED = "DRIFT_SPAWNED"  # environment variable of processes that `spawn` has started
+_KILLED_BY = {
+    "SIGKILL": "by hand, or by the kernel for want of memory",
+    "SIGBUS": "a file that it had mapped is gone or has become shorter",
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +56,8 @@ class Ranks:
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` summed over all processes, in place; the same bits on each."""
         if self.world_size > 1:
-            dist.all_reduce(tensor)
+            with self._peers():
+                dist.all_reduce(tensor)
         return tensor
 
     def highest(self, numbers: Sequence[int]) -> list[int]:
@@ -49,14 +65,46 @@ class Ranks:
         if self.world_size == 1:
             return list(numbers)
         tensor = torch.tensor(numbers)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
+        with self._peers():
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
         return tensor.tolist()
+
+    def from_first(self, value: T) -> T:
+        """The value that the first process has; what the others pass is not looked at."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        with self._peers():
+            dist.broadcast_object_list(values, src=0, group=self.control)
+        return values[0]
+
+    def tensors_from_first(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """`from_first` for tensors by name, which arrive on the device of each process."""
+        if self.world_size == 1:
+            return dict(tensors)
+        received = {}
+        for name, dtype, shape in self.from_first([(n, t.dtype, t.shape) for n, t in tensors.items()]):
+            tensor = tensors[name] if self.first else torch.empty(shape, dtype=dtype)
+            received[name] = tensor.to(self.device)
+            with self._peers():
+                dist.broadcast(received[name], src=0)
+        return received
 
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.world_size > 1:
-            # An all-reduce rather than dist.barrier: it needs no guess of the device
-            dist.all_reduce(torch.zeros(1, device=self.device))
+            with self._peers():
+                # An all-reduce rather than dist.barrier: it needs no guess of the device
+                dist.all_reduce(torch.zeros(1, device=self.device))
+
+    @contextmanager
+    def _peers(self) -> Iterator[None]:
+        """Tells a peer that is gone or silent beyond the time limit from mistakes of this process."""
+        try:
+            yield
+        except RuntimeError as error:  # gloo has no type of its own for it
+            reason = str(error).splitlines()[0]
+            raise PeerLost(f"process {self.rank}: the others are gone or silent ({reason})") from error
 
     def share(self, count: int, what: str) -> slice:
         """This process's part of `count` things that must split evenly.
@@ -86,12 +134,12 @@ def spawn(module: str, arguments: Sequence[str], processes: int) -> int | None:
     """Run `python -m module arguments` in several processes of this machine, and wait for them.
 
     Returns the exit code, or None where nothing was to be started: one process is wanted, or torchrun
-    is already there. SIGTERM and SIGINT are passed on to the processes, which have 30 s to finish a step
-    and save it; so is SIGUSR1.
+    is already there. SIGTERM, SIGINT and SIGUSR1 are passed on to the processes, which take the time that
+    they need. A process that fails takes the others down; mistakes of the user are told once, whichever
+    processes have noticed them.
     """
     if processes == 1 or under_torchrun():
         return None
-    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -108,43 +156,70 @@ def spawn(module: str, arguments: Sequence[str], processes: int) -> int | None:
         rdzv_endpoint="127.0.0.1:0",
         local_addr="127.0.0.1",
         max_restarts=0,
+        signals_to_handle="SIGHUP,SIGQUIT",  # not ours: it kills what is at its checkpoint after 30 s
     )
-    before = signal.signal(signal.SIGUSR1, _pass_on)
+    os.environ[_SPAWNED] = "1"
+    before = {number: signal.signal(number, _pass_on) for number in (*STOP, SAVE)}
     try:
         elastic_launch(config, sys.executable)("-u", "-m", module, *arguments)
-    except SignalException as error:
-        return 128 + error.sigval
     except ChildFailedError as error:
-        codes = {failure.exitcode for failure in error.failures.values()}
-        for code in (2, *(128 + number for number in STOP)):
-            if code in codes:  # a rank has already printed its one line
-                return code
-        raise
+        return _told(error.failures)
     finally:
-        signal.signal(signal.SIGUSR1, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return 0
 
 
 def _pass_on(number: int, frame: FrameType | None) -> None:
     for child in psutil.Process().children():
-        child.send_signal(number)
+        with suppress(psutil.NoSuchProcess):
+            child.send_signal(number)
+
+
+def _told(failures: Mapping[int, "ProcessFailure"]) -> int:
+    """Say why the first processes have failed, where they have not done so; the exit code of the whole."""
+    for consequence in (-signal.SIGTERM, _PEER_LOST):  # torchrun ends by SIGTERM the processes that are left
+        failures = {rank: f for rank, f in failures.items() if f.exitcode != consequence} or failures
+    codes = {failure.exitcode for failure in failures.values()}
+    if USER_ERROR in codes:
+        messages = (f.message for f in failures.values() if f.exitcode == USER_ERROR)
+        for message in dict.fromkeys(messages):
+            print(f"error: {message}", file=sys.stderr)
+        return USER_ERROR
+    for number in STOP:
+        if 128 + number in codes:  # the first process has told how far it came
+            return 128 + number
+    for rank, failure in sorted(failures.items()):
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            print(
+                f"error: process {rank} was killed by {name} ({_KILLED_BY.get(name, 'a crash')}); "
+                "run the stage again to go on from what was saved",
+                file=sys.stderr,
+            )
+        else:
+            print(f"error: process {rank} failed, as its output above tells", file=sys.stderr)
+    return max(128 - code if code < 0 else code for code in codes)
 
 
 @contextmanager
-def join() -> Iterator[Ranks]:
-    """Enter the process group, if there is one, and leave it at the end."""
+def join(time_limit: float) -> Iterator[Ranks]:
+    """Enter the process group, if there is one, and leave it at the end.
+
+    A process that has waited `time_limit` minutes for the others gives up.
+    """
     if not under_torchrun():
         yield Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         return
-    local_rank = int(os.environ["LOCAL_RANK"])
+    local_rank, limit = int(os.environ["LOCAL_RANK"]), timedelta(minutes=time_limit)
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
-        control = dist.new_group(backend="gloo")
+        dist.init_process_group("nccl", device_id=device, timeout=limit)
+        control = dist.new_group(backend="gloo", timeout=limit)
     else:
         device, control = torch.device("cpu"), None
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=limit)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device, control)
     finally:
@@ -168,16 +243,41 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def run_stage(main: Callable[[], int | None]) -> None:
-    """Run a stage's or command's `main` and exit: 0, or after one line 2 for a mistake of the user or 128 and
-    the number of the signal that stopped it."""
+def run_stage(main: Callable[[], int | None], *, memory: str = "the batch") -> None:
+    """Run a stage's or command's `main` and exit.
+
+    With 0; after one line with 2 for a mistake of the user, a full disk, or a device out of memory, for which
+    `memory` says what to make smaller; with 128 and its number for a signal. Bugs keep their traceback.
+    """
     try:
         code = main() or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
+        code = _user_error(str(error))
     except Stopped as stopped:
         if str(stopped):
             print(stopped, file=sys.stderr)
         code = stopped.code
+    except PeerLost as lost:
+        print(lost, file=sys.stderr)
+        code = _PEER_LOST
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        code = _user_error(f"out of memory ({reason}); lower {memory} and run again: what was saved is whole")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        code = _user_error(
+            f"{where}{error.strerror}; make room or move the work folder (DRIFT_WORK_DIR), and run again: "
+            "what was saved is whole"
+        )
     sys.exit(code)
+
+
+def _user_error(message: str) -> int:
+    """Tell a mistake of the user: by a line, or to the process that started this one and its peers."""
+    if _SPAWNED in os.environ and under_torchrun():
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": message}))
+    else:
+        print(f"error: {message}", file=sys.stderr)
+    return USER_ERROR

@@ -11,13 +11,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from drift.data.latents import LatentStore, check_meta
+from drift.data.latents import LatentStore
 from drift.files import check_writable, sha256
 from drift.launch import join, run_stage, spawn, stage_parser, wanted_processes
 from drift.models.mae import LatentMAE
 from drift.params import FIELD_KEYS, load_settings
 from drift.training.drift import plot_columns, train_generator
 from drift.training.export import export_run
+from drift.training.inputs import check_latents
 from drift.work import Work
 
 
@@ -31,12 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     settings = load_settings(args.params)
+    hardware = settings.hardware
     check_writable(args.out.parent)
     check_writable(args.plot.parent)
     store = LatentStore.open(args.latents)
-    check_meta(store, vae=settings.encode.vae, view="center", image_size=settings.data.image_size)
+    check_latents(store, settings, "center")
     encoder = LatentMAE.from_pretrained(args.mae)
-    code = spawn("stages.drift", argv, wanted_processes(args.nproc, settings.hardware.processes))
+    code = spawn("stages.drift", argv, wanted_processes(args.nproc, hardware.processes))
     if code is not None:
         return code
 
@@ -48,7 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "latents": store.digest,
         "mae": {name: sha256(args.mae / name) for name in ("config.json", "model.safetensors")},
     }
-    with join() as ranks, Work("drift", decides, fresh=args.fresh, first=ranks.first) as work:
+    with (
+        join(hardware.time_limit) as ranks,
+        Work("drift", decides, fresh=args.fresh, first=ranks.first) as work,
+    ):
         ranks.barrier()
         model, emas = train_generator(
             store,
@@ -56,17 +61,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             settings.drift,
             settings.field(),
             seed=settings.seed,
-            hardware=settings.hardware,
+            hardware=hardware,
             ranks=ranks,
             folder=work.folder,
         )
         if ranks.first:
-            export = export_run(
-                model, emas, work.folder, plot=args.plot, columns=plot_columns(settings.field())
-            )
-            work.publish(export, args.out, precision=settings.hardware.precision)
+            export = export_run(model, emas, work.folder, {args.plot: plot_columns(settings.field())})
+            work.publish(export, args.out, precision=hardware.precision)
     return 0
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, memory="hardware.classes_per_pass or hardware.feature_batch")

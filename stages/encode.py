@@ -43,7 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "images": source.digest,
         "vae": vae.digest,
     }
-    with join() as ranks, Work("encode", decides, fresh=args.fresh, first=ranks.first) as work:
+    with (
+        join(hardware.time_limit) as ranks,
+        Work("encode", decides, fresh=args.fresh, first=ranks.first) as work,
+    ):
         ranks.barrier()
         export = encode_view(
             source,
@@ -72,4 +75,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, memory="hardware.encode_batch")

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if code is not None:
         return code
 
-    with join() as ranks:
+    with join(hardware.time_limit) as ranks:
         network = load_feature_network(fid.features, fid.mode, ranks.device, workers=hardware.workers)
         require_enough(fid.images, network, "generated images per omega (fid.images)")
         generator = generator.to(ranks.device).eval()
@@ -161,4 +161,4 @@ def read_provenance(folder: Path) -> dict | None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, memory="hardware.sample_batch")

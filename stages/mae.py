@@ -2,20 +2,21 @@
 
     python -m stages.mae --latents artifacts/latents/augmented --out artifacts/mae
 
-Writes OUT/config.json, model.safetensors (EMA weights), settings.yaml and logs.jsonl, and the training
-curve for DVC's plots. A run that was killed goes on from its last checkpoint.
+Writes OUT/config.json, model.safetensors (EMA weights), settings.yaml and logs.jsonl, and for DVC's plots the
+training curve and the error on held-out images. A run that was killed goes on from its last checkpoint.
 """
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from drift.data.latents import LatentStore, check_meta
+from drift.data.latents import LatentStore
 from drift.files import check_writable
 from drift.launch import join, run_stage, spawn, stage_parser, wanted_processes
 from drift.params import load_settings
 from drift.training.export import export_run
-from drift.training.mae import PLOT_COLUMNS, mae_config, train_mae
+from drift.training.inputs import check_latents
+from drift.training.mae import HELD_OUT_COLUMNS, PLOT_COLUMNS, mae_config, train_mae
 from drift.work import Work
 
 
@@ -25,15 +26,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--latents", type=Path, required=True, help="folder of the augmented latents")
     parser.add_argument("--out", type=Path, required=True, help="folder of the MAE")
     parser.add_argument("--plot", type=Path, default=Path("plots/mae_training.csv"))
+    parser.add_argument("--held-out-plot", type=Path, default=Path("plots/mae_held_out.csv"))
     args = parser.parse_args(argv)
 
     settings = load_settings(args.params)
+    hardware = settings.hardware
     check_writable(args.out.parent)
-    check_writable(args.plot.parent)
+    for path in (args.plot, args.held_out_plot):
+        check_writable(path.parent)
     store = LatentStore.open(args.latents)
-    check_meta(store, vae=settings.encode.vae, view="augmented", image_size=settings.data.image_size)
+    check_latents(store, settings, "augmented")
     mae_config(settings.mae, store)
-    code = spawn("stages.mae", argv, wanted_processes(args.nproc, settings.hardware.processes))
+    code = spawn("stages.mae", argv, wanted_processes(args.nproc, hardware.processes))
     if code is not None:
         return code
 
@@ -42,21 +46,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         "mae": settings.mae.model_dump(mode="json"),
         "latents": store.digest,
     }
-    with join() as ranks, Work("mae", decides, fresh=args.fresh, first=ranks.first) as work:
+    with (
+        join(hardware.time_limit) as ranks,
+        Work("mae", decides, fresh=args.fresh, first=ranks.first) as work,
+    ):
         ranks.barrier()
         model, emas = train_mae(
             store,
             settings.mae,
             seed=settings.seed,
-            hardware=settings.hardware,
+            hardware=hardware,
             ranks=ranks,
             folder=work.folder,
         )
         if ranks.first:
-            export = export_run(model, emas, work.folder, plot=args.plot, columns=PLOT_COLUMNS)
-            work.publish(export, args.out, precision=settings.hardware.precision)
+            plots = {args.plot: PLOT_COLUMNS, args.held_out_plot: HELD_OUT_COLUMNS}
+            export = export_run(model, emas, work.folder, plots)
+            work.publish(export, args.out, precision=hardware.precision)
     return 0
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, memory="hardware.mae_micro_batch")

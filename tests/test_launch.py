@@ -11,7 +11,10 @@ from drift.errors import UserError
 from drift.launch import Ranks, run_stage, stage_parser, wanted_processes
 
 PROGRAM = """
+import os
+import signal
 import sys
+import time
 import torch
 from drift.errors import UserError
 from drift.launch import join, run_stage, spawn
@@ -20,7 +23,7 @@ def main():
     code = spawn("two_ranks", sys.argv[1:], 2)
     if code is not None:
         return code
-    with join() as ranks:
+    with join(0.05 if "--silent" in sys.argv else 1) as ranks:
         total = ranks.sum(torch.tensor([1.0 + ranks.rank]))
         if ranks.first:
             print("sum", total.item(), "of", ranks.world_size, flush=True)
@@ -28,6 +31,13 @@ def main():
             raise UserError("colour = 'red': allowed: blue")
         if "--bug" in sys.argv and not ranks.first:
             raise ZeroDivisionError("a bug")
+        if "--killed" in sys.argv and not ranks.first:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if "--silent" in sys.argv and not ranks.first:
+            time.sleep(60)
+        if "--share" in sys.argv:
+            mine = {"a": torch.arange(3) + 5, "b": torch.tensor(0.5)} if ranks.first else {}
+            print({name: t.tolist() for name, t in ranks.tensors_from_first(mine).items()}, flush=True)
         ranks.barrier()
 
 run_stage(main)
@@ -52,11 +62,29 @@ def test_two_processes_start_and_add_up(tmp_path):
     assert "sum 3.0 of 2" in done.stdout
 
 
-def test_a_mistake_in_a_rank_ends_with_code_2_and_no_traceback(tmp_path):
+def test_every_process_gets_the_tensors_of_the_first(tmp_path):
+    done = run_program(tmp_path, "--share")
+    assert done.stdout.count("{'a': [5, 6, 7], 'b': 0.5}") == 2
+
+
+def test_a_mistake_in_ranks_ends_with_code_2_and_one_line(tmp_path):
     done = run_program(tmp_path, "--mistake")
     assert done.returncode == 2
-    assert "error: colour = 'red': allowed: blue" in done.stderr
+    assert done.stderr.count("error: colour = 'red': allowed: blue\n") == 1
     assert "Traceback" not in done.stderr
+
+
+def test_a_rank_that_is_killed_takes_the_run_down_and_is_named(tmp_path):
+    done = run_program(tmp_path, "--killed")
+    assert done.returncode == 137
+    assert "error: process 1 was killed by SIGKILL (by hand, or by the kernel" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_rank_that_is_silent_does_not_hang_the_run(tmp_path):
+    done = run_program(tmp_path, "--silent")
+    assert done.returncode == 3
+    assert "process 0: the others are gone or silent (" in done.stderr
 
 
 def test_a_bug_in_a_rank_keeps_its_traceback(tmp_path):

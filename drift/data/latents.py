@@ -16,6 +16,7 @@ import torch
 from drift.errors import UserError
 from drift.files import atomic_write, sha256, write_json
 
+_LOADED_AT_ONCE = 4096  # rows
 _WAY_OUT = "rerun encode (dvc repro) or fetch it (dvc pull)"
 
 
@@ -86,6 +87,16 @@ class LatentStore:
         files = self.meta["sha256"] if "sha256" in self.meta else file_hashes(self.folder, self.split)
         return hashlib.sha256(f"{files['latents']} {files['labels']}".encode()).hexdigest()
 
+    @property
+    def per_image(self) -> int:
+        """Rows of one image, which stand together, as the meta file tells; 1 where it does not."""
+        if self.meta.get("view") == "augmented":
+            return self.meta.get("crops", 1)
+        return 1 + self.meta.get("mirror", False)
+
+    def read(self, indices):
+        return self.rows(indices).half()
+
     def rows(self, indices: np.ndarray | torch.Tensor) -> torch.Tensor:
         """Latents of row indices of any shape, as float32 `[*indices.shape, C, H, W]`.
 
@@ -95,6 +106,32 @@ class LatentStore:
         distinct, where = np.unique(indices, return_inverse=True)
         read = torch.from_numpy(np.asarray(self.latents)[distinct])  # [distinct, C, H, W] float16
         return read[torch.from_numpy(where.reshape(-1))].float().reshape(*indices.shape, *self.shape[1:])
+
+
+class LatentReader:
+    """Rows of a store on their way to a device: from the disk, or from the device's own memory."""
+
+    def __init__(self, store: LatentStore, device: torch.device, *, on_device: bool):
+        """`on_device`: load all latents onto the device now."""
+        self._store, self._device = store, device
+        self._held: torch.Tensor | None = None
+        if on_device:
+            self._held = torch.empty(store.shape, dtype=torch.float16, device=device)
+            for start in range(0, len(store), _LOADED_AT_ONCE):
+                rows = np.arange(start, min(start + _LOADED_AT_ONCE, len(store)))
+                self._held[start : start + len(rows)] = store.read(rows).to(device)
+
+    def fetch(self, indices: np.ndarray) -> torch.Tensor:
+        """What takes time, in any thread: float16 rows `[*indices.shape, C, H, W]`, or only the indices."""
+        if self._held is not None:
+            return torch.from_numpy(indices)
+        rows = self._store.read(indices)
+        return rows.pin_memory() if self._device.type == "cuda" else rows
+
+    def place(self, fetched: torch.Tensor) -> torch.Tensor:
+        """Float32 latents `[*indices.shape, C, H, W]` on the device."""
+        fetched = fetched.to(self._device, non_blocking=True)
+        return (fetched if self._held is None else self._held[fetched]).float()
 
 
 def write_latents(

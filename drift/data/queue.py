@@ -139,6 +139,18 @@ class SampleQueue:
         """The state as tensors that share no memory with the queue."""
         return {"pushed": torch.from_numpy(self._pushed.copy())}
 
+    def state_after(self, steps: int, count: int) -> dict[str, torch.Tensor]:
+        """`state_dict()` after `push(0, count)` to `push(steps - 1, count)`, whatever was pushed till now."""
+        n = len(self._pushed)
+        pushed, done = np.empty(n, np.int64), steps * count
+        epoch = done // n
+        for e in (epoch - 1, epoch):
+            rows = epoch_rows(self.seed, e, n)
+            times = -np.arange(1, n + 1) if e < 0 else e * n + np.arange(n)
+            passed = rows[: done - e * n] if e == epoch else rows
+            pushed[passed] = times[: len(passed)]
+        return {"pushed": torch.from_numpy(pushed)}
+
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Go on from `state_dict()` of a queue over the same labels."""
         pushed = state["pushed"].cpu().numpy()
@@ -148,3 +160,73 @@ class SampleQueue:
 
     def _find_latest(self) -> np.ndarray:
         return np.argsort(-self._pushed)[: self._global_size]
+
+
+class DirectSampling:
+    """Real samples of a step straight from all of the data, with the interface of `SampleQueue`."""
+
+    def __init__(
+        self, labels: np.ndarray, num_classes: int, seed: int, class_names: Sequence[str] | None = None
+    ):
+        self.seed = seed
+        self._names = class_names if class_names is not None else [str(c) for c in range(num_classes)]
+        self._by_class = np.argsort(labels, kind="stable")  # rows, class after class
+        self._sizes = np.bincount(labels, minlength=num_classes)  # [num_classes]
+        self._ends = np.cumsum(self._sizes)
+
+    def push(self, step: int, count: int) -> None:
+        """Nothing: all of the data are there at every step."""
+
+    def require(self, positives: int, unconditional: int) -> None:
+        """Raise `UserError` if a class, or all of them together, have fewer rows than are to be drawn."""
+        smallest = int(np.argmin(self._sizes))
+        if positives > self._sizes[smallest]:
+            raise UserError(
+                f"drift.positives = {positives}: class {self._names[smallest]} has only "
+                f"{self._sizes[smallest]} rows; lower it or add images of that class"
+            )
+        if unconditional > len(self._by_class):
+            raise UserError(
+                f"drift.unconditional = {unconditional}: there are {len(self._by_class)} rows; lower it or "
+                "add images"
+            )
+
+    def draw(
+        self,
+        step: int,
+        classes: np.ndarray,
+        positives: int,
+        unconditional: int,
+        slots: Sequence[int] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As `SampleQueue.draw`, with randomness of its own."""
+        self.require(positives, unconditional)
+        slots = range(len(classes)) if slots is None else slots
+        of_class = np.empty((len(slots), positives), np.int64)
+        of_any = np.empty((len(slots), unconditional), np.int64)
+        for row, slot in enumerate(slots):
+            rng = numpy_generator(self.seed, "direct/draw", step, slot)
+            size, end = self._sizes[classes[slot]], self._ends[classes[slot]]
+            picked = rng.choice(size, positives, replace=False, shuffle=False)
+            of_class[row] = self._by_class[end - size + picked]
+            of_any[row] = rng.choice(len(self._by_class), unconditional, replace=False, shuffle=False)
+        return of_class, of_any
+
+    def state_after(self, steps: int, count: int) -> dict[str, torch.Tensor]:
+        """Nothing is remembered."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Nothing was."""
+
+
+def held_out_rows(n: int, per_image: int, count: int, seed: int) -> np.ndarray:
+    """Rows of `count` images that are kept out of training, sorted, all `per_image` of each.
+
+    Rows of an image stand together in a store of `n`. Raises `UserError` if no image would be left.
+    """
+    images = n // per_image
+    if count >= images:
+        raise UserError(f"mae.held_out = {count}: allowed: fewer than the {images} images")
+    chosen = numpy_generator(seed, "mae/held_out").choice(images, count, replace=False)
+    return (np.sort(chosen)[:, None] * per_image + np.arange(per_image)).reshape(-1)

@@ -5,8 +5,10 @@ T temperatures. One drift problem is one (class, location); see `drift/field/pro
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,34 +75,223 @@ def drifting_loss(
         UserError: two knobs contradict each other.
         ValueError: `negatives` is given without `settings.negatives: second_batch`, or missing with it.
     """
-    if complaint := contradiction(settings):
-        raise UserError(complaint)
-    if (negatives is not None) != (settings.negatives == "second_batch"):
-        raise ValueError(
-            f"settings.negatives is {settings.negatives}, negatives are {type(negatives).__name__}"
-        )
-    assert omega.shape == x.shape[:1], f"{tuple(omega.shape)} strengths for {len(x)} classes"
-    device = x.device.type
-    with torch.no_grad(), torch.autocast(device, enabled=False):
-        n, u = x.shape[1], uncond.shape[1]
-        repelling = n - 1 if negatives is None else negatives.shape[1]
-        features = FeatureSet(
-            x,
-            negatives,
-            uncond,
-            pos,
-            omega.float(),
-            unconditional_weight(omega, repelling, u),
-            settings,
-            GUARDS[settings.normalization_scope].squared_distance,
-        )
-        loss, drift, slope, statistics = _drift(
-            features,
-            reduce or (lambda sums: sums),
-            CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) if chunk_bytes is None else chunk_bytes,
-            KEEP_BYTES.get(device, KEEP_BYTES["cuda"]) if keep_bytes is None else keep_bytes,
-        )
-    return _KnownGradient.apply(x, loss, drift, slope), statistics
+    passes = FieldPasses(
+        x, pos, uncond, omega, settings, negatives=negatives, chunk_bytes=chunk_bytes, keep_bytes=keep_bytes
+    )
+    return passes.all(reduce or (lambda sums: sums))
+
+
+class Fields(NamedTuple):
+    """What the fields V_tau of a feature set add up to."""
+
+    products: Tensor
+    """sum V_tau V_tau' over the vectors of each class, `[Nc, T, T]`."""
+    neighbours: Tensor
+    """Sum over vectors, `[T]`."""
+    marginal_errors: Tensor
+    """Sum over drift problems, `[T]`."""
+
+
+class FieldPasses:
+    """The passes over one feature set's drift problems: the fields need S, and V needs lambda.
+
+    S and lambda belong to all classes of a step (`normalization_scope: batch`). Where those are seen part by
+    part, each part has passes of its own: the total of their `distance_sums` gives S, that of their
+    `field_sums` lambda. Arguments and errors are those of `drifting_loss`.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        pos: Tensor,
+        uncond: Tensor,
+        omega: Tensor,
+        settings: FieldSettings,
+        *,
+        negatives: Tensor | None = None,
+        chunk_bytes: int | None = None,
+        keep_bytes: int | None = None,
+    ):
+        if complaint := contradiction(settings):
+            raise UserError(complaint)
+        if (negatives is not None) != (settings.negatives == "second_batch"):
+            raise ValueError(
+                f"settings.negatives is {settings.negatives}, negatives are {type(negatives).__name__}"
+            )
+        assert omega.shape == x.shape[:1], f"{tuple(omega.shape)} strengths for {len(x)} classes"
+        self.x, self.settings = x, settings
+        self._device = x.device.type
+        self._guards = GUARDS[settings.normalization_scope]
+        self._numel = x.new_tensor(x.numel(), dtype=torch.float32)
+        with self._in_float32():
+            u = uncond.shape[1]
+            repelling = x.shape[1] - 1 if negatives is None else negatives.shape[1]
+            features = FeatureSet(
+                x,
+                negatives,
+                uncond,
+                pos,
+                omega.float(),
+                unconditional_weight(omega, repelling, u),
+                settings,
+                self._guards.squared_distance,
+            )
+        self._temps, self._fields = len(settings.temps), features.fields
+        if chunk_bytes is None:
+            chunk_bytes = CHUNK_BYTES.get(self._device, CHUNK_BYTES["cuda"])
+        room = KEEP_BYTES.get(self._device, KEEP_BYTES["cuda"]) if keep_bytes is None else keep_bytes
+        self._chunks = []
+        for chunk in features.chunks(max(1, chunk_bytes // features.working_bytes)):
+            room -= chunk.problems * features.kept_bytes
+            self._chunks.append(_Kept(chunk, keep=room >= 0))
+
+    def all(self, reduce: Reduce) -> tuple[Tensor, dict[str, Tensor]]:
+        """What `drifting_loss` returns, where these are all classes of this process in the step."""
+        per_class = self.settings.normalization_scope == "class"
+        with self._in_float32():
+            sums = self.distance_sums()
+            scale = self.scale(sums if per_class else reduce(sums.sum(dim=1)))
+            fields = self._fields_at(scale)
+            total = reduce(self._packed(fields, scale))
+            factors = self._class_factors(fields) if per_class else self.factors(total)
+            value = _loss(factors, fields.products) / self._numel
+        return self.loss(scale, factors, value), self.statistics(total)
+
+    def distance_sums(self) -> Tensor:
+        """Numerator and denominator of the mean distance behind S, of each class: `[2, Nc]`."""
+        sums = self.x.new_zeros(2, len(self.x), dtype=torch.float32)
+        if self.settings.vanilla:
+            return sums
+        with self._in_float32():
+            for kept in self._chunks:
+                measured = kept.chunk.measure()
+                sums[:, kept.chunk.classes] += kept.chunk.distance_sums(measured.distances)
+                if kept.keep:
+                    kept.measured = measured
+        return sums
+
+    def scale(self, sums: Tensor) -> Tensor:
+        """S of each class `[Nc]`, from `distance_sums` `[2, Nc]` or their total `[2]`."""
+        if self.settings.vanilla:
+            return self.x.new_ones(len(self.x), dtype=torch.float32)
+        scale = feature_scale(sums[0] / sums[1], self.x.shape[-1], self._guards.scale)  # mean(d) / sqrt(C)
+        return scale.expand(len(self.x))
+
+    def field_sums(self, scale: Tensor) -> Tensor:
+        """What `factors` and `statistics` need of the fields at S `[Nc]`, a vector; it adds up over parts."""
+        with self._in_float32():
+            return self._packed(self._fields_at(scale), scale)
+
+    def factors(self, sums: Tensor) -> Tensor:
+        """What every V_tau is multiplied by in V, from the total of `field_sums`: `[1, T]`."""
+        totals = self._unpacked(sums)
+        with self._in_float32():
+            return self._factors(totals.products / totals.numel)[None]
+
+    def loss(self, scale: Tensor, factors: Tensor, value: Tensor | None = None) -> Tensor:
+        """The loss of these classes at S `[Nc]` and `factors` `[Nc or 1, T]`; see `drifting_loss`.
+
+        `value` is its value where that is known already.
+        """
+        with self._in_float32():
+            drift = torch.empty_like(self.x)  # half the memory where the gradient is half precise
+            factors = factors.expand(len(self.x), self._fields)
+            for kept in self._chunks:
+                kept.chunk.write(drift, kept.take(scale), factors / scale[:, None])
+            if value is None:
+                value = torch.linalg.vector_norm(drift, dtype=torch.float32).square() / self._numel
+            slope = (-2 / (scale * self._numel))[:, None, None, None]
+        return _KnownGradient.apply(self.x, value, drift, slope)
+
+    def statistics(self, sums: Tensor) -> dict[str, Tensor]:
+        """The statistics of `drifting_loss` from the total of `field_sums`."""
+        totals, settings = self._unpacked(sums), self.settings
+        _, n, _, channels = self.x.shape
+        loss = totals.loss
+        if settings.normalization_scope == "batch":
+            factors = self.factors(sums)
+            with self._in_float32():
+                loss = _loss(factors, totals.products)
+        mean_products = totals.products / totals.numel
+        statistics = {
+            "loss": loss / totals.numel,
+            "scale": totals.scale / totals.classes,
+            "drift_rms": mean_products.diagonal().clamp_min(0).sqrt().expand(self._temps),
+            "neighbours": (totals.neighbours / totals.numel * channels).expand(self._temps),
+        }
+        if settings.coupling == "sinkhorn":
+            mean_errors = totals.marginal_errors / totals.numel * (channels * n)
+            statistics["marginal_error"] = mean_errors.expand(self._temps)
+        return statistics
+
+    def _fields_at(self, scale: Tensor) -> Fields:
+        classes, t = len(self.x), self._fields
+        products = self.x.new_zeros(classes, t, t, dtype=torch.float32)
+        neighbours, marginal_errors = self.x.new_zeros(2, t, dtype=torch.float32)
+        for kept in self._chunks:
+            measured = kept.measure()
+            coefficients = kept.chunk.coefficients(measured.distances, scale)
+            made, chunk_products = kept.chunk.inner_products(coefficients, measured)
+            products[kept.chunk.classes] += chunk_products
+            neighbours += coefficients.neighbours.sum(dim=(0, 2))
+            if coefficients.marginal_error is not None:
+                marginal_errors += coefficients.marginal_error.sum(dim=0)
+            if kept.keep:
+                kept.made = made
+        return Fields(products / scale.square()[:, None, None], neighbours, marginal_errors)
+
+    def _class_factors(self, fields: Fields) -> Tensor:
+        return self._factors(fields.products * (len(self.x) / self._numel))  # [Nc, T]
+
+    def _factors(self, mean_products: Tensor) -> Tensor:
+        """What every V_tau is multiplied by in V, from mean(V_tau V_tau') `[*, T, T]`: `[*, T]`."""
+        settings = self.settings
+        mean_squares = mean_products.diagonal(dim1=-2, dim2=-1)
+        if settings.normalize_drift_theta:
+            floor = self._guards.mean_square
+            if settings.coupling == "sinkhorn" and settings.drift_form == "alg2_joint":
+                floor /= self.x.shape[1] ** 4  # rows of a plan hold 1/N, those of other couplings about 1
+            factors = mean_squares.clamp_min(floor).rsqrt()
+        elif settings.drift_tau_scale:
+            # |d log K / d d| = 1 / (tau sqrt(C)), and twice d more of it for squares
+            power = 2 if settings.dist_metric == "l2_sq" else 1
+            factors = power / (mean_squares.new_tensor(settings.temps) * math.sqrt(self.x.shape[-1]))
+            factors = factors.expand_as(mean_squares)
+        else:
+            factors = torch.ones_like(mean_squares)
+        return factors * (self._temps // self._fields)  # temperatures that share a field
+
+    def _packed(self, fields: Fields, scale: Tensor) -> Tensor:
+        loss = self._numel.new_zeros(())
+        if self.settings.normalization_scope == "class":
+            loss = _loss(self._class_factors(fields), fields.products)
+        products = fields.products.sum(dim=0).flatten()
+        scalars = torch.stack([self._numel, loss, scale.sum(), scale.new_tensor(len(scale))])
+        return torch.cat([scalars, products, fields.neighbours, fields.marginal_errors])
+
+    def _unpacked(self, sums: Tensor) -> "_Totals":
+        t = self._fields
+        scalars, products, neighbours, marginal_errors = sums.split([4, t * t, t, t])
+        return _Totals(*scalars, products.view(t, t), neighbours, marginal_errors)
+
+    @contextmanager
+    def _in_float32(self) -> Iterator[None]:
+        with torch.no_grad(), torch.autocast(self._device, enabled=False):
+            yield
+
+
+class _Totals(NamedTuple):
+    """`field_sums` by name."""
+
+    numel: Tensor
+    """Numbers in one V_tau."""
+    loss: Tensor
+    """Sum of V^2, for `normalization_scope: class`."""
+    scale: Tensor
+    classes: Tensor
+    products: Tensor
+    neighbours: Tensor
+    marginal_errors: Tensor
 
 
 @dataclass
@@ -123,111 +314,9 @@ class _Kept:
         return self.chunk.coefficients(self.chunk.measure().distances, scale) if made is None else made
 
 
-def _drift(
-    features: FeatureSet, reduce: Reduce, chunk_bytes: int, keep_bytes: int
-) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """The loss, V `[Nc, N, L, C]`, the slope in `dloss/dx = slope V`, and the statistics.
-
-    Three passes over chunks of problems: the fields need S, and V needs lambda, which belong to all.
-    """
-    x, settings = features.x, features.settings
-    classes, n, _, channels = x.shape
-    per_class = settings.normalization_scope == "class"
-    guards = GUARDS[settings.normalization_scope]
-    mean_square_floor = guards.mean_square
-    if settings.coupling == "sinkhorn" and settings.drift_form == "alg2_joint":
-        mean_square_floor /= n**4  # rows of a plan hold 1/N, those of other couplings about 1
-    chunks, room = [], keep_bytes
-    for chunk in features.chunks(max(1, chunk_bytes // features.working_bytes)):
-        room -= chunk.problems * features.kept_bytes
-        chunks.append(_Kept(chunk, keep=room >= 0))
-
-    # S = mean(d) / sqrt(C)
-    if settings.vanilla:
-        scale = x.new_ones(classes, dtype=torch.float32)
-    else:
-        sums = x.new_zeros(2, classes, dtype=torch.float32)
-        for kept in chunks:
-            measured = kept.chunk.measure()
-            sums[:, kept.chunk.classes] += kept.chunk.distance_sums(measured.distances)
-            if kept.keep:
-                kept.measured = measured
-        if not per_class:
-            sums = reduce(sums.sum(dim=1))[:, None].expand(2, classes)
-        scale = feature_scale(sums[0] / sums[1], channels, guards.scale)  # [Nc]
-
-    # sum V_tau V_tau' over the vectors of each class
-    t = features.fields
-    products = x.new_zeros(classes, t, t, dtype=torch.float32)
-    neighbours, marginal_errors = x.new_zeros(2, t, dtype=torch.float32)
-    for kept in chunks:
-        measured = kept.measure()
-        coefficients = kept.chunk.coefficients(measured.distances, scale)
-        made, chunk_products = kept.chunk.inner_products(coefficients, measured)
-        products[kept.chunk.classes] += chunk_products
-        neighbours += coefficients.neighbours.sum(dim=(0, 2))
-        if coefficients.marginal_error is not None:
-            marginal_errors += coefficients.marginal_error.sum(dim=0)
-        if kept.keep:
-            kept.made = made
-    products /= scale.square()[:, None, None]
-
-    # lambda_tau = sqrt(mean(V_tau^2)),  V = sum_tau V_tau / lambda_tau,  so that mean(V^2) needs no V
-    numel = x.new_tensor(x.numel(), dtype=torch.float32)
-    factors = _factors(products * (classes / numel), features, mean_square_floor)  # [Nc, T]
-    sums = (numel, products.sum(dim=0), _loss(factors, products), scale.sum(), scale.new_tensor(classes))
-    all_numel, total, loss_sum, scale_sum, all_classes, neighbours, marginal_errors = _reduce(
-        reduce, *sums, neighbours, marginal_errors
-    )
-    mean_products = total / all_numel
-    if not per_class:
-        factors = _factors(mean_products[None], features, mean_square_floor)
-        loss_sum = _loss(factors, total[None])
-        factors = factors.expand(classes, t)
-
-    drift = torch.empty_like(x)  # half the memory where the gradient is half precise
-    for kept in chunks:
-        kept.chunk.write(drift, kept.take(scale), factors / scale[:, None])
-
-    temps = len(settings.temps)
-    statistics = {
-        "loss": loss_sum / all_numel,
-        "scale": scale_sum / all_classes,
-        "drift_rms": mean_products.diagonal().clamp_min(0).sqrt().expand(temps),
-        "neighbours": (neighbours / all_numel * channels).expand(temps),
-    }
-    if settings.coupling == "sinkhorn":
-        statistics["marginal_error"] = (marginal_errors / all_numel * (channels * n)).expand(temps)
-    slope = (-2 / (scale * numel))[:, None, None, None]
-    return _loss(factors, products) / numel, drift, slope, statistics
-
-
-def _factors(mean_products: Tensor, features: FeatureSet, floor: float) -> Tensor:
-    """What every V_tau is multiplied by in V, from mean(V_tau V_tau') `[*, T, T]`: `[*, T]`."""
-    settings = features.settings
-    mean_squares = mean_products.diagonal(dim1=-2, dim2=-1)
-    if settings.normalize_drift_theta:
-        factors = mean_squares.clamp_min(floor).rsqrt()
-    elif settings.drift_tau_scale:
-        # |d log K / d d| = 1 / (tau sqrt(C)), and twice d more of it for squares
-        power = 2 if settings.dist_metric == "l2_sq" else 1
-        factors = power / (mean_squares.new_tensor(settings.temps) * math.sqrt(features.x.shape[-1]))
-        factors = factors.expand_as(mean_squares)
-    else:
-        factors = torch.ones_like(mean_squares)
-    return factors * (len(settings.temps) // features.fields)  # temperatures that share a field
-
-
 def _loss(factors: Tensor, products: Tensor) -> Tensor:
     """Sum of V^2 from factors `[*, T]` and sums of V_tau V_tau' `[*, T, T]`."""
     return (factors[..., None, :] @ products @ factors[..., None]).sum()
-
-
-def _reduce(reduce: Reduce, *tensors: Tensor) -> list[Tensor]:
-    """Every tensor summed over the processes, in one collective."""
-    sums = reduce(torch.cat([tensor.flatten() for tensor in tensors]))
-    parts = sums.split([tensor.numel() for tensor in tensors])
-    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 class _KnownGradient(torch.autograd.Function):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from drift.errors import UserError
 from drift.models.io import PretrainedModel, require_at_least
@@ -201,6 +202,9 @@ class Generator(PretrainedModel):
             self.context_embedding = nn.Parameter(torch.empty(1, config.context_tokens, size))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final = FinalLayer(config)
+        self.activation_checkpointing = (
+            False  # True trades time for memory in training: see torch.utils.checkpoint
+        )
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
@@ -262,7 +266,10 @@ class Generator(PretrainedModel):
         head_size = self.config.hidden_size // self.config.num_heads
         rotation = rope(x.shape[1], head_size, x.device)
         for block, modulation in zip(self.blocks, modulations, strict=True):
-            x = block(x, modulation, rotation)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, modulation, rotation, use_reentrant=False)
+            else:
+                x = block(x, modulation, rotation)
         x = self.final(x[:, self.config.context_tokens :], final_modulation)
         return unpatchify(x.float(), self.config.patch_size, self.config.in_channels)
 

@@ -6,6 +6,7 @@ encoder does not commute with it, so the mirrored latents of an image are not th
 """
 
 import hashlib
+import json
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,6 +107,19 @@ class VAE(nn.Module):
         """Latents `[B, C, h, w]` -> float32 images around [-1, 1], `[B, 3, H, W]`; see `to_uint8`."""
         z = latents.to(self.device, torch.float32) / self.scaling_factor + self.shift_factor
         return self.model.decode(z).sample
+
+
+def known_scaling_factor(source: str, revision: str | None = None) -> float | None:
+    """The scaling factor of a VAE whose config is on this machine, in a folder or the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(source).is_dir():
+        path = Path(source) / CONFIG_FILE
+    else:
+        path = try_to_load_from_cache(source, CONFIG_FILE, revision=revision)
+    if not isinstance(path, str | Path) or not Path(path).is_file():
+        return None
+    return json.loads(Path(path).read_text(encoding="utf-8")).get("scaling_factor")
 
 
 def _download(source: str, revision: str | None) -> Path:

@@ -20,8 +20,10 @@ from safetensors.torch import load_file, save_file
 
 from drift.errors import UserError
 from drift.files import sync
+from drift.launch import Ranks
 
 KEPT = 2
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors tells of the system's errors
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -71,10 +73,17 @@ def save_checkpoint(
     final, draft = folder / f"step-{step:08d}", folder / f"tmp-{step:08d}"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
-    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, draft / "tensors.safetensors")
-    (draft / "state.json").write_text(json.dumps({"step": step, **(state or {})}, sort_keys=True))
-    for path in (*draft.iterdir(), draft):
-        sync(path)
+    try:
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, draft / "tensors.safetensors")
+        (draft / "state.json").write_text(json.dumps({"step": step, **(state or {})}, sort_keys=True))
+        for path in (*draft.iterdir(), draft):
+            sync(path)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(draft)  # makes room again on a disk that is full
+        if isinstance(error, SafetensorError) and (code := _OS_ERROR.search(str(error))):
+            number = int(code.group(1))
+            raise OSError(number, os.strerror(number), str(draft)) from None
+        raise
     shutil.rmtree(final, ignore_errors=True)
     os.replace(draft, final)
     sync(folder)
@@ -98,6 +107,16 @@ def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> Checkpo
             continue
         return Checkpoint(step, tensors, state, path)
     return None
+
+
+def shared_checkpoint(folder: Path, ranks: Ranks) -> Checkpoint | None:
+    """`load_checkpoint` by the first process for all, on the device of each; the others see no disk."""
+    checkpoint = load_checkpoint(folder, ranks.device) if ranks.first else None
+    facts = ranks.from_first((checkpoint.step, checkpoint.state, checkpoint.path) if checkpoint else None)
+    if facts is None:
+        return None
+    step, state, path = facts
+    return Checkpoint(step, ranks.tensors_from_first(checkpoint.tensors if checkpoint else {}), state, path)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

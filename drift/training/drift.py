@@ -2,17 +2,20 @@
 
 One step (paper Alg. 1): for every class slot draw omega, N noises, P real samples of the class and U real
 samples of any class; generate; the drifting loss in the encoder's features gives the gradient. With
-`negatives: second_batch` another N samples are generated to repel the first.
+`negatives: second_batch` another N samples are generated to repel the first. With `hardware.classes_per_pass`
+the classes are taken some at a time, and the gradients of the parts add up to that of the whole.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from drift.data.latents import LatentStore
-from drift.data.queue import SampleQueue, choose_classes
+from drift.data.latents import LatentReader, LatentStore
+from drift.data.queue import DirectSampling, SampleQueue, choose_classes
 from drift.field.settings import FieldSettings
 from drift.launch import Ranks
 from drift.models.ema import EMA
@@ -20,8 +23,9 @@ from drift.models.generator import Generator, GeneratorConfig
 from drift.models.mae import LatentMAE
 from drift.params import Drift, Hardware
 from drift.seeds import derive_seed, torch_generator
-from drift.training.loop import autocast, train
-from drift.training.objective import drift_objective
+from drift.training.log import Tree
+from drift.training.loop import Backward, autocast, parts, train
+from drift.training.objective import Samples, drift_objective, mean_statistics, step_sums
 from drift.training.schedule import draw_omega
 
 
@@ -86,41 +90,36 @@ def train_generator(
     a step do not split over the processes, or a class has too few samples.
     """
     mine = ranks.share(options.classes_per_step, "drift.classes_per_step")  # of the Nc class slots
+    slots = range(mine.start, mine.stop)
     torch.manual_seed(derive_seed(seed, "drift/init"))
     config = generator_config(options, store)
     model = Generator(config).to(ranks.device)
+    model.activation_checkpointing = hardware.activation_checkpointing
     network = torch.compile(model) if hardware.compile else model
     encoder = encoder.to(ranks.device).eval().requires_grad_(False)
-    queue = SampleQueue(
-        store.labels,
-        store.num_classes,
-        per_class=options.queue_per_class,
-        global_size=options.queue_global,
-        seed=seed,
-        class_names=store.class_names,
-    )
-    queue.require(options.positives, options.unconditional)
+    reader = LatentReader(store, ranks.device, on_device=hardware.latents_on_device)
+    real = _RealSamples(store, options, seed)
+    reduce = ranks.sum if ranks.world_size > 1 else None
+    objective_options = {
+        "drop_duplicates": options.duplicate_features == "drop",
+        "feature_batch": hardware.feature_batch,
+    }
     n = options.generated
-    slots = range(mine.start, mine.stop)
     sample_shape = (config.in_channels, config.input_size, config.input_size)
 
-    def draw(what: str, step: int) -> tuple[Tensor, Tensor]:
-        """Noise `[Nc, N, C, H, W]` and style indices `[Nc, N, S]`, each slot from its own generator."""
+    def draw(what: str, step: int, part: slice) -> tuple[Tensor, Tensor]:
+        """Noise `[Nc N, C, H, W]` and style indices `[Nc N, S]`; each slot has its own generator."""
         noise, style = [], []
-        for slot in slots:
+        for slot in slots[part]:
             generator = torch_generator(seed, what, step, slot)
             noise.append(torch.randn(n, *sample_shape, generator=generator))
             style.append(
                 torch.randint(config.style_entries, (n, config.style_codebooks), generator=generator)
             )
-        return torch.stack(noise).to(ranks.device), torch.stack(style).to(ranks.device)
+        return torch.cat(noise).to(ranks.device), torch.cat(style).to(ranks.device)
 
-    def compute(step: int):
-        queue.push(step, options.queue_push)
-        classes = choose_classes(seed, step, options.classes_per_step, store.num_classes)
-        of_class, of_any = queue.draw(step, classes, options.positives, options.unconditional, slots)
-        positives = store.rows(of_class).to(ranks.device)  # [Nc, P, C, H, W]
-        unconditional = store.rows(of_any).to(ranks.device)  # [Nc, U, C, H, W]
+    def prepare(step: int) -> _Batch:
+        classes, of_class, of_any = real.draw(step, slots)
         omega = draw_omega(
             options.classes_per_step,
             low=options.omega_min,
@@ -128,41 +127,63 @@ def train_generator(
             exponent=options.omega_exponent,
             no_guidance_fraction=options.no_guidance_fraction,
             generator=torch_generator(seed, "drift/omega", step),
-        )[mine].to(ranks.device)  # [Nc]
-        labels = torch.as_tensor(classes[mine], device=ranks.device)
+        )
+        return _Batch(
+            torch.as_tensor(classes[mine]), omega[mine], reader.fetch(of_class), reader.fetch(of_any)
+        )
 
-        def generate(what: str) -> Tensor:
-            noise, style = draw(what, step)
-            samples = network(
-                noise.flatten(0, 1),
-                labels.repeat_interleave(n),
-                omega.repeat_interleave(n),
-                style.flatten(0, 1),
-            )
-            return samples.unflatten(0, (len(slots), n))  # [Nc, N, C, H, W]
-
+    def generate(what: str, step: int, batch: _Batch, part: slice) -> Tensor:
+        """Samples of the classes of a part `[Nc, N, C, H, W]`."""
+        noise, style = draw(what, step, part)
+        labels, omega = (x[part].to(ranks.device).repeat_interleave(n) for x in (batch.classes, batch.omega))
         with autocast(ranks, hardware.precision):
-            negatives = None
-            if field.negatives == "second_batch":
-                with torch.no_grad():
-                    negatives = generate("drift/negatives")
-            generated = generate("drift/noise")
-            loss, statistics = drift_objective(
-                generated,
-                positives,
-                unconditional,
-                omega,
-                encoder,
-                field,
-                negatives=negatives,
-                reduce=ranks.sum if ranks.world_size > 1 else None,
-                drop_duplicates=options.duplicate_features == "drop",
-            )
+            return network(noise, labels, omega, style).unflatten(0, (-1, n))
+
+    def samples(step: int, batch: _Batch, part: slice) -> Samples:
+        negatives = None
+        if field.negatives == "second_batch":
+            with torch.no_grad():
+                negatives = generate("drift/negatives", step, batch, part)
+        return Samples(
+            generate("drift/noise", step, batch, part),
+            reader.place(batch.positives[part]),
+            reader.place(batch.unconditional[part]),
+            batch.omega[part].to(ranks.device),
+            negatives,
+        )
+
+    def compute(step: int, batch: _Batch, backward: Backward) -> Tree:
+        passes = parts(len(slots), hardware.classes_per_pass)
+        sums = None
+        if len(passes) > 1 and field.normalization_scope == "batch":
+            with torch.no_grad():
+                given = [samples(step, batch, part) for part in passes]
+            with autocast(ranks, hardware.precision):
+                sums = step_sums(given, encoder, field, reduce=reduce, **objective_options)
+        gathered, shares = [], []
+        for part in passes:
+            *inputs, negatives = samples(step, batch, part)
+            with autocast(ranks, hardware.precision):
+                loss, statistics = drift_objective(
+                    *inputs,
+                    encoder,
+                    field,
+                    negatives=negatives,
+                    reduce=reduce,
+                    sums=sums,
+                    **objective_options,
+                )
+            share = (part.stop - part.start) / len(slots)
+            backward(share * loss)
+            gathered.append(statistics)
+            shares.append(share)
+        statistics = gathered[0] if sums is not None else mean_statistics(gathered, shares)
         total = torch.stack([s["loss"] for s in statistics.values()]).sum()
-        return loss, {"loss": total, **summarise(statistics, field), "feature_sets": statistics}
+        return {"loss": total, **summarise(statistics, field), "feature_sets": statistics}
 
     emas = train(
         model,
+        prepare,
         compute,
         options=options,
         ema_decays=options.ema_decays,
@@ -170,6 +191,52 @@ def train_generator(
         ranks=ranks,
         folder=folder,
         what="drift",
-        extra=queue,
+        extra=real,
     )
     return model, emas
+
+
+class _Batch(NamedTuple):
+    """What a step needs of the data; latents as they are fetched."""
+
+    classes: Tensor
+    """`[Nc]`"""
+    omega: Tensor
+    """`[Nc]`"""
+    positives: Tensor
+    """`[Nc, P, ...]`"""
+    unconditional: Tensor
+    """`[Nc, U, ...]`"""
+
+
+class _RealSamples:
+    """Classes and rows of real samples of one step after the other."""
+
+    def __init__(self, store: LatentStore, options: Drift, seed: int):
+        self._options, self._seed, self._num_classes = options, seed, store.num_classes
+        if options.sampling == "queue":
+            self._sampling = SampleQueue(
+                store.labels,
+                store.num_classes,
+                per_class=options.queue_per_class,
+                global_size=options.queue_global,
+                seed=seed,
+                class_names=store.class_names,
+            )
+        else:
+            self._sampling = DirectSampling(store.labels, store.num_classes, seed, store.class_names)
+        self._sampling.require(options.positives, options.unconditional)
+
+    def draw(self, step: int, slots: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The classes of the whole step, and of the slots the rows of each class and of any."""
+        options = self._options
+        self._sampling.push(step, options.queue_push)
+        classes = choose_classes(self._seed, step, options.classes_per_step, self._num_classes)
+        rows = self._sampling.draw(step, classes, options.positives, options.unconditional, slots)
+        return classes, *rows
+
+    def state_after(self, steps: int) -> dict[str, Tensor]:
+        return self._sampling.state_after(steps, self._options.queue_push)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self._sampling.load_state_dict(state)

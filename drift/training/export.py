@@ -1,7 +1,7 @@
 """From the state of a finished run to the folder that other stages read."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from drift.models.ema import EMA, ema_file
@@ -11,9 +11,9 @@ from drift.training.loop import LOG_FILE
 
 
 def export_run(
-    model: PretrainedModel, emas: Sequence[EMA], folder: Path, *, plot: Path, columns: Sequence[str]
+    model: PretrainedModel, emas: Sequence[EMA], folder: Path, plots: Mapping[Path, Sequence[str]]
 ) -> Path:
-    """Write `folder/export` with the config, one weights file per EMA and the log; `columns` of it to `plot`.
+    """Write `folder/export`: config, one weights file per EMA, and the log, columns of which become plots.
 
     The weights of `model` are overwritten by the first EMA's. Returns the folder.
     """
@@ -25,5 +25,6 @@ def export_run(
         ema.copy_to(model)
         model.save_pretrained(export, weights=ema_file(decays, ema.decay))
     shutil.copyfile(folder / LOG_FILE, export / LOG_FILE)
-    write_plot(folder / LOG_FILE, plot, columns)
+    for plot, columns in plots.items():
+        write_plot(folder / LOG_FILE, plot, columns)
     return export

@@ -62,9 +62,11 @@ def read_log(path: Path) -> list[dict]:
 
 
 def write_plot(log: Path, destination: Path, columns: Sequence[str]) -> None:
-    """Copy `step` and `columns` of a `logs.jsonl` into a CSV: what is the same in every run."""
+    """Copy `step` and `columns` of the lines of a `logs.jsonl` that have them into a CSV."""
     rows = [["step", *columns]]
-    rows += [[str(line["step"]), *(f"{line[c]:.6g}" for c in columns)] for line in read_log(log)]
+    for line in read_log(log):
+        if line.keys() >= set(columns):
+            rows.append([str(line["step"]), *(f"{line[c]:.6g}" for c in columns)])
     with atomic_write(destination) as file:
         file.write("".join(",".join(row) + "\n" for row in rows).encode())
 

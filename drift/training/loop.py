@@ -8,39 +8,54 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from drift.data.prefetch import Prefetch
 from drift.errors import Stopped
 from drift.launch import Ranks
 from drift.models.ema import EMA
 from drift.params import Hardware, Optimizer
 from drift.signals import Asked, Signals
-from drift.training.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
+from drift.training.checkpoint import load_optimizer, optimizer_tensors, save_checkpoint, shared_checkpoint
 from drift.training.log import RunLog, Tree, to_numbers
 from drift.training.schedule import learning_rate
 
 LOG_FILE = "logs.jsonl"
+Batch = TypeVar("Batch")
 
 
 class Stateful(Protocol):
     """Something beside the model whose tensors belong into a checkpoint, such as the sample queue."""
 
-    def state_dict(self) -> dict[str, Tensor]: ...
+    def state_after(self, steps: int) -> dict[str, Tensor]:
+        """The state after so many steps; it may itself be ahead of them, as data are read in advance."""
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
 
 
+Backward = Callable[[Tensor], None]
+"""Adds the gradient of a part of the loss."""
+
+
 def autocast(ranks: Ranks, precision: str) -> AbstractContextManager:
     """Mixed precision of the networks; `float32` is none."""
-    return torch.autocast(ranks.device.type, torch.bfloat16, enabled=precision == "bfloat16")
+    dtype = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
+    return torch.autocast(ranks.device.type, dtype, enabled=dtype is not None)
+
+
+def parts(count: int, size: int | None) -> list[slice]:
+    """`count` things in runs of at most `size`; None is one run."""
+    size = size or max(1, count)
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def train(
     model: nn.Module,
-    compute: Callable[[int], tuple[Tensor, Tree]],
+    prepare: Callable[[int], Batch],
+    compute: Callable[[int, Batch, Backward], Tree],
     *,
     options: Optimizer,
     ema_decays: Sequence[float],
@@ -49,30 +64,39 @@ def train(
     folder: Path,
     what: str,
     extra: Stateful | None = None,
+    evaluate: Callable[[Mapping[str, Tensor]], Tree] | None = None,
+    evaluate_every: int = 1,
 ) -> list[EMA]:
     """Take `options.steps` optimizer steps of `model`, or those that are left of them.
 
-    `compute(step)` gives this process's loss, whose mean over processes is the loss of the step, and
-    statistics of the whole step to log, that `loss` among them. Checkpoints and `logs.jsonl` go to
-    `folder`. Returns one EMA per decay. Raises FloatingPointError naming the first step with a loss or
-    gradient that is not finite; no checkpoint is written after such a step. Raises Stopped after SIGTERM
-    or SIGINT (see `drift.signals`), with a checkpoint of the step that was being taken.
+    `prepare(step)` reads the batch of `compute(step, batch, backward)`; it is called in the order of the
+    steps, ahead of them and in another thread where `hardware.prefetch` is not 0. `compute` hands the parts
+    of this process's loss to `backward`: the mean over processes of their sum is the loss of the step. It
+    returns statistics of the whole step to log, that `loss` among them. `evaluate` gets the weights of the
+    first EMA every `evaluate_every` steps and after the last, and returns more to log. All processes call
+    both.
+
+    Checkpoints and `logs.jsonl` go to `folder`, which only the first process reads and writes. Returns one
+    EMA per decay. Raises FloatingPointError naming the first step with a loss or gradient that is not finite;
+    no checkpoint is written after such a step. Raises Stopped after SIGTERM or SIGINT (see `drift.signals`),
+    with a checkpoint of the step that was being taken.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        parameters, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay
+        parameters, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay, fused=True
     )
     emas = [EMA(model, decay) for decay in ema_decays]
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=hardware.precision == "float16")
 
-    def state() -> dict[str, Tensor]:
+    def state(steps: int) -> dict[str, Tensor]:
         parts = {"model": model.state_dict(), "optimizer": optimizer_tensors(optimizer)}
         parts |= {f"ema_{i}": ema.state_dict() for i, ema in enumerate(emas)}
         if extra is not None:
-            parts["extra"] = extra.state_dict()
+            parts["extra"] = extra.state_after(steps)
         return {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
 
     start = 0
-    checkpoint = load_checkpoint(folder, ranks.device)
+    checkpoint = shared_checkpoint(folder, ranks)
     if checkpoint is not None:
         start = checkpoint.step
         model.load_state_dict(checkpoint.require("model", model.state_dict()))
@@ -80,13 +104,15 @@ def train(
             ema.load_state_dict(checkpoint.require(f"ema_{i}", ema.state_dict()))
         load_optimizer(optimizer, checkpoint.part("optimizer"))
         if extra is not None:
-            extra.load_state_dict(checkpoint.require("extra", extra.state_dict()))
+            extra.load_state_dict(checkpoint.require("extra", extra.state_after(start)))
+        if checkpoint.state["scaler"]:  # empty if it was not in use
+            scaler.load_state_dict(checkpoint.state["scaler"])
         if ranks.first:
             print(f"{what}: going on from step {start} ({checkpoint.path})", flush=True)
 
     log = RunLog(folder / LOG_FILE, what=what, steps=options.steps, start=start, active=ranks.first)
     first_bad = torch.full((), -1, dtype=torch.int64, device=ranks.device)
-    with Signals() as signals:
+    with Signals() as signals, Prefetch(prepare, start, options.steps, hardware.prefetch) as batches:
         for step in range(start, options.steps):
             rate = learning_rate(
                 step,
@@ -99,26 +125,37 @@ def train(
             )
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            loss, statistics = compute(step)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            statistics = compute(step, batches.get(step), lambda loss: scaler.scale(loss).backward())
             _average_gradients(parameters, ranks)
+            scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(parameters, options.grad_clip)
-            bad = ~torch.isfinite(norm + statistics["loss"])
+            # Scaled gradients may overflow: the scaler leaves that step out and lowers its scale
+            bad = ~torch.isfinite(statistics["loss"] if scaler.is_enabled() else norm + statistics["loss"])
             first_bad = torch.where(bad & (first_bad < 0), step, first_bad)  # looked at only now and then
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             for ema in emas:
                 ema.update(model)
             log.step()
             last = step + 1 == options.steps
-            if step % hardware.log_every == 0 or last:
-                _require_finite(first_bad)
-                log.write(step, {**to_numbers({**statistics, "grad_norm": norm}), "lr": rate})
+            measured = {}
+            if evaluate is not None and ((step + 1) % evaluate_every == 0 or last):
+                measured = evaluate(emas[0].state_dict())
+            if step % hardware.log_every == 0 or last or measured:
+                _require_finite(first_bad, scaler)
+                log.write(step, {**to_numbers({**statistics, "grad_norm": norm, **measured}), "lr": rate})
             asked = Asked(*ranks.highest(signals.look()))
             if (step + 1) % hardware.checkpoint_every == 0 or last or asked.stop or asked.save:
-                _require_finite(first_bad)
+                _require_finite(first_bad, scaler)
                 if ranks.first:
-                    save_checkpoint(folder, step + 1, state(), keep_every=hardware.checkpoint_keep_every)
+                    save_checkpoint(
+                        folder,
+                        step + 1,
+                        state(step + 1),
+                        {"scaler": scaler.state_dict()},
+                        keep_every=hardware.checkpoint_keep_every,
+                    )
             if asked.stop and not last:
                 log.close()
                 ranks.barrier()
@@ -142,6 +179,8 @@ def _average_gradients(parameters: Sequence[nn.Parameter], ranks: Ranks) -> None
         parameter.grad = mean.view_as(parameter)
 
 
-def _require_finite(first_bad: Tensor) -> None:
+def _require_finite(first_bad: Tensor, scaler: torch.amp.GradScaler) -> None:
     if (step := int(first_bad)) >= 0:
         raise FloatingPointError(f"step {step}: the loss or its gradient is not finite")
+    if scaler.is_enabled() and scaler.get_scale() < 1:
+        raise FloatingPointError("the gradient does not fit into float16 however small the loss is made")

@@ -1,20 +1,26 @@
 """Training of the latent-MAE (paper A.3): masked reconstruction, then a short phase with a class loss."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
 
-from drift.data.latents import LatentStore
-from drift.data.queue import batch_rows
+from drift.data.latents import LatentReader, LatentStore
+from drift.data.queue import batch_rows, held_out_rows
 from drift.launch import Ranks
 from drift.models.ema import EMA
 from drift.models.mae import LatentMAE, MAEConfig, draw_mask
 from drift.params import Hardware, Mae
 from drift.seeds import derive_seed, torch_generator
-from drift.training.loop import autocast, train
+from drift.training.log import Tree
+from drift.training.loop import Backward, autocast, parts, train
 
 PLOT_COLUMNS = ("loss", "reconstruction", "accuracy", "grad_norm", "lr")
+HELD_OUT_COLUMNS = ("held_out",)
 
 
 def mae_config(options: Mae, store: LatentStore) -> MAEConfig:
@@ -44,33 +50,61 @@ def train_mae(
 
     Each step minimises `lambda * cross entropy + (1 - lambda) * masked L2`. The statistics are of the whole
     batch: `loss`, `reconstruction` (masked L2 per element) and `accuracy` of the class head, which learns
-    nothing while lambda is 0. Raises `UserError` if the batch does not split over the processes.
+    nothing while lambda is 0. With `options.held_out`, `held_out` is the reconstruction of images that are
+    never trained on, by the EMA weights. Raises `UserError` if the batch does not split over the processes,
+    or nothing is left to train on.
     """
     mine = ranks.share(options.batch_size, "mae.batch_size")
+    reader = LatentReader(store, ranks.device, on_device=hardware.latents_on_device)
+    held_out = held_out_rows(len(store), store.per_image, options.held_out, seed)
+    training = np.setdiff1d(np.arange(len(store)), held_out, assume_unique=True)
     torch.manual_seed(derive_seed(seed, "mae/init"))
     model = LatentMAE(mae_config(options, store)).to(ranks.device)
     network = torch.compile(model) if hardware.compile else model
     grid = model.mask_grid(*store.shape[2:])
 
-    def compute(step: int):
-        rows = batch_rows(step, options.batch_size, len(store), seed)[mine]
-        latents = store.rows(rows).to(ranks.device)  # [B, C, H, W]
-        labels = torch.from_numpy(store.labels[rows]).to(ranks.device)
-        mask = draw_mask(
-            (options.batch_size, *grid), options.mask_ratio, torch_generator(seed, "mae/mask", step)
-        )[mine].to(ranks.device)
-        with autocast(ranks, hardware.precision):
-            per_sample, logits = network(latents, mask)
-            reconstruction, entropy = per_sample.mean(), F.cross_entropy(logits, labels)
+    def masks(*what: int | str, count: int) -> Tensor:
+        return draw_mask((count, *grid), options.mask_ratio, torch_generator(seed, *what))
+
+    def prepare(step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents as they are fetched, labels and masks of this process's share of a batch."""
+        rows = training[batch_rows(step, options.batch_size, len(training), seed)[mine]]
+        mask = masks("mae/mask", step, count=options.batch_size)[mine]
+        return reader.fetch(rows), torch.from_numpy(store.labels[rows]), mask
+
+    def compute(step: int, batch: tuple[Tensor, Tensor, Tensor], backward: Backward) -> Tree:
+        latents, labels, mask = batch
         share = class_share(step, options)
-        loss = share * entropy + (1 - share) * reconstruction
-        correct = (logits.argmax(1) == labels).float().mean()
-        means = torch.stack([loss.detach(), reconstruction.detach(), correct])
+        means = torch.zeros(3, device=ranks.device)
+        for part in parts(len(labels), hardware.mae_micro_batch):
+            wanted = labels[part].to(ranks.device)
+            with autocast(ranks, hardware.precision):
+                per_sample, logits = network(reader.place(latents[part]), mask[part].to(ranks.device))
+                reconstruction, entropy = per_sample.mean(), F.cross_entropy(logits, wanted)
+            loss = share * entropy + (1 - share) * reconstruction
+            weight = len(wanted) / len(labels)
+            backward(weight * loss)
+            correct = (logits.argmax(1) == wanted).float().mean()
+            means += weight * torch.stack([loss.detach(), reconstruction.detach(), correct])
         means = ranks.sum(means) / ranks.world_size
-        return loss, dict(zip(("loss", "reconstruction", "accuracy"), means, strict=True))
+        return dict(zip(("loss", "reconstruction", "accuracy"), means, strict=True))
+
+    @torch.no_grad()
+    def evaluate(weights: Mapping[str, Tensor]) -> Tree:
+        """Each held-out row has the same mask every time and whichever process sees it."""
+        mine = held_out[ranks.rank :: ranks.world_size]
+        total = torch.zeros((), device=ranks.device)
+        for part in parts(len(mine), hardware.mae_micro_batch or options.batch_size):
+            latents = reader.place(reader.fetch(mine[part]))
+            mask = torch.cat([masks("mae/held_out", int(row), count=1) for row in mine[part]])
+            with autocast(ranks, hardware.precision):
+                per_sample, _ = functional_call(model, dict(weights), (latents, mask.to(ranks.device)))
+            total += per_sample.sum()
+        return {"held_out": ranks.sum(total) / len(held_out)}
 
     emas = train(
         model,
+        prepare,
         compute,
         options=options,
         ema_decays=[options.ema_decay],
@@ -78,5 +112,7 @@ def train_mae(
         ranks=ranks,
         folder=folder,
         what="mae",
+        evaluate=evaluate if len(held_out) else None,
+        evaluate_every=options.evaluate_every,
     )
     return model, emas

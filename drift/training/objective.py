@@ -1,12 +1,21 @@
-"""The training objective of the generator: the drifting loss, summed over the encoder's feature sets."""
+"""The training objective of the generator: the drifting loss, summed over the encoder's feature sets.
 
-from typing import Protocol
+A step with too many classes for the memory is taken in parts. S and lambda belong to all of its classes, so
+`step_sums` goes over the parts twice before `drift_objective` gives the loss of each.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from drift.field.loss import Reduce, drifting_loss
+from drift.field.loss import FieldPasses, Reduce
 from drift.field.settings import FieldSettings
+
+Statistics = dict[str, dict[str, Tensor]]
+"""Those of `drifting_loss` by feature set."""
 
 
 class FeatureEncoder(Protocol):
@@ -14,6 +23,23 @@ class FeatureEncoder(Protocol):
 
     def encode(self, latents: Tensor, drop_duplicates: bool = False) -> dict[str, Tensor]:
         """Latents `[B, C, H, W]` -> feature sets `[B, L_j, C_j]` by name."""
+
+
+class Samples(NamedTuple):
+    """Latents of some classes of a step, and their CFG strengths; see `drift_objective`."""
+
+    generated: Tensor
+    positives: Tensor
+    unconditional: Tensor
+    omega: Tensor
+    negatives: Tensor | None = None
+
+
+class StepSums(NamedTuple):
+    """What a part of a step needs of all its classes, by feature set; see `FieldPasses`."""
+
+    distances: dict[str, Tensor]
+    fields: dict[str, Tensor]
 
 
 def drift_objective(
@@ -27,7 +53,9 @@ def drift_objective(
     negatives: Tensor | None = None,
     reduce: Reduce | None = None,
     drop_duplicates: bool = False,
-) -> tuple[Tensor, dict[str, dict[str, Tensor]]]:
+    feature_batch: int | None = None,
+    sums: StepSums | None = None,
+) -> tuple[Tensor, Statistics]:
     """Sum over feature sets of the drifting loss (paper A.5, A.6).
 
         L = sum_j loss_j,  j over the encoder's feature sets and `global`, the whole latent as one vector
@@ -44,37 +72,124 @@ def drift_objective(
         reduce: sums over the processes that share the classes of a step, see `drifting_loss`.
         drop_duplicates: leave out feature sets that repeat another one whatever the values are. The
             release keeps them, so that those count twice.
+        feature_batch: generated samples whose activations in the encoder are kept at once; beyond them, they
+            are computed again in the backward pass, as many at a time. None keeps all.
+        sums: `step_sums` of the step of which these are some classes.
 
     Returns:
-        The loss, and by feature set the statistics of `drifting_loss`.
+        The loss, which is a mean over the given classes, and by feature set the statistics of
+        `drifting_loss`; with `sums`, those of the whole step.
 
     Raises:
         UserError, ValueError: see `drifting_loss`.
     """
-    # What nothing is learned through: [Nc, P+U(+K), C, H, W]
-    given = [positives, unconditional, *([] if negatives is None else [negatives])]
-    classes, fixed = len(generated), torch.cat(given, dim=1).detach()
-    with torch.no_grad():
-        fixed_features = encoder.encode(fixed.flatten(0, 1), drop_duplicates=drop_duplicates)
-    fixed_features["global"] = fixed.flatten(0, 1).flatten(1)[:, None]
-    features = encoder.encode(generated.flatten(0, 1), drop_duplicates=drop_duplicates)
-    features["global"] = generated.flatten(0, 1).flatten(1)[:, None]
-
+    samples = Samples(generated, positives, unconditional, omega, negatives)
     losses, statistics = [], {}
-    for name, x in features.items():
-        pos, uncond, *repelling = (
-            fixed_features.pop(name)  # a set that is done makes room for the next
-            .unflatten(0, (classes, -1))
-            .split([samples.shape[1] for samples in given], dim=1)
-        )
-        loss, statistics[name] = drifting_loss(
-            x.unflatten(0, (classes, -1)),
-            pos,
-            uncond,
-            omega,
-            settings,
-            negatives=repelling[0] if repelling else None,
-            reduce=reduce,
-        )
+    for name, passes in _feature_passes(samples, encoder, settings, drop_duplicates, feature_batch):
+        if sums is None:
+            loss, statistics[name] = passes.all(reduce or (lambda sums: sums))
+        else:
+            total = sums.fields[name]
+            loss = passes.loss(passes.scale(sums.distances[name]), passes.factors(total))
+            statistics[name] = passes.statistics(total)
         losses.append(loss)
     return torch.stack(losses).sum(), statistics
+
+
+@torch.no_grad()
+def step_sums(
+    parts: Sequence[Samples],
+    encoder: FeatureEncoder,
+    settings: FieldSettings,
+    *,
+    reduce: Reduce | None = None,
+    drop_duplicates: bool = False,
+    feature_batch: int | None = None,
+) -> StepSums:
+    """What `drift_objective` of each part of a step needs of all of them; for `normalization_scope: batch`.
+
+    Features are computed twice, the fields from S only then. The arguments are those of `drift_objective`.
+    """
+
+    def total(ask: Callable[[str, FieldPasses], Tensor]) -> dict[str, Tensor]:
+        """What `ask` gives, summed over parts and processes: one collective for all feature sets."""
+        sums: dict[str, Tensor] = {}
+        for part in parts:
+            for name, passes in _feature_passes(part, encoder, settings, drop_duplicates, feature_batch, 0):
+                answer = ask(name, passes)
+                sums[name] = sums[name] + answer if name in sums else answer
+        stacked = torch.stack(list(sums.values()))
+        if reduce is not None:
+            stacked = reduce(stacked.flatten()).view_as(stacked)
+        return dict(zip(sums, stacked, strict=True))
+
+    distances = total(lambda name, passes: passes.distance_sums().sum(dim=1))
+    fields = total(lambda name, passes: passes.field_sums(passes.scale(distances[name])))
+    return StepSums(distances, fields)
+
+
+def mean_statistics(parts: Sequence[Statistics], shares: Sequence[float]) -> Statistics:
+    """Statistics of a step from those of its parts, whose shares of the classes add up to 1.
+
+    For `normalization_scope: class`, where no class needs another. Means add up; a root mean square does
+    before its root.
+    """
+    result: Statistics = {}
+    for name in parts[0]:
+        for key in parts[0][name]:
+            power = 2 if key == "drift_rms" else 1
+            mean = sum(
+                share * part[name][key] ** power for part, share in zip(parts, shares, strict=True)
+            ) ** (1 / power)
+            result.setdefault(name, {})[key] = mean
+    return result
+
+
+def _feature_passes(
+    samples: Samples,
+    encoder: FeatureEncoder,
+    settings: FieldSettings,
+    drop_duplicates: bool,
+    feature_batch: int | None,
+    keep_bytes: int | None = None,
+) -> Iterator[tuple[str, FieldPasses]]:
+    """Every feature set by name with its drift problems; one that was looked at makes room for the next."""
+    # What nothing is learned through: [Nc, P+U(+K), C, H, W]
+    given = [samples.positives, samples.unconditional]
+    if samples.negatives is not None:
+        given.append(samples.negatives)
+    classes, fixed = len(samples.generated), torch.cat(given, dim=1).detach()
+
+    def features(latents: Tensor) -> dict[str, Tensor]:
+        sets = _encode(encoder, latents, drop_duplicates, feature_batch)
+        return {**sets, "global": latents.flatten(1)[:, None]}
+
+    with torch.no_grad():
+        of_fixed = features(fixed.flatten(0, 1))
+    of_generated = features(samples.generated.flatten(0, 1))
+    for name in list(of_generated):
+        x = of_generated.pop(name).unflatten(0, (classes, -1))
+        counts = [latents.shape[1] for latents in given]
+        pos, uncond, *repelling = of_fixed.pop(name).unflatten(0, (classes, -1)).split(counts, dim=1)
+        negatives = repelling[0] if repelling else None
+        yield (
+            name,
+            FieldPasses(x, pos, uncond, samples.omega, settings, negatives=negatives, keep_bytes=keep_bytes),
+        )
+
+
+def _encode(
+    encoder: FeatureEncoder, latents: Tensor, drop_duplicates: bool, batch: int | None
+) -> dict[str, Tensor]:
+    """`encoder.encode` in batches of which each keeps its activations only while it is at work."""
+
+    def encode(part: Tensor) -> dict[str, Tensor]:
+        return encoder.encode(part, drop_duplicates=drop_duplicates)
+
+    if batch is None or len(latents) <= batch:
+        return encode(latents)
+    if torch.is_grad_enabled() and latents.requires_grad:
+        parts = [checkpoint(encode, part, use_reentrant=False) for part in latents.split(batch)]
+    else:
+        parts = [encode(part) for part in latents.split(batch)]
+    return {name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}

@@ -22,6 +22,7 @@ PLUMBING = {
         "signals.py",
         "work.py",
         "evaluation/report.py",
+        "training/inputs.py",
         "training/log.py",
     )
 }
@@ -80,6 +81,7 @@ def test_metrics_and_plots_are_in_git_and_artifacts_in_the_cache():
     assert set(outputs("plots")) == {
         "plots/drift_training.csv",
         "plots/fid_sweep.csv",
+        "plots/mae_held_out.csv",
         "plots/mae_training.csv",
         "plots/samples.png",
     }

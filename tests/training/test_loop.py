@@ -45,8 +45,8 @@ class Counter:
     def __init__(self):
         self.total = torch.zeros(1)
 
-    def state_dict(self):
-        return {"total": self.total}
+    def state_after(self, steps):
+        return {"total": torch.tensor([steps * (steps - 1) / 2])}
 
     def load_state_dict(self, state):
         self.total = state["total"].clone()
@@ -66,20 +66,24 @@ def run(
     torch.manual_seed(0)
     model, counter = nn.Linear(3, 2), Counter()
 
-    def compute(step):
+    def prepare(step):
+        return torch.randn(4, 3, generator=torch_generator(0, "x", step))
+
+    def compute(step, x, backward):
         if step == cut_at:
             raise Cut
         counter.total += step
         if signals and step in signals:
             os.kill(os.getpid(), signals[step])
-        x = torch.randn(4, 3, generator=torch_generator(0, "x", step))
         loss = (model(x) - 0.01 * counter.total).square().mean()
         if step == bad_at:
             loss = loss * float("nan")
-        return loss, {"loss": loss.detach(), "total": counter.total[0]}
+        backward(loss)
+        return {"loss": loss.detach(), "total": counter.total[0]}
 
     emas = train(
         model,
+        prepare,
         compute,
         options=options(steps),
         ema_decays=[0.5, 0.9],

@@ -11,8 +11,9 @@ from naive_field import naive_drifting_loss
 from torch import Tensor
 
 from drift.field import FieldSettings, drifting_loss
+from drift.models.mae import LatentMAE, MAEConfig
 from drift.release import convert_mae
-from drift.training.objective import drift_objective
+from drift.training.objective import Samples, drift_objective, mean_statistics, step_sums
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RELEASE = FieldSettings()
@@ -198,3 +199,74 @@ def test_every_feature_set_is_reduced():
     assert len(counts) == 2 * 3  # S and lambda of three feature sets
     torch.testing.assert_close(shared, alone)
     torch.testing.assert_close(shared_statistics, statistics)
+
+
+# In parts, and with bounded memory
+
+
+def small_mae():
+    torch.manual_seed(0)
+    config = MAEConfig(in_channels=3, base_channels=8, layers=(2, 1, 1, 1), num_classes=4, norm_groups=2)
+    return LatentMAE(config).eval().requires_grad_(False)
+
+
+def draw_classes(classes: int = 5) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    generated, positives, unconditional, negatives = (
+        torch.randn(classes, count, 3, 8, 8, generator=generator) for count in (4, 5, 2, 3)
+    )
+    return generated.requires_grad_(), positives, unconditional, 1 + torch.arange(classes) / 2, negatives
+
+
+SECOND_BATCH = FieldSettings(negatives="second_batch")
+
+
+@pytest.mark.parametrize("feature_batch", [None, 3])
+@pytest.mark.parametrize(
+    "settings", [RELEASE, SECOND_BATCH, FieldSettings.prior()], ids=["release", "second", "prior"]
+)
+def test_a_step_in_parts_equals_the_whole(settings, feature_batch):
+    *inputs, negatives = draw_classes()
+    if settings.negatives == "self":
+        negatives = None
+    mae = small_mae()
+    loss, statistics = drift_objective(*inputs, mae, settings, negatives=negatives)
+    (grad,) = torch.autograd.grad(loss, inputs[0])
+
+    options = {"feature_batch": feature_batch}
+    cut = [slice(0, 2), slice(2, 4), slice(4, 5)]
+    samples = [
+        Samples(*(t[part] for t in inputs), None if negatives is None else negatives[part]) for part in cut
+    ]
+    sums = step_sums(samples, mae, settings, **options) if settings.normalization_scope == "batch" else None
+    shares, losses, gathered = [2 / 5, 2 / 5, 1 / 5], [], []
+    for *given, repelling in samples:
+        part_loss, part_statistics = drift_objective(
+            *given, mae, settings, negatives=repelling, sums=sums, **options
+        )
+        losses.append(part_loss)
+        gathered.append(part_statistics)
+    total = sum(share * part_loss for share, part_loss in zip(shares, losses, strict=True))
+    (in_parts,) = torch.autograd.grad(total, inputs[0])
+    torch.testing.assert_close(total, loss)
+    assert (
+        relative_error(in_parts, grad) < 1e-4
+    )  # features of other batches differ by rounding, near pairs amplify it
+    assert losses[0] != losses[1]
+    of_step = gathered[0] if sums is not None else mean_statistics(gathered, shares)
+    torch.testing.assert_close(of_step, statistics, rtol=1e-4, atol=1e-5)
+
+
+def test_the_encoder_keeps_the_activations_of_one_batch_at_a_time():
+    generated, *rest, _ = draw_classes()
+    encoder = Encoder(pixels_and_mean)
+    loss, _ = drift_objective(generated, *rest, encoder, RELEASE, feature_batch=8)
+    seen = [(count, with_graph) for count, with_graph, _ in encoder.calls]
+    assert seen == [(8, False)] * 4 + [(3, False)] + [(8, True)] * 2 + [(4, True)]
+    encoder.calls.clear()
+    loss.backward()  # computes them again, the last batch first
+    assert [count for count, _, _ in encoder.calls] == [4, 8, 8]
+    whole = generated.grad.clone()
+    generated.grad = None
+    drift_objective(generated, *rest, Encoder(pixels_and_mean), RELEASE)[0].backward()
+    torch.testing.assert_close(whole, generated.grad)

@@ -1,0 +1,23 @@
+"""Whether the latents at hand are those that the settings ask for."""
+
+import re
+
+from drift.data.latents import LatentStore, check_meta
+from drift.models.vae import known_scaling_factor
+from drift.params import Settings
+
+
+def check_latents(store: LatentStore, settings: Settings, view: str) -> None:
+    """Refuse latents of another view, size, VAE or scale than in `settings`, as far as their meta file tells.
+
+    The scale is compared where the VAE's config is on this machine, the revision where the settings name a
+    commit (a branch may have moved). Raises `UserError`.
+    """
+    encode = settings.encode
+    expected = {"view": view, "image_size": settings.data.image_size, "vae": encode.vae}
+    if re.fullmatch("[0-9a-f]{40}", encode.vae_revision or ""):
+        expected["vae_revision"] = encode.vae_revision
+    scaling_factor = known_scaling_factor(encode.vae, encode.vae_revision)
+    if scaling_factor is not None:
+        expected["scaling_factor"] = scaling_factor
+    check_meta(store, **expected)
