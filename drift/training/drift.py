@@ -98,7 +98,7 @@ def train_generator(
     network = torch.compile(model) if hardware.compile else model
     encoder = encoder.to(ranks.device).eval().requires_grad_(False)
     reader = LatentReader(store, ranks.device, on_device=hardware.latents_on_device)
-    real = _RealSamples(store, options, seed)
+    real = RealSamples(store, options, seed)
     reduce = ranks.sum if ranks.world_size > 1 else None
     objective_options = {
         "drop_duplicates": options.duplicate_features == "drop",
@@ -209,8 +209,8 @@ class _Batch(NamedTuple):
     """`[Nc, U, ...]`"""
 
 
-class _RealSamples:
-    """Classes and rows of real samples of one step after the other."""
+class RealSamples:
+    """Classes, and rows of real samples, of one step after the other."""
 
     def __init__(self, store: LatentStore, options: Drift, seed: int):
         self._options, self._seed, self._num_classes = options, seed, store.num_classes

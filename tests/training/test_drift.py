@@ -1,5 +1,6 @@
 """Training of the generator: what is drawn for a step, and what is logged of it."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from drift.launch import Ranks
 from drift.models import LatentMAE
 from drift.models.mae import MAEConfig
 from drift.params import load_settings
-from drift.training.drift import plot_columns, train_generator
+from drift.training.checkpoint import load_checkpoint
+from drift.training.drift import RealSamples, plot_columns, train_generator
 from drift.training.log import read_log, write_plot
 
 SETTINGS = load_settings(Path(__file__).parents[2] / "presets" / "digits.yaml")
@@ -44,10 +46,21 @@ def encoder() -> LatentMAE:
     )
 
 
-def train(store, encoder, field, folder, ranks=ALONE):
+def train(store, encoder, field, folder, ranks=ALONE, options=OPTIONS, **hardware):
     return train_generator(
-        store, encoder, OPTIONS, field, seed=0, hardware=HARDWARE, ranks=ranks, folder=folder
+        store,
+        encoder,
+        options,
+        field,
+        seed=0,
+        hardware=HARDWARE.model_copy(update=hardware),
+        ranks=ranks,
+        folder=folder,
     )
+
+
+def weights(model) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 class FirstStep(Exception):
@@ -116,3 +129,73 @@ def test_every_line_of_the_log_tells_about_the_field(store, encoder, tmp_path, f
     write_plot(tmp_path / "run" / "logs.jsonl", tmp_path / "plot.csv", plot_columns(field))
     header = (tmp_path / "plot.csv").read_text().splitlines()[0].split(",")
     assert {"loss", "scale", "lr", *names, *(f"{n}_{t:g}" for n in names for t in field.temps)} <= set(header)
+
+
+# How a step is taken
+
+MEMORY = [
+    {"classes_per_pass": 1},
+    {"classes_per_pass": 3},
+    {"feature_batch": 5},
+    {"classes_per_pass": 2, "feature_batch": 4, "activation_checkpointing": True},
+]
+
+
+@pytest.mark.parametrize("hardware", MEMORY, ids=str)
+@pytest.mark.parametrize("field", [FieldSettings(), SECOND_BATCH], ids=["release", "second"])
+def test_a_step_in_less_memory_is_the_same_step(store, encoder, tmp_path, field, hardware):
+    one, _ = train(store, encoder, field, tmp_path / "whole")
+    other, _ = train(store, encoder, field, tmp_path / "parts", **hardware)
+    assert (weights(other) - weights(one)).norm() < 1e-5 * weights(one).norm()
+    whole, parts = (read_log(tmp_path / run / "logs.jsonl") for run in ("whole", "parts"))
+    for line, expected in zip(parts, whole, strict=True):
+        for name in ("loss", "drift_rms", "neighbours", "scale", "grad_norm"):
+            assert line[name] == pytest.approx(expected[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize(
+    "hardware", [{"activation_checkpointing": True}, {"latents_on_device": True}, {"prefetch": 0}], ids=str
+)
+def test_what_changes_no_sum_changes_no_bit(store, encoder, tmp_path, hardware):
+    one, _ = train(store, encoder, FieldSettings(), tmp_path / "one")
+    other, _ = train(store, encoder, FieldSettings(), tmp_path / "other", **hardware)
+    assert torch.equal(weights(one), weights(other))
+
+
+def test_float16_trains_and_goes_on_with_its_scale(store, encoder, tmp_path):
+    options = OPTIONS.model_copy(update={"steps": 5})
+    whole, _ = train(
+        store, encoder, FieldSettings(), tmp_path / "whole", options=options, precision="float16"
+    )
+    assert weights(whole).isfinite().all()
+    checkpoint = load_checkpoint(tmp_path / "whole")
+    assert checkpoint.step == 5 and checkpoint.state["scaler"]["scale"] > 1
+    shutil.copytree(tmp_path / "whole" / "step-00000004", tmp_path / "resumed" / "step-00000004")
+    resumed, _ = train(
+        store, encoder, FieldSettings(), tmp_path / "resumed", options=options, precision="float16"
+    )
+    assert torch.equal(weights(whole), weights(resumed))
+    single, _ = train(store, encoder, FieldSettings(), tmp_path / "single", options=options)
+    assert 0 < (weights(whole) - weights(single)).norm() < 0.1 * weights(single).norm()
+
+
+@pytest.mark.parametrize("sampling", ["queue", "direct"])
+def test_real_samples_are_of_their_class_and_the_same_for_any_share(store, sampling):
+    options = OPTIONS.model_copy(update={"sampling": sampling})
+    real = RealSamples(store, options, seed=0)
+    classes, of_class, of_any = real.draw(0, range(4))
+    assert (store.labels[of_class] == classes[:, None]).all()
+    assert of_class.shape == (4, 2) and of_any.shape == (4, 2)
+    share = RealSamples(store, options, seed=0).draw(0, range(2, 4))
+    assert np.array_equal(share[0], classes)
+    assert np.array_equal(share[1], of_class[2:]) and np.array_equal(share[2], of_any[2:])
+
+
+def test_a_run_that_draws_directly_goes_on_to_the_same_bits(store, encoder, tmp_path):
+    options = OPTIONS.model_copy(update={"sampling": "direct", "steps": 4})
+    whole, _ = train(store, encoder, FieldSettings(), tmp_path / "whole", options=options)
+    shutil.copytree(tmp_path / "whole" / "step-00000002", tmp_path / "resumed" / "step-00000002")
+    resumed, _ = train(store, encoder, FieldSettings(), tmp_path / "resumed", options=options)
+    assert torch.equal(weights(whole), weights(resumed))
+    queued, _ = train(store, encoder, FieldSettings(), tmp_path / "queued")
+    assert not torch.equal(weights(whole), weights(queued))
