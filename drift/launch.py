@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from drift.errors import PeerLost, Stopped, UserError
 from drift.signals import SAVE, STOP
+from drift.sums import pairwise_sum
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -54,11 +55,27 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor` summed over all processes, in place; the same bits on each."""
-        if self.world_size > 1:
+        """`tensor` summed over all processes, in place; the same bits on each, and see `drift.sums`."""
+        if self.world_size == 2:
             with self._peers():
-                dist.all_reduce(tensor)
+                dist.all_reduce(tensor)  # a + b is b + a
+        elif self.world_size > 2:
+            self._sum_in_order(tensor)
         return tensor
+
+    def _sum_in_order(self, tensor: torch.Tensor) -> None:
+        """Each process sums a part, in the order of the processes, which an all-reduce does not keep.
+
+        What is sent is as much as in a ring all-reduce.
+        """
+        part = -(-tensor.numel() // self.world_size)
+        mine = tensor.new_zeros(self.world_size, part)
+        mine.view(-1)[: tensor.numel()] = tensor.reshape(-1)
+        received = torch.empty_like(mine)
+        with self._peers():
+            dist.all_to_all_single(received, mine)
+            dist.all_gather_into_tensor(mine.view(-1), pairwise_sum(received.unbind()))
+        tensor.copy_(mine.view(-1)[: tensor.numel()].view_as(tensor))
 
     def highest(self, numbers: Sequence[int]) -> list[int]:
         """Each number's highest value over all processes, without a GPU."""

@@ -311,7 +311,11 @@ class _Kept:
 
     def take(self, scale: Tensor) -> Tensor | Coefficients:
         made, self.made = self.made, None
-        return self.chunk.coefficients(self.chunk.measure().distances, scale) if made is None else made
+        if made is None:  # in the same way as before, so that keeping changes no bit
+            measured = self.chunk.measure()
+            coefficients = self.chunk.coefficients(measured.distances, scale)
+            made, _ = self.chunk.inner_products(coefficients, measured)
+        return made
 
 
 def _loss(factors: Tensor, products: Tensor) -> Tensor:

@@ -173,10 +173,10 @@ def train_generator(
                     sums=sums,
                     **objective_options,
                 )
-            share = (part.stop - part.start) / len(slots)
-            backward(share * loss)
+            classes = part.stop - part.start
+            backward(classes * loss)
             gathered.append(statistics)
-            shares.append(share)
+            shares.append(classes / len(slots))
         statistics = gathered[0] if sums is not None else mean_statistics(gathered, shares)
         total = torch.stack([s["loss"] for s in statistics.values()]).sum()
         return {"loss": total, **summarise(statistics, field), "feature_sets": statistics}
@@ -185,6 +185,7 @@ def train_generator(
         model,
         prepare,
         compute,
+        count=options.classes_per_step,
         options=options,
         ema_decays=options.ema_decays,
         hardware=hardware,

@@ -19,6 +19,7 @@ from drift.launch import Ranks
 from drift.models.ema import EMA
 from drift.params import Hardware, Optimizer
 from drift.signals import Asked, Signals
+from drift.sums import PairwiseSum
 from drift.training.checkpoint import load_optimizer, optimizer_tensors, save_checkpoint, shared_checkpoint
 from drift.training.log import RunLog, Tree, to_numbers
 from drift.training.schedule import learning_rate
@@ -37,7 +38,7 @@ class Stateful(Protocol):
 
 
 Backward = Callable[[Tensor], None]
-"""Adds the gradient of a part of the loss."""
+"""Takes the gradient of a part's loss, summed over what it consists of (latents, or classes)."""
 
 
 def autocast(ranks: Ranks, precision: str) -> AbstractContextManager:
@@ -57,6 +58,7 @@ def train(
     prepare: Callable[[int], Batch],
     compute: Callable[[int, Batch, Backward], Tree],
     *,
+    count: int,
     options: Optimizer,
     ema_decays: Sequence[float],
     hardware: Hardware,
@@ -70,11 +72,14 @@ def train(
     """Take `options.steps` optimizer steps of `model`, or those that are left of them.
 
     `prepare(step)` reads the batch of `compute(step, batch, backward)`; it is called in the order of the
-    steps, ahead of them and in another thread where `hardware.prefetch` is not 0. `compute` hands the parts
-    of this process's loss to `backward`: the mean over processes of their sum is the loss of the step. It
-    returns statistics of the whole step to log, that `loss` among them. `evaluate` gets the weights of the
-    first EMA every `evaluate_every` steps and after the last, and returns more to log. All processes call
-    both.
+    steps, ahead of them and in another thread where `hardware.prefetch` is not 0. `compute` hands the losses
+    of its parts to `backward`, each a sum; what they add up to in all processes, divided by `count`, is the
+    loss of the step. It returns statistics of the whole step to log, that `loss` among them. `evaluate` gets
+    the weights of the first EMA every `evaluate_every` steps and after the last, and returns more to log. All
+    processes call both.
+
+    Gradients of equal parts add up to the same bits however many processes have computed them, if the number
+    of parts in each is a power of two.
 
     Checkpoints and `logs.jsonl` go to `folder`, which only the first process reads and writes. Returns one
     EMA per decay. Raises FloatingPointError naming the first step with a loss or gradient that is not finite;
@@ -125,9 +130,9 @@ def train(
             )
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            optimizer.zero_grad(set_to_none=True)
-            statistics = compute(step, batches.get(step), lambda loss: scaler.scale(loss).backward())
-            _average_gradients(parameters, ranks)
+            gradients = _Gradients(parameters, scaler)
+            statistics = compute(step, batches.get(step), gradients.backward)
+            gradients.average(count, ranks)
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(parameters, options.grad_clip)
             # Scaled gradients may overflow: the scaler leaves that step out and lowers its scale
@@ -169,14 +174,30 @@ def train(
     return emas
 
 
-def _average_gradients(parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
-    """Replace every gradient by its mean over processes, in one collective."""
-    if ranks.world_size == 1:
-        return
-    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-    flat = ranks.sum(torch.cat([g.reshape(-1) for g in gradients])) / ranks.world_size
-    for parameter, mean in zip(parameters, flat.split([g.numel() for g in gradients]), strict=True):
-        parameter.grad = mean.view_as(parameter)
+class _Gradients:
+    """The gradient of a step from those of its parts."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], scaler: torch.amp.GradScaler):
+        self._parameters, self._scaler = parameters, scaler
+        self._sum = PairwiseSum()
+
+    def backward(self, loss: Tensor) -> None:
+        """Take in the gradient of a part."""
+        for parameter in self._parameters:
+            parameter.grad = None
+        self._scaler.scale(loss).backward()
+        self._sum.add([p.grad if p.grad is not None else torch.zeros_like(p) for p in self._parameters])
+
+    def average(self, count: int, ranks: Ranks) -> None:
+        """Set every parameter's gradient, summed over parts and processes and divided by `count`."""
+        total = self._sum.total()
+        if ranks.world_size > 1:
+            flat = ranks.sum(torch.cat([gradient.reshape(-1) for gradient in total]))
+            parts = flat.split([gradient.numel() for gradient in total])
+            total = [part.view_as(gradient) for part, gradient in zip(parts, total, strict=True)]
+        torch._foreach_div_(total, count)
+        for parameter, gradient in zip(self._parameters, total, strict=True):
+            parameter.grad = gradient
 
 
 def _require_finite(first_bad: Tensor, scaler: torch.amp.GradScaler) -> None:

@@ -83,7 +83,7 @@ def train_mae(
                 reconstruction, entropy = per_sample.mean(), F.cross_entropy(logits, wanted)
             loss = share * entropy + (1 - share) * reconstruction
             weight = len(wanted) / len(labels)
-            backward(weight * loss)
+            backward(len(wanted) * loss)
             correct = (logits.argmax(1) == wanted).float().mean()
             means += weight * torch.stack([loss.detach(), reconstruction.detach(), correct])
         means = ranks.sum(means) / ranks.world_size
@@ -106,6 +106,7 @@ def train_mae(
         model,
         prepare,
         compute,
+        count=options.batch_size,
         options=options,
         ema_decays=[options.ema_decay],
         hardware=hardware,

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from drift.field.loss import FieldPasses, Reduce
 from drift.field.settings import FieldSettings
+from drift.sums import PairwiseSum
 
 Statistics = dict[str, dict[str, Tensor]]
 """Those of `drifting_loss` by feature set."""
@@ -113,15 +114,19 @@ def step_sums(
 
     def total(ask: Callable[[str, FieldPasses], Tensor]) -> dict[str, Tensor]:
         """What `ask` gives, summed over parts and processes: one collective for all feature sets."""
-        sums: dict[str, Tensor] = {}
+        sums = PairwiseSum()
         for part in parts:
-            for name, passes in _feature_passes(part, encoder, settings, drop_duplicates, feature_batch, 0):
-                answer = ask(name, passes)
-                sums[name] = sums[name] + answer if name in sums else answer
-        stacked = torch.stack(list(sums.values()))
+            answers = {
+                name: ask(name, passes)
+                for name, passes in _feature_passes(
+                    part, encoder, settings, drop_duplicates, feature_batch, 0
+                )
+            }
+            sums.add([torch.stack(list(answers.values()))])
+        (stacked,) = sums.total()
         if reduce is not None:
             stacked = reduce(stacked.flatten()).view_as(stacked)
-        return dict(zip(sums, stacked, strict=True))
+        return dict(zip(answers, stacked, strict=True))
 
     distances = total(lambda name, passes: passes.distance_sums().sum(dim=1))
     fields = total(lambda name, passes: passes.field_sums(passes.scale(distances[name])))

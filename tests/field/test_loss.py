@@ -101,9 +101,11 @@ def test_pieces_bound_the_memory(knobs):
 
 
 @pytest.mark.parametrize(
-    ("channels", "all_kept"), [(7, 1), (40, 2)], ids=["short_vectors", "long_vectors: again for V"]
+    ("channels", "all_kept", "none_kept"),
+    [(7, 1, 3), (40, 2, 4)],
+    ids=["short_vectors", "long_vectors: again for V"],
 )
-def test_what_there_is_room_for_is_kept_between_passes(channels, all_kept, monkeypatch):
+def test_what_there_is_room_for_is_kept_between_passes(channels, all_kept, none_kept, monkeypatch):
     inputs = draw(channels=channels, locations=4)  # of three classes: twelve problems
     gathered = []
     gather = Chunk.gather
@@ -115,8 +117,7 @@ def test_what_there_is_room_for_is_kept_between_passes(channels, all_kept, monke
         return len(gathered) / 12
 
     assert gathers_per_problem(None) == all_kept
-    # For distances, for fields, and for V once more distances and vectors
-    assert gathers_per_problem(0) == 4
+    assert gathers_per_problem(0) == none_kept  # for distances, for fields, for V
     assert all_kept < gathers_per_problem(3_000) < gathers_per_problem(0)
 
 

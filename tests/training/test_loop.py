@@ -85,6 +85,7 @@ def run(
         model,
         prepare,
         compute,
+        count=1,
         options=options(steps),
         ema_decays=[0.5, 0.9],
         hardware=HARDWARE,
