@@ -4,31 +4,46 @@ The images are cut into blocks of consecutive ones, which the processes take in 
 are on the disk before its images are marked as done, so whoever comes next goes on with the blocks that
 have unmarked images. What is written depends neither on the cut nor on the processes, beyond the rounding
 of the VAE's convolutions in batches of another size.
+
+Decoding, network and disk work at the same time: helper processes decode the blocks to come, and a thread
+writes those that the network has done with.
 """
 
+import math
 import os
 import platform
 import shutil
-from collections.abc import Callable
+import signal
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from drift.data.images import ImageSource, augmented_view, center_view
 from drift.data.latents import file_facts, latent_files
-from drift.errors import UserError
+from drift.errors import Stopped, UserError
 from drift.files import atomic_write, write_json
 from drift.models.vae import VAE
+from drift.progress import ProgressLog
 from drift.seeds import numpy_generator, torch_generator
+from drift.signals import STOP
 
 _TO_DO, _DONE, _UNDECODABLE = 0, 1, 2  # marks of an image
-_NAMED = 3  # how many of the images that do not decode a message names
+_NAMED = 3  # how many images or classes a message names
+_BLOCKS_UNWRITTEN = 2  # how many blocks the network may be ahead of the disk
+_ROWS_COPIED_AT_ONCE = 4096
 
 
 def encode_view(
@@ -46,11 +61,13 @@ def encode_view(
     mirror: bool,
     posterior: str,
     seed: int,
+    on_bad_image: str,
     batch_size: int,
     workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
-    barrier: Callable[[], None] = lambda: None,
+    meet: Callable[[int], int] = lambda number: number,
+    asked_to_stop: Callable[[], int] = lambda: 0,
     progress: bool = False,
 ) -> Path:
     """Encode every image of `source`; returns the folder, within `folder`, that holds the finished latents.
@@ -58,78 +75,233 @@ def encode_view(
     `view` is `center` (with `mirror`, each picture is followed by its mirror image) or `augmented` (`crops`
     random crops per image, shaped by `crop_scale`, `crop_ratio` and `flip`); the arguments of the other view
     have no effect. Rows follow the images, those of an image together. `posterior` is `mean` or `sample`.
-    At most `batch_size` pictures go through the VAE at once, and `workers` processes decode (0: this one).
-    `folder` serves one choice of the arguments up to `seed`, and is shared by the processes.
+    Images that do not decode are told after all have been tried; then, if `on_bad_image` is `error`, that is
+    all, and if it is `skip`, their rows are left out and the meta file lists them.
 
-    Raises `UserError` if images do not decode, after all have been tried, and `FloatingPointError` if
-    float16 cannot hold a latent.
+    At most `batch_size` pictures go through the VAE at once, and `workers` processes decode (0: this one).
+    `folder` serves one choice of the arguments up to `seed`, and is shared by the processes. `meet` waits for
+    all of them and gives each the highest of their numbers. `asked_to_stop` gives the number of a signal, or
+    0. The first process appends to logs.jsonl in `folder` how many images all of them have done.
+
+    Raises `UserError` if images do not decode (with `skip`, only if a class would be left without any) or
+    cannot be read at all; `FloatingPointError` if float16 cannot hold a latent; and `Stopped` in all
+    processes, after the blocks at hand, once one of them is asked to stop. The next call goes on from there.
     """
     pictures = _Pictures(source, view, image_size, crops, crop_scale, crop_ratio, flip, mirror, seed)
-    export = Path(folder) / "latents"
-    latents_path, labels_path, meta_path = latent_files(export)
-    marks_path = export / "images_done.npy"
-    shape = (len(source) * pictures.per_image, *vae.latent_shape(image_size))
-    if rank == 0 and not meta_path.exists():
-        if marks_path.exists():
-            marks = np.load(marks_path)
-            marks[marks == _UNDECODABLE] = _TO_DO  # may have been repaired
-        else:
-            export.mkdir(parents=True, exist_ok=True)
-            _preallocate(latents_path, shape)
-            _save(labels_path, np.repeat(source.labels, pictures.per_image))
-            marks = np.full(len(source), _TO_DO, np.uint8)
-        _save(marks_path, marks)  # after the others, for which it vouches
-    barrier()
-    if not meta_path.exists():
-        marks = np.load(marks_path)
-        blocks = _blocks(len(source), max(1, batch_size // pictures.per_image))[rank::world_size]
-        blocks = [block for block in blocks if (marks[block.start : block.stop] != _DONE).any()]
-        loader = DataLoader(pictures, batch_sampler=blocks, num_workers=workers, collate_fn=list)
-        bar = tqdm(total=sum(map(len, blocks)), desc=f"encode {view}", unit="img", disable=not progress)
-        intact = True
-        for block, decoded in zip(blocks, loader, strict=True):
-            damaged = [index for index, views in zip(block, decoded, strict=True) if views is None]
-            for index in damaged:
-                _write_rows(marks_path, index, np.full(1, _UNDECODABLE, np.uint8))
-            intact = intact and not damaged
-            if intact:  # otherwise all that can come of this run is the list of damaged files
-                latents = _encode(vae, pictures, block, decoded, posterior, batch_size)
-                _write_rows(latents_path, block.start * pictures.per_image, latents)
-                _write_rows(marks_path, block.start, np.full(len(block), _DONE, np.uint8))
-            bar.update(len(block))
-        bar.close()
-        barrier()
-        _raise_undecodable(source, np.load(marks_path))
+    files = _Files(Path(folder))
+    result = files.result(on_bad_image)
+    if result is None:
         if rank == 0:
+            files.prepare(source, pictures.per_image, vae.latent_shape(image_size))
+        meet(0)
+        blocks = _blocks(len(source), max(1, batch_size // pictures.per_image))[rank::world_size]
+        marks = files.marks()
+        blocks = [block for block in blocks if (marks[block.start : block.stop] == _TO_DO).any()]
+        with _progress(
+            files, view, len(source), blocks, world_size, shown=progress, logged=rank == 0
+        ) as written:
+            stopped_by = _encode_blocks(
+                vae, pictures, blocks, files, posterior, batch_size, workers, asked_to_stop, written
+            )
+            stopped_by = meet(stopped_by)  # within, so that the log ends with the images of all
+        if stopped_by:
+            name = signal.Signals(stopped_by).name
+            done = f"{files.count()} of {len(source)} images"
+            told = f"encode {view}: {name} after {done}; run it again to go on"
+            raise Stopped(told if rank == 0 else "", stopped_by)
+        left_out = _to_leave_out(source, files.marks(), on_bad_image)
+        result = files.kept if left_out else files.latents
+        if rank == 0:
+            if left_out:
+                files.copy_without(left_out)
+                print(
+                    f"encode {view}: left out {len(left_out)} of {len(source)} images, which do not decode; "
+                    "the meta file lists them",
+                    flush=True,
+                )
             meta = {
                 "dataset": dataset,
-                "dataset_split": source.split,
-                "images": len(source),
-                "images_sha256": source.digest,
-                "class_names": source.class_names,
-                "num_classes": len(source.class_names),
+                **_images_facts(source, left_out),
                 **pictures.settings(),
                 "posterior": posterior,
-                "vae": vae.id,
-                "vae_revision": vae.revision,
-                "vae_sha256": vae.digest,
-                "scaling_factor": vae.scaling_factor,
-                "versions": {
-                    "python": platform.python_version(),
-                    "torch": torch.__version__,
-                    **{name: version(name) for name in ("diffusers", "numpy", "pillow")},
-                },
+                **_network_facts(vae),
+                **file_facts(result),
             }
-            write_json(meta_path, {**meta, **file_facts(export)})
-    barrier()  # until then the others may still read the marks
+            write_json(latent_files(result)[2], meta)
+    meet(0)  # until then the others may still read the marks
     if rank == 0:
-        marks_path.unlink(missing_ok=True)
-    return export
+        files.clear(result)
+    return result
+
+
+def _images_facts(source: ImageSource, left_out: list[int]) -> dict[str, Any]:
+    """For the meta file; alike for both values of `on_bad_image` if no image is left out."""
+    return {
+        "dataset_split": source.split,
+        "images": len(source),
+        "images_sha256": source.digest,
+        "skipped_images": {
+            "count": len(left_out),
+            "names": [source.name_in_split(index) for index in left_out],
+        },
+        "class_names": source.class_names,
+        "num_classes": len(source.class_names),
+    }
+
+
+def _network_facts(vae: VAE) -> dict[str, Any]:
+    """For the meta file."""
+    return {
+        "vae": vae.id,
+        "vae_revision": vae.revision,
+        "vae_sha256": vae.digest,
+        "scaling_factor": vae.scaling_factor,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            **{name: version(name) for name in ("diffusers", "numpy", "pillow")},
+        },
+    }
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What the processes share: a folder with the rows of all images and the marks of those that are done."""
+
+    folder: Path
+
+    @property
+    def latents(self) -> Path:
+        return self.folder / "latents"
+
+    @property
+    def kept(self) -> Path:
+        """Like `latents`, without the images that do not decode; made only if there are any."""
+        return self.folder / "latents_kept"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "logs.jsonl"
+
+    @property
+    def stopping(self) -> Path:
+        """A file that tells all processes to stop, with the error for which they do, if it is one."""
+        return self.folder / "stopping"
+
+    @property
+    def _marks(self) -> Path:
+        return self.latents / "images_done.npy"
+
+    def marks(self) -> np.ndarray:
+        return np.load(self._marks)
+
+    def count(self) -> int:
+        """Images that are done with, by all processes."""
+        return int(np.count_nonzero(self.marks() != _TO_DO))
+
+    def result(self, on_bad_image: str) -> Path | None:
+        """The folder of finished latents, which are complete once they have their meta file."""
+        allowed = (self.latents, self.kept) if on_bad_image == "skip" else (self.latents,)
+        return next((folder for folder in allowed if latent_files(folder)[2].exists()), None)
+
+    def prepare(self, source: ImageSource, per_image: int, latent_shape: tuple[int, ...]) -> None:
+        self.stopping.unlink(missing_ok=True)
+        shutil.rmtree(self.kept, ignore_errors=True)  # cut off, or of a run that was to skip images
+        if self._marks.exists():
+            marks = self.marks()
+            marks[marks == _UNDECODABLE] = _TO_DO  # may have been repaired
+        else:
+            self.latents.mkdir(parents=True, exist_ok=True)
+            latents_path, labels_path, _ = latent_files(self.latents)
+            shape = (len(source) * per_image, *latent_shape)
+            _require_room(self.folder, shape)
+            np.lib.format.open_memmap(latents_path, "w+", np.float16, shape)
+            _save(labels_path, np.repeat(source.labels, per_image))
+            marks = np.full(len(source), _TO_DO, np.uint8)
+        _save(self._marks, marks)  # after the others, for which it vouches
+
+    def write(self, block: range, latents: np.ndarray, undecodable: list[int]) -> None:
+        """Store the rows of a block, `[images * per_image, C, h, w]`, and mark its images."""
+        marks = np.full(len(block), _DONE, np.uint8)
+        marks[[block.index(index) for index in undecodable]] = _UNDECODABLE
+        per_image = len(latents) // len(block)
+        _write_rows(latent_files(self.latents)[0], block.start * per_image, latents)
+        _write_rows(self._marks, block.start, marks)
+
+    def stop_with(self, error: str) -> UserError:
+        """Make all processes stop; the error to raise, which is that of the first process that had one."""
+        with tempfile.NamedTemporaryFile("w", dir=self.folder) as file:
+            file.write(error)
+            file.flush()
+            with suppress(OSError):  # another was first, or the filesystem knows no links
+                os.link(file.name, self.stopping)
+        return UserError(self.error() or error)
+
+    def error(self) -> str:
+        """Why the processes stop; empty where they do not, or by a signal."""
+        return self.stopping.read_text() if self.stopping.exists() else ""
+
+    def copy_without(self, left_out: list[int]) -> None:
+        """Make `kept`, without the rows of some images; raises `UserError` if the disk has no room for it."""
+        latents_path, labels_path, _ = latent_files(self.latents)
+        latents, labels = np.load(latents_path, mmap_mode="r"), np.load(labels_path)
+        keep = np.ones(len(self.marks()), bool)
+        keep[left_out] = False
+        keep = np.repeat(keep, len(labels) // len(keep))
+        shape = (int(np.count_nonzero(keep)), *latents.shape[1:])
+        self.kept.mkdir(exist_ok=True)
+        _require_room(self.folder, shape)
+        header = np.lib.format.header_data_from_array_1_0(latents) | {"shape": shape}
+        kept_latents_path, kept_labels_path, _ = latent_files(self.kept)
+        with atomic_write(kept_latents_path) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for start in range(0, len(keep), _ROWS_COPIED_AT_ONCE):
+                rows = slice(start, start + _ROWS_COPIED_AT_ONCE)
+                file.write(latents[rows][keep[rows]].tobytes())
+        _save(kept_labels_path, labels[keep])
+
+    def clear(self, result: Path) -> None:
+        """Remove everything that was only of use until the latents in the folder `result` were finished."""
+        self._marks.unlink(missing_ok=True)
+        if result != self.latents:
+            shutil.rmtree(self.latents, ignore_errors=True)
+
+
+@contextmanager
+def _progress(
+    files: _Files, view: str, images: int, blocks: list[range], world_size: int, *, shown: bool, logged: bool
+) -> Iterator[Callable[[range], None]]:
+    """A bar over this process's blocks, a log of the images of all; yields what to call after each block."""
+    done = files.count()
+    if shown and done:
+        print(f"encode {view}: going on, {done} of {images} images are done", flush=True)
+    log = ProgressLog(files.log, steps=images, unit="img") if logged else None
+    share = f" (1/{world_size} of the images)" if world_size > 1 else ""
+    with tqdm(
+        total=sum(map(len, blocks)), desc=f"encode {view}{share}", unit="img", disable=not shown
+    ) as bar:
+
+        def written(block: range) -> None:
+            bar.update(len(block))
+            if log is not None:
+                log.reached(files.count())
+
+        yield written
+    if log is not None:
+        log.reached(files.count(), force=True)
+
+
+class _Decoded(NamedTuple):
+    """The pictures of a block of images."""
+
+    pixels: Tensor  # [images * per_image, H, W, 3] uint8; black where an image does not decode
+    undecodable: list[int]  # indices of images
+    unreadable: str  # the complaint about an image that cannot be read, which makes the rest worthless
 
 
 @dataclass(frozen=True)
 class _Pictures(Dataset):
-    """Index of an image -> its pictures, uint8 `[per_image, size, size, 3]`; None if it does not decode."""
+    """A block, as the range of its images' indices -> its pictures."""
 
     source: ImageSource
     view: str
@@ -150,42 +322,122 @@ class _Pictures(Dataset):
         own = ("crops", "crop_scale", "crop_ratio", "flip") if self.view == "augmented" else ("mirror",)
         return {name: getattr(self, name) for name in ("view", "image_size", "seed", *own)}
 
-    def __getitem__(self, index: int) -> np.ndarray | None:
-        try:
-            image = self.source.load(index)
-        except Exception:  # of any type: decoders raise OSError, SyntaxError, ValueError, struct.error ...
-            return None
-        if self.view == "augmented":
-            return np.stack([self._crop(image, index, crop) for crop in range(self.crops)])
-        picture = center_view(image, self.image_size)
-        return np.stack([picture, picture[:, ::-1]][: self.per_image])
+    def __getitem__(self, block: range) -> _Decoded:
+        size = self.image_size
+        pixels = torch.zeros(len(block), self.per_image, size, size, 3, dtype=torch.uint8)
+        undecodable, unreadable = [], ""
+        for views, index in zip(pixels.numpy(), block, strict=True):
+            try:
+                image = self.source.load(index)
+            except UserError as error:
+                unreadable = str(error)
+                break
+            except Exception:  # decoders raise OSError, SyntaxError, ValueError, struct.error ...
+                undecodable.append(index)
+                continue
+            if self.view == "augmented":
+                for crop in range(self.crops):
+                    views[crop] = self._crop(image, index, crop)
+            else:
+                views[0] = center_view(image, size)
+                views[1:] = views[0, :, ::-1]
+        return _Decoded(pixels.flatten(0, 1), undecodable, unreadable)
 
-    def _crop(self, image, index: int, crop: int) -> np.ndarray:
+    def _crop(self, image: Image.Image, index: int, crop: int) -> np.ndarray:
         rng = numpy_generator(self.seed, "encode/crop", index, crop)
         return augmented_view(image, self.image_size, self.crop_scale, self.crop_ratio, self.flip, rng)
 
 
-def _encode(
+def _encode_blocks(
     vae: VAE,
     pictures: _Pictures,
-    block: range,
-    decoded: list[np.ndarray],
+    blocks: list[range],
+    files: _Files,
     posterior: str,
     batch_size: int,
-) -> np.ndarray:
-    """The latents of a block, float16 `[rows, C, h, w]`."""
-    images = torch.from_numpy(np.concatenate(decoded))  # [rows, H, W, 3] uint8
-    moments = [vae.moments(part) for part in images.split(batch_size)]
+    workers: int,
+    asked_to_stop: Callable[[], int],
+    written: Callable[[range], None],
+) -> int:
+    """Encode and store blocks, and tell `written` of each that is on the disk.
+
+    Returns 0, or the number of the signal that has ended it early.
+    """
+    loader = DataLoader(
+        pictures,
+        sampler=blocks,
+        batch_size=None,  # a block is one item
+        num_workers=workers,
+        worker_init_fn=_ignore_signals,
+        pin_memory=vae.device.type == "cuda",
+    )
+    unwritten: deque[tuple[range, Future]] = deque()
+
+    def store(block: range, latents: Tensor, undecodable: list[int]) -> None:
+        files.write(block, _require_finite(latents.cpu(), pictures, block).numpy(), undecodable)
+
+    def take_written(leave: int) -> None:
+        while unwritten and (len(unwritten) > leave or unwritten[0][1].done()):
+            block, future = unwritten.popleft()
+            future.result()  # raises what went wrong
+            written(block)
+
+    with _lost_workers_told(), ThreadPoolExecutor(1) as writer:
+        for block, decoded in zip(blocks, loader, strict=True):
+            if decoded.unreadable:
+                raise files.stop_with(f"{decoded.unreadable}, what is done is kept")
+            latents = _encode(vae, pictures, block, decoded.pixels, posterior, batch_size)
+            unwritten.append((block, writer.submit(store, block, latents, decoded.undecodable)))
+            take_written(_BLOCKS_UNWRITTEN)
+            if asked_to_stop():
+                files.stopping.touch()
+            if files.stopping.exists():
+                break
+        take_written(0)
+    if error := files.error():
+        raise UserError(error)
+    return asked_to_stop()
+
+
+def _ignore_signals(worker: int) -> None:
+    """A terminal and a scheduler send signals to helpers too; they end when their parent does."""
+    for number in STOP:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def _lost_workers_told() -> Iterator[None]:
+    """Tells a helper process that was killed from mistakes of this one: the loader has no type for it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise UserError(
+            f"a process that decodes images is gone ({' '.join(str(error).split())}); lower hardware.workers "
+            "or hardware.encode_batch, or allow more (shared) memory, and run again: what is done is kept"
+        ) from None
+
+
+def _encode(
+    vae: VAE, pictures: _Pictures, block: range, pixels: Tensor, posterior: str, batch_size: int
+) -> Tensor:
+    """The latents of a block, float16 `[rows, C, h, w]`, which the VAE's device may still be computing."""
+    moments = [vae.moments(part) for part in pixels.split(batch_size)]
     mean, std = (torch.cat(parts) for parts in zip(*moments, strict=True))  # [rows, C, h, w]
     if posterior == "sample":
-        noise = torch.empty(mean.shape)
+        noise = torch.empty(mean.shape, pin_memory=mean.is_cuda)
         keys = ((index, number) for index in block for number in range(pictures.per_image))
         for row, (index, number) in zip(noise, keys, strict=True):
             row.normal_(
                 generator=torch_generator(pictures.seed, "encode/posterior", pictures.view, index, number)
             )
-        mean = mean + std * noise.to(mean.device)
-    latents = vae.scale(mean).half().cpu()
+        mean = mean + std * noise.to(mean.device, non_blocking=True)
+    return vae.scale(mean).half()
+
+
+def _require_finite(latents: Tensor, pictures: _Pictures, block: range) -> Tensor:
+    """The latents of a block `[rows, C, h, w]`, unless one of them is beyond float16."""
     finite = latents.isfinite().flatten(1).all(1)
     if not finite.all():
         index = block[int(finite.int().argmin()) // pictures.per_image]
@@ -193,22 +445,54 @@ def _encode(
             f"{pictures.source.name(index)}: its latents are not finite in float16; "
             "are the weights of the VAE whole, and is it the VAE for these images?"
         )
-    return latents.numpy()
+    return latents
+
+
+def _to_leave_out(source: ImageSource, marks: np.ndarray, on_bad_image: str) -> list[int]:
+    """The images that do not decode; raises `UserError` if they may not be left out or are all of a class."""
+    assert (marks != _TO_DO).all()
+    damaged = np.flatnonzero(marks == _UNDECODABLE)
+    if len(damaged) and on_bad_image == "error":
+        named = [f"{source.name(index)} ({_why_undecodable(source, index)})" for index in damaged[:_NAMED]]
+        raise UserError(
+            f"{len(damaged)} of {len(source)} images do not decode: {_enumerate(named, len(damaged))}; "
+            "repair or remove them, or keep what is done and leave them out (encode.on_bad_image: skip), "
+            "then run again"
+        )
+    empty = np.setdiff1d(source.labels, source.labels[marks == _DONE])
+    if len(empty):
+        named = [source.class_names[label] for label in empty[:_NAMED]]
+        raise UserError(
+            f"{len(empty)} of {len(source.class_names)} classes have no image that decodes: "
+            f"{_enumerate(named, len(empty))}; repair some, or remove the folders of these classes"
+        )
+    return damaged.tolist()
+
+
+def _why_undecodable(source: ImageSource, index: int) -> str:
+    try:
+        source.load(index)
+    except Exception as error:
+        return " ".join((str(error) or type(error).__name__).split())
+    return "decodes at a second try"
+
+
+def _enumerate(named: list[str], count: int) -> str:
+    return ", ".join(named) + (f" and {count - len(named)} more" if count > len(named) else "")
 
 
 def _blocks(count: int, size: int) -> list[range]:
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def _preallocate(path: Path, shape: tuple[int, ...]) -> None:
-    """A float16 `.npy` file of this shape, all zeros; raises `UserError` if the disk has no room for it."""
-    needed, free = 2 * int(np.prod(shape)), shutil.disk_usage(path.parent).free
+def _require_room(folder: Path, shape: tuple[int, ...]) -> None:
+    """Raises `UserError` if the disk has no room for float16 numbers of this shape."""
+    needed, free = 2 * math.prod(shape), shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"{path.parent}: the latents need {needed / 2**30:.1f} GiB, the disk has {free / 2**30:.1f} GiB "
+            f"{folder}: the latents need {needed / 2**30:.1f} GiB, the disk has {free / 2**30:.1f} GiB "
             "free; make room or move the work folder (DRIFT_WORK_DIR)"
         )
-    np.lib.format.open_memmap(path, "w+", np.float16, shape)
 
 
 def _save(path: Path, array: np.ndarray) -> None:
@@ -224,28 +508,12 @@ def _write_rows(path: Path, start: int, rows: np.ndarray) -> None:
     """
     stored = np.load(path, mmap_mode="r")
     assert rows.dtype == stored.dtype and rows.shape[1:] == stored.shape[1:]
-    with path.open("r+b") as file:
-        file.seek(stored.offset + start * rows[0].nbytes)
-        file.write(rows.tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _raise_undecodable(source: ImageSource, marks: np.ndarray) -> None:
-    damaged = np.flatnonzero(marks == _UNDECODABLE)
-    if not len(damaged):
-        assert (marks == _DONE).all()
-        return
-    named = []
-    for index in map(int, damaged[:_NAMED]):
-        try:
-            source.load(index)
-            reason = "decodes at a second try"
-        except Exception as error:
-            reason = " ".join((str(error) or type(error).__name__).split())
-        named.append(f"{source.name(index)} ({reason})")
-    more = f" and {len(damaged) - _NAMED} more" if len(damaged) > _NAMED else ""
-    raise UserError(
-        f"{len(damaged)} of {len(source)} images do not decode: {', '.join(named)}{more}; "
-        "repair or remove them, then run again"
-    )
+    try:
+        with path.open("r+b") as file:
+            file.seek(stored.offset + start * rows[0].nbytes)
+            file.write(rows.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = str(path)  # which only `open` sets
+        raise

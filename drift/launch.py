@@ -6,6 +6,7 @@ Under an existing torchrun `spawn` does nothing, so `torchrun --nnodes ... -m st
 """
 
 import argparse
+import ctypes
 import errno
 import json
 import os
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 USER_ERROR, _PEER_LOST = 2, 3  # exit codes
-_SPAWNED = "DRIFT_SPAWNED"  # environment variable of processes that `spawn` has started
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_SPAWNED = "DRIFT_SPAWNED"  # environment variable, for processes that `spawn` starts, with its process number
 _KILLED_BY = {
     "SIGKILL": "by hand, or by the kernel for want of memory",
     "SIGBUS": "a file that it had mapped is gone or has become shorter",
@@ -175,7 +177,7 @@ def spawn(module: str, arguments: Sequence[str], processes: int) -> int | None:
         max_restarts=0,
         signals_to_handle="SIGHUP,SIGQUIT",  # not ours: it kills what is at its checkpoint after 30 s
     )
-    os.environ[_SPAWNED] = "1"
+    os.environ[_SPAWNED] = str(os.getpid())
     before = {number: signal.signal(number, _pass_on) for number in (*STOP, SAVE)}
     try:
         elastic_launch(config, sys.executable)("-u", "-m", module, *arguments)
@@ -228,6 +230,8 @@ def join(time_limit: float) -> Iterator[Ranks]:
     if not under_torchrun():
         yield Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         return
+    if _SPAWNED in os.environ:
+        _end_with_parent()
     local_rank, limit = int(os.environ["LOCAL_RANK"]), timedelta(minutes=time_limit)
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
@@ -241,6 +245,17 @@ def join(time_limit: float) -> Iterator[Ranks]:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device, control)
     finally:
         dist.destroy_process_group()
+
+
+def _end_with_parent() -> None:
+    """Let the kernel kill this process when the one that has started it is gone, however that came about.
+
+    It has a session of its own, so a SIGKILL of the starter's process group would leave it at work.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != int(os.environ[_SPAWNED]):  # gone before that
+            sys.exit(_PEER_LOST)
 
 
 def stage_parser(description: str | None) -> argparse.ArgumentParser:

@@ -8,14 +8,17 @@ settings and inputs that decide the result. Running the same command again goes 
 import hashlib
 import json
 import os
+import platform
 import shutil
 import sys
+import time
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
+import psutil
 from filelock import FileLock, Timeout
 from ruamel.yaml import YAML
 
@@ -43,6 +46,56 @@ def code_digest() -> str:
     return digest.hexdigest()[:16]
 
 
+def work_root() -> Path:
+    """The folder of all stages' work."""
+    return Path(os.environ.get("DRIFT_WORK_DIR") or ".work")
+
+
+def read_note(folder: Path) -> dict | None:
+    """What the `work.json` of a work folder says; None if it is missing or damaged."""
+    try:
+        return json.loads((folder / "work.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that works in a folder, as it says in a file beside the folder's lock.
+
+    Whoever only wants to know leaves the lock alone: to try it is to hold it for a moment, in which a stage
+    that starts would be refused.
+    """
+
+    host: str
+    pid: int
+    since: float
+    """Unix seconds."""
+
+    @classmethod
+    def of(cls, folder: Path) -> "Holder | None":
+        """None if nobody has said so, or has taken it back."""
+        try:
+            return cls(**json.loads(_holder_file(folder).read_text()))
+        except FileNotFoundError:
+            return None
+
+    def at_work(self, folder: Path) -> bool | None:
+        """Whether the process still has the lock; None if that cannot be seen from this machine.
+
+        A process that was killed has taken nothing back, and its number may be another's by now.
+        """
+        if self.host != platform.node():
+            return None
+        lock = str(_lock_file(folder).resolve())
+        try:
+            return lock in (file.path for file in psutil.Process(self.pid).open_files())
+        except psutil.NoSuchProcess:
+            return False
+        except psutil.AccessDenied:  # of another user
+            return None
+
+
 class Work:
     """The work folder of one stage with one fingerprint, locked against a second run; a context manager.
 
@@ -56,10 +109,9 @@ class Work:
         `fresh`: throw away what is there. Raises `UserError` if the folder cannot be written.
         """
         self.stage, self.decides, self.fresh, self.first = stage, dict(decides), fresh, first
-        root = Path(os.environ.get("DRIFT_WORK_DIR") or ".work")
-        self.folder = root / stage / fingerprint(decides)
+        self.folder = work_root() / stage / fingerprint(decides)
         self.code: list[str] = []
-        self._lock = FileLock(self.folder.with_suffix(".lock"))
+        self._lock = FileLock(_lock_file(self.folder))
 
     def __enter__(self) -> "Work":
         if self.first:
@@ -72,16 +124,19 @@ class Work:
                     "work there; wait for it, or end it"
                 ) from None
             self._prepare()
+            write_json(_holder_file(self.folder), asdict(Holder(platform.node(), os.getpid(), time.time())))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self.first:
+            _holder_file(self.folder).unlink(missing_ok=True)
         self._lock.release()
 
     def _prepare(self) -> None:
         now = code_digest()
-        known = self._read_note()
+        known = read_note(self.folder)
         if known is not None:
             self.code = known["code"]
             if self.fresh:
@@ -109,7 +164,7 @@ class Work:
 
     def _discard_finished_siblings(self) -> None:
         for folder in self.folder.parent.iterdir():
-            if folder.is_dir() and folder != self.folder and (self._read_note(folder) or {}).get("finished"):
+            if folder.is_dir() and folder != self.folder and (read_note(folder) or {}).get("finished"):
                 shutil.rmtree(folder)
 
     def _taken_by_dvc(self) -> bool:
@@ -118,12 +173,6 @@ class Work:
         # one was cut off before DVC took it, and is exported once more.
         lock = Path("dvc.lock")
         return lock.exists() and lock.stat().st_mtime > (self.folder / "work.json").stat().st_mtime
-
-    def _read_note(self, folder: Path | None = None) -> dict | None:
-        try:
-            return json.loads(((folder or self.folder) / "work.json").read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            return None
 
     def _write_note(self, *, finished: bool) -> None:
         note = {"stage": self.stage, "decides": self.decides, "code": self.code, "finished": finished}
@@ -135,6 +184,8 @@ class Work:
         The settings file tells what decides the result and how it came about, and nothing that changes
         from run to run, so that equal results have equal bytes.
         """
+        import torch  # here, as `drift watch` reads work folders and would wait for it
+
         how: dict[str, Any] = {"code": list(self.code), "torch": str(torch.__version__)}
         if precision:
             how["precision"] = precision
@@ -149,3 +200,11 @@ class Work:
     def finish(self) -> None:
         """Mark the run as finished; a later run with other settings may clear the folder away."""
         self._write_note(finished=True)
+
+
+def _lock_file(folder: Path) -> Path:
+    return folder.with_suffix(".lock")
+
+
+def _holder_file(folder: Path) -> Path:
+    return folder.with_suffix(".run")

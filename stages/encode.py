@@ -3,7 +3,8 @@
     python -m stages.encode --view center --out artifacts/latents/center
 
 Reads the data set of `data` and the VAE of `encode`; writes OUT/train_latents.npy, train_labels.npy,
-train_meta.json and settings.yaml. A run that was killed goes on with the rows that are missing.
+train_meta.json and settings.yaml. A run that was killed or told to stop goes on with the rows that are
+missing.
 """
 
 import sys
@@ -16,6 +17,7 @@ from drift.files import check_writable
 from drift.launch import join, run_stage, spawn, stage_parser, wanted_processes
 from drift.models.vae import VAE
 from drift.params import load_settings
+from drift.signals import Signals
 from drift.work import Work
 
 
@@ -39,13 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seed": settings.seed,
         "view": args.view,
         "data": data.model_dump(mode="json"),
-        "encode": encode.model_dump(mode="json"),
+        # Whoever learns at the end that images are damaged may skip them without starting over
+        "encode": encode.model_dump(mode="json", exclude={"on_bad_image"}),
         "images": source.digest,
         "vae": vae.digest,
     }
     with (
         join(hardware.time_limit) as ranks,
         Work("encode", decides, fresh=args.fresh, first=ranks.first) as work,
+        Signals() as signals,
     ):
         ranks.barrier()
         export = encode_view(
@@ -62,11 +66,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             mirror=encode.mirror,
             posterior=encode.posterior,
             seed=settings.seed,
+            on_bad_image=encode.on_bad_image,
             batch_size=hardware.encode_batch,
             workers=hardware.workers,
             rank=ranks.rank,
             world_size=ranks.world_size,
-            barrier=ranks.barrier,
+            meet=lambda number: ranks.highest([number])[0],
+            asked_to_stop=lambda: signals.look().stop,
             progress=ranks.first,
         )
         if ranks.first:

@@ -31,6 +31,7 @@ from drift.models.ema import ema_file
 from drift.models.generator import Generator
 from drift.models.vae import VAE
 from drift.params import load_settings
+from drift.progress import ProgressLog
 from drift.work import SETTINGS_FILE, Work
 
 
@@ -100,11 +101,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             ranks.barrier()
             progress = work.folder / "sweep.json"
             finished = json.loads(progress.read_text()) if progress.exists() else []
+            if ranks.first:
+                log = ProgressLog(work.folder / "logs.jsonl", steps=len(fid.omegas) * fid.images, unit="img")
 
             def remember(entry):
                 finished.append(entry)
                 if ranks.first:
                     write_json(progress, finished)
+                    log.reached(len(finished) * fid.images, force=True)
 
             result = evaluate_sweep(
                 generator,
@@ -120,6 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 device=ranks.device,
                 finished=tuple(finished),
                 on_entry=remember,
+                on_images=log.reached if ranks.first else lambda images: None,
                 **peers,
             )
             if ranks.first:

@@ -1,8 +1,12 @@
+import errno
 import hashlib
 import io
 import json
+import os
 import shutil
+import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -11,13 +15,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from complaints import complaint
 from PIL import Image
 
 from drift import encoding
-from drift.data.images import augmented_view, center_view, open_images
+from drift.data.images import FolderImages, augmented_view, center_view, open_images
 from drift.data.latents import LatentStore, check_meta
 from drift.encoding import encode_view
-from drift.errors import UserError
+from drift.errors import Stopped, UserError
 from drift.models.vae import VAE
 from drift.seeds import numpy_generator
 from drift.torchvision_shim import ensure_torchvision
@@ -31,6 +36,7 @@ class PoolingVAE:
     """Means of 4x4 patches for latents: exact in any batch, so that whole files can be compared."""
 
     id, revision, digest, scaling_factor = "pooling", None, "0" * 64, 0.5
+    device = torch.device("cpu")
 
     def __init__(self, spread: float = 0.0, shift: float = 0.0):
         self.spread, self.shift = spread, shift
@@ -88,6 +94,7 @@ def encode(root: Path, folder: Path, vae: PoolingVAE | None = None, **changes) -
         "crop_ratio": (3 / 4, 4 / 3),
         "flip": True,
         "seed": 0,
+        "on_bad_image": "error",
         "batch_size": 6,
     }
     source = open_images("folder", str(root), "train", 2)
@@ -183,6 +190,7 @@ def test_meta_tells_how_the_latents_were_made(root, tmp_path):
         "dataset_split": "train",
         "images": 11,
         "images_sha256": source.digest,
+        "skipped_images": {"count": 0, "names": []},
         "class_names": ["ant", "bee"],
         "num_classes": 2,
         "view": "augmented",
@@ -221,20 +229,37 @@ def test_batches_and_workers_change_no_byte(root, tmp_path, view, how):
     assert contents(got) == contents(encode(root, tmp_path / "b", PoolingVAE(spread=0.1), **view))
 
 
-def encode_in_threads(root, folder, world_size, **settings):
+class Meeting:
+    """To threads what `Ranks.highest` is to processes."""
+
+    def __init__(self, world_size):
+        self.numbers: list[int] = []
+        self.barrier = threading.Barrier(world_size, self.all_are_here, timeout=60)
+
+    def all_are_here(self):
+        self.highest, self.numbers = max(self.numbers), []
+
+    def __call__(self, number):
+        self.numbers.append(number)
+        self.barrier.wait()
+        return self.highest
+
+
+def encode_in_threads(root, folder, world_size, vae=None, of_rank=lambda rank: {}, **settings):
     """Ranks as threads: they share nothing but the folder and the barrier."""
-    barrier = threading.Barrier(world_size, timeout=60)
+    meet = Meeting(world_size)
     with ThreadPoolExecutor(world_size) as pool:
         ranks = [
             pool.submit(
                 encode,
                 root,
                 folder,
-                PoolingVAE(spread=0.1),
+                vae or PoolingVAE(spread=0.1),
                 rank=rank,
                 world_size=world_size,
-                barrier=barrier.wait,
+                meet=meet,
                 **settings,
+                **of_rank(rank),
             )
             for rank in range(world_size)
         ]
@@ -250,30 +275,34 @@ def test_ranks_change_no_byte(root, tmp_path, world_size):
     assert contents(exports.pop()) == contents(expected)
 
 
-def test_a_run_killed_after_any_write_goes_on_with_the_blocks_that_are_missing(root, tmp_path, monkeypatch):
-    """What a kill would leave is what is on the disk after each write: copies of it are resumed."""
-    killed = []
+@pytest.fixture
+def kills(tmp_path, monkeypatch):
+    """Copies of tmp_path/run after each of its writes and renames: what a kill at that moment would leave."""
+    folders = []
 
-    def copy_after(name):
-        write = getattr(encoding, name)
+    def copy_after(call):
+        def call_and_copy(*arguments):
+            call(*arguments)
+            if (tmp_path / "run").exists():
+                folders.append(shutil.copytree(tmp_path / "run", tmp_path / f"killed-{len(folders)}"))
 
-        def write_and_copy(path, *arguments):
-            write(path, *arguments)
-            killed.append(shutil.copytree(tmp_path / "run", tmp_path / f"killed-{len(killed)}"))
+        return call_and_copy
 
-        monkeypatch.setattr(encoding, name, write_and_copy)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", copy_after(os.replace))
+        patched.setattr(encoding, "_write_rows", copy_after(encoding._write_rows))
+        yield lambda: patched.undo() or folders
 
-    with monkeypatch.context() as monkeypatch:
-        for name in ("_preallocate", "_save", "_write_rows", "write_json"):
-            copy_after(name)
-        expected = contents(encode(root, tmp_path / "run", PoolingVAE(spread=0.1), **AUGMENTED))
+
+def test_a_run_killed_after_any_write_goes_on_with_the_blocks_that_are_missing(root, tmp_path, kills):
+    expected = contents(encode(root, tmp_path / "run", PoolingVAE(spread=0.1), **AUGMENTED))
     passes = []
-    for folder in killed:
+    for folder in kills():
         vae = PoolingVAE(spread=0.1)
         assert contents(encode(root, folder, vae, **AUGMENTED)) == expected
         passes.append(len(vae.batches))
-    # latents, labels and marks; then latents and marks of each of six blocks; then the meta file
-    assert passes == [6, 6, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0]
+    # labels and marks; then latents and marks of each of six blocks; then the meta file
+    assert passes == [6, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0]
 
 
 def test_a_killed_run_goes_on_with_other_batches_and_ranks(root, tmp_path):
@@ -296,19 +325,99 @@ def test_a_finished_run_is_not_run_again(root, tmp_path):
     assert contents(encode(root, tmp_path, vae, **CENTER)) == expected and vae.batches
 
 
-# What goes wrong
+# Images that do not decode
+
+SKIP = {"on_bad_image": "skip"}
+
+
+@pytest.mark.parametrize("view", [CENTER, AUGMENTED], ids=["center", "augmented"])
+@pytest.mark.parametrize("how", [{}, {"batch_size": 100}, {"workers": 2}], ids=str)
+def test_skipped_images_leave_no_rows(root, damaged_root, tmp_path, view, how, capsys):
+    how = view | how
+    got = LatentStore.open(encode(damaged_root, tmp_path / "a", PoolingVAE(spread=0.1), **how, **SKIP))
+    every = LatentStore.open(encode(root, tmp_path / "b", PoolingVAE(spread=0.1), **how))
+    rows = len(every) // 11
+    # Samples keep their noise and crops, which follow the number of the image among all
+    decode = np.repeat(np.array([1, 0, 1, 1, 1, 0, 1, 1, 1, 1, 0], bool), rows)
+    assert np.array_equal(got.latents, every.latents[decode])
+    assert np.array_equal(got.labels, every.labels[decode]) and len(got) == 8 * rows
+    skipped = {"count": 3, "names": ["ant/1.jpeg", "bee/0.png", "bee/5.png"]}
+    assert got.meta["skipped_images"] == skipped and got.meta["images"] == 11
+    assert got.per_image == rows
+    assert "left out 3 of 11 images" in capsys.readouterr().out
+    expected = tmp_path / "expected.npy"
+    np.save(expected, every.latents[decode])
+    assert (got.folder / "train_latents.npy").read_bytes() == expected.read_bytes()
+
+
+def test_with_nothing_to_skip_the_files_are_those_of_error(root, tmp_path):
+    skipping = contents(encode(root, tmp_path / "a", **CENTER, **SKIP))
+    assert skipping == contents(encode(root, tmp_path / "b", **CENTER))
+
+
+def test_skipping_goes_on_after_a_kill_at_any_moment(damaged_root, tmp_path, kills):
+    result = encode(damaged_root, tmp_path / "run", PoolingVAE(spread=0.1), **AUGMENTED, **SKIP)
+    expected, whole = contents(result), []
+    for folder in kills():
+        vae = PoolingVAE(spread=0.1)
+        whole.append((folder / result.name / "train_meta.json").exists())
+        got = encode(damaged_root, folder, vae, **AUGMENTED, **SKIP)
+        assert contents(got) == expected
+        assert [path.name for path in folder.iterdir() if path.is_dir()] == [got.name]
+        assert bool(vae.batches) != whole[-1]
+    assert sum(whole) == 1  # the meta file comes last
+
+
+def test_ranks_skip_alike(damaged_root, tmp_path):
+    ranks = encode_in_threads(damaged_root, tmp_path / "a", 3, **AUGMENTED, **SKIP)
+    (export,) = {rank.result() for rank in ranks}
+    alone = encode(damaged_root, tmp_path / "b", PoolingVAE(spread=0.1), **AUGMENTED, **SKIP)
+    assert contents(export) == contents(alone)
+
+
+def test_after_an_error_skipping_keeps_what_is_done(damaged_root, tmp_path):
+    with pytest.raises(UserError, match=r"keep what is done and leave them out \(encode.on_bad_image: skip"):
+        encode(damaged_root, tmp_path / "a", **CENTER, batch_size=2)
+    vae = PoolingVAE()
+    skipping = encode(damaged_root, tmp_path / "a", vae, **CENTER, **SKIP, batch_size=2)
+    assert vae.batches == [2, 2, 2]  # once more for each damaged image, which may have been repaired
+    assert contents(skipping) == contents(encode(damaged_root, tmp_path / "b", **CENTER, **SKIP))
+    with pytest.raises(UserError, match="3 of 11 images do not decode"):
+        encode(damaged_root, tmp_path / "a", **CENTER)
+
+
+def test_a_class_is_not_skipped_as_a_whole(root, tmp_path):
+    copy = tmp_path / "damaged"
+    shutil.copytree(root, copy)
+    for path in (copy / "train" / "bee").iterdir():
+        path.write_bytes(b"")
+    told = complaint(lambda: encode(copy, tmp_path / "work", **CENTER, **SKIP))
+    assert told.startswith("1 of 2 classes have no image that decodes: bee; ")
+    for path in (copy / "train" / "ant").iterdir():
+        path.write_bytes(b"")
+    told = complaint(lambda: encode(copy, tmp_path / "none", **CENTER, **SKIP))
+    assert told.startswith("2 of 2 classes have no image that decodes: ant, bee; ")
+
+
+def test_a_disk_without_room_for_the_copy_is_told(damaged_root, tmp_path, monkeypatch):
+    vae = PoolingVAE()
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patched:
+        vae.before_pass = lambda: patched.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
+        told = complaint(lambda: encode(damaged_root, tmp_path / "a", vae, **CENTER, **SKIP))
+    assert "the latents need" in told and vae.batches
+    got = encode(damaged_root, tmp_path / "a", **CENTER, **SKIP)
+    assert contents(got) == contents(encode(damaged_root, tmp_path / "b", **CENTER, **SKIP))
 
 
 def test_images_that_do_not_decode_are_told_together_in_one_line(damaged_root, tmp_path):
-    vae = PoolingVAE()
     with pytest.raises(UserError) as error:
-        encode(damaged_root, tmp_path, vae, **CENTER, batch_size=2)
+        encode(damaged_root, tmp_path, **CENTER, batch_size=2)
     message = str(error.value)
     assert "\n" not in message and message.startswith("3 of 11 images do not decode: ")
-    for name in ("ant/1.jpeg (image file is truncated", "bee/0.png (cannot identify", "bee/5.png ("):
+    for name in ("ant/1.jpeg (image file is truncated", "bee/0.png (of no known image format", "bee/5.png ("):
         assert name in message
     assert not (tmp_path / "latents" / "train_meta.json").exists()
-    assert vae.batches == [2]  # the VAE rests once the run cannot succeed
 
 
 def test_repaired_images_let_the_run_finish(root, damaged_root, tmp_path):
@@ -339,6 +448,157 @@ def test_every_rank_raises_for_an_image_of_any(damaged_root, tmp_path):
     ranks = encode_in_threads(damaged_root, tmp_path, 3, **CENTER, batch_size=2)
     assert len({str(rank.exception()) for rank in ranks}) == 1
     assert all(isinstance(rank.exception(), UserError) for rank in ranks)
+
+
+def test_an_error_number_of_a_decoder_is_not_one_of_the_disk(root, tmp_path, monkeypatch):
+    decode = Image.open
+
+    def refuse(file):  # as decoders do that are sent by damaged bytes to a place before the file
+        if file.getvalue() == (root / "train" / "bee" / "2.png").read_bytes():
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return decode(file)
+
+    monkeypatch.setattr(Image, "open", refuse)
+    told = complaint(lambda: encode(root, tmp_path, **CENTER))
+    assert told.startswith("1 of 11 images do not decode") and "bee/2.png" in told
+
+
+# What goes wrong
+
+
+def vanish(root, copy, after):
+    """A copy of the images, and a VAE that takes it away in the pass after so many."""
+    shutil.copytree(root, copy)
+    vae = PoolingVAE(spread=0.1)
+    vae.before_pass = lambda: len(vae.batches) == after and copy.rename(copy.with_name("gone"))
+    return vae
+
+
+@pytest.mark.parametrize("how", [{}, {"workers": 2}, SKIP], ids=str)
+def test_a_folder_that_vanishes_is_no_heap_of_damaged_images(root, tmp_path, how):
+    copy = tmp_path / "images"
+    vae = vanish(root, copy, after=1)
+    told = complaint(lambda: encode(copy, tmp_path / "a", vae, **AUGMENTED, **how, batch_size=3))
+    assert str(copy / "train") in told and "cannot be read (No such file or directory)" in told
+    assert told.endswith("run again once it can be, what is done is kept")
+    marks = np.load(tmp_path / "a" / "latents" / "images_done.npy")
+    assert set(marks) == {encoding._TO_DO, encoding._DONE}
+
+    copy.with_name("gone").rename(copy)
+    vae = PoolingVAE(spread=0.1)
+    got = encode(copy, tmp_path / "a", vae, **AUGMENTED, **how, batch_size=3)
+    assert len(vae.batches) == np.count_nonzero(marks == encoding._TO_DO)
+    assert contents(got) == contents(encode(root, tmp_path / "b", PoolingVAE(spread=0.1), **AUGMENTED))
+
+
+def test_every_rank_tells_the_same_of_a_folder_that_vanishes(root, tmp_path):
+    vae = vanish(root, tmp_path / "images", after=0)
+    once = threading.Lock()
+    take_away = vae.before_pass
+    vae.before_pass = lambda: once.acquire(blocking=False) and take_away()
+    ranks = encode_in_threads(tmp_path / "images", tmp_path / "a", 3, vae, **AUGMENTED, batch_size=3)
+    assert all(isinstance(rank.exception(), UserError) for rank in ranks)
+    assert len({str(rank.exception()) for rank in ranks}) == 1
+
+
+def test_a_full_disk_is_told_as_such_while_the_network_goes_on(root, tmp_path, monkeypatch):
+    def refuse(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    vae = PoolingVAE(spread=0.1)
+    with monkeypatch.context() as patched:
+        vae.before_pass = lambda: len(vae.batches) == 1 and patched.setattr(os, "fsync", refuse)
+        with pytest.raises(OSError) as error:
+            encode(root, tmp_path / "a", vae, **AUGMENTED, batch_size=3)
+    assert error.value.errno == errno.ENOSPC
+    assert Path(error.value.filename).parent == tmp_path / "a" / "latents"
+    assert len(vae.batches) <= 5  # of 11; at most so many blocks are ahead of the disk
+    got = encode(root, tmp_path / "a", PoolingVAE(spread=0.1), **AUGMENTED)
+    assert contents(got) == contents(encode(root, tmp_path / "b", PoolingVAE(spread=0.1), **AUGMENTED))
+
+
+def test_disk_and_network_work_at_the_same_time(root, tmp_path, monkeypatch):
+    """The rows of the first block are only written once the network is at the second."""
+    second_pass, write = threading.Event(), encoding._write_rows
+    vae = PoolingVAE(spread=0.1)
+    vae.before_pass = lambda: len(vae.batches) == 1 and second_pass.set()
+
+    def write_later(*arguments):
+        assert second_pass.wait(10)
+        write(*arguments)
+
+    monkeypatch.setattr(encoding, "_write_rows", write_later)
+    encode(root, tmp_path, vae, **AUGMENTED)
+
+
+def test_a_helper_that_is_killed_is_told_with_a_way_out(root, tmp_path, monkeypatch):
+    load = FolderImages.load
+
+    def die(self, index):
+        if index == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return load(self, index)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FolderImages, "load", die)
+        told = complaint(lambda: encode(root, tmp_path / "a", **CENTER, workers=1, batch_size=2))
+    assert "a process that decodes images is gone" in told and "hardware.workers" in told
+    assert contents(encode(root, tmp_path / "a", **CENTER)) == contents(
+        encode(root, tmp_path / "b", **CENTER)
+    )
+
+
+# Signals
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_signal_ends_the_run_after_the_block(root, tmp_path, workers):
+    vae = PoolingVAE(spread=0.1)
+    with pytest.raises(
+        Stopped, match=r"^encode augmented: SIGINT after 3 of 11 images; run it again"
+    ) as stopped:
+        asked = {"asked_to_stop": lambda: signal.SIGINT * (len(vae.batches) == 3)}
+        encode(root, tmp_path / "a", vae, **AUGMENTED, **asked, workers=workers, batch_size=3)
+    assert stopped.value.code == 130
+    vae = PoolingVAE(spread=0.1)
+    got = encode(root, tmp_path / "a", vae, **AUGMENTED, batch_size=3)
+    assert len(vae.batches) == 8
+    assert contents(got) == contents(encode(root, tmp_path / "b", PoolingVAE(spread=0.1), **AUGMENTED))
+
+
+def test_a_signal_to_one_rank_stops_all_of_them(root, tmp_path):
+    def of_rank(rank):
+        def asked_to_stop():
+            end = time.monotonic() + 30
+            while rank != 1 and not (tmp_path / "a" / "stopping").exists():
+                assert time.monotonic() < end, "waited in vain"
+                time.sleep(0.01)
+            return signal.SIGTERM if rank == 1 else 0
+
+        return {"asked_to_stop": asked_to_stop}
+
+    vae = PoolingVAE(spread=0.1)
+    ranks = encode_in_threads(root, tmp_path / "a", 3, vae, of_rank, **AUGMENTED, batch_size=3)
+    stopped = [rank.exception() for rank in ranks]
+    assert all(isinstance(error, Stopped) and error.code == 143 for error in stopped)
+    assert [str(error)[:40] for error in stopped] == ["encode augmented: SIGTERM after 3 of 11 ", "", ""]
+    got = encode(root, tmp_path / "a", PoolingVAE(spread=0.1), **AUGMENTED)
+    assert contents(got) == contents(encode(root, tmp_path / "b", PoolingVAE(spread=0.1), **AUGMENTED))
+
+
+# Progress
+
+
+def test_the_log_counts_the_images_of_all_ranks(root, tmp_path):
+    for rank in encode_in_threads(root, tmp_path, 2, **AUGMENTED, batch_size=3):
+        rank.result()
+    lines = [json.loads(line) for line in (tmp_path / "logs.jsonl").read_text().splitlines()]
+    assert {(line["steps"], line["unit"]) for line in lines} == {(11, "img")}
+    steps = [line["step"] for line in lines]
+    assert steps == sorted(steps) and steps[-1] == 11
+
+
+# What goes wrong otherwise
 
 
 def test_latents_beyond_float16_name_the_image(root, tmp_path):

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
 
@@ -35,6 +36,8 @@ def main():
             os.kill(os.getpid(), signal.SIGKILL)
         if "--silent" in sys.argv and not ranks.first:
             time.sleep(60)
+        if "--wait" in sys.argv:
+            time.sleep(60)
         if "--share" in sys.argv:
             mine = {"a": torch.arange(3) + 5, "b": torch.tensor(0.5)} if ranks.first else {}
             print({name: t.tolist() for name, t in ranks.tensors_from_first(mine).items()}, flush=True)
@@ -44,16 +47,15 @@ run_stage(main)
 """
 
 
-def run_program(folder, *arguments):
+def command_of(folder, *arguments):
     (folder / "two_ranks.py").write_text(PROGRAM)
     environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "two_ranks", *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return {"args": [sys.executable, "-m", "two_ranks", *arguments], "env": environment}
+
+
+def run_program(folder, *arguments):
+    command = command_of(folder, *arguments)
+    return subprocess.run(**command, capture_output=True, text=True, timeout=120)
 
 
 def test_two_processes_start_and_add_up(tmp_path):
@@ -79,6 +81,18 @@ def test_a_rank_that_is_killed_takes_the_run_down_and_is_named(tmp_path):
     assert done.returncode == 137
     assert "error: process 1 was killed by SIGKILL (by hand, or by the kernel" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no prctl")
+def test_ranks_end_with_the_process_that_has_started_them(tmp_path):
+    command = command_of(tmp_path, "--wait")
+    with subprocess.Popen(**command, stdout=subprocess.PIPE, text=True) as process:
+        assert "sum 3.0" in process.stdout.readline()
+        ranks = psutil.Process(process.pid).children()
+        assert len(ranks) == 2
+        process.kill()
+        _, alive = psutil.wait_procs(ranks, timeout=30)
+    assert not alive
 
 
 def test_a_rank_that_is_silent_does_not_hang_the_run(tmp_path):

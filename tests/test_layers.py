@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from imports import ROOT, direct_imports
 
-BASE = {"__init__", "errors", "seeds", "files", "signals", "sums", "torchvision_shim"}
+BASE = {"__init__", "errors", "seeds", "files", "progress", "signals", "sums", "torchvision_shim"}
 ALLOWED = {
     "data": set(),
     "field": set(),
@@ -13,6 +13,8 @@ ALLOWED = {
     "params": {"field"},
     "launch": set(),
     "work": set(),
+    "watch": {"work"},
+    "cli": {"watch", "work"},
     "release": {"models"},
     "encoding": {"data", "models"},
     "evaluation": {"data", "models"},

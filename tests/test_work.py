@@ -1,14 +1,18 @@
 """Work folders: what is gone on with, what is started over, and what is written beside an artifact."""
 
 import os
+import platform
+import subprocess
+import sys
 import time
+from dataclasses import replace
 
 import pytest
 from ruamel.yaml import YAML
 
 from drift import work as work_module
 from drift.errors import UserError
-from drift.work import Work, fingerprint
+from drift.work import Holder, Work, fingerprint
 
 
 @pytest.fixture(autouse=True)
@@ -118,3 +122,27 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("DRIFT_WORK_DIR", str(tmp_path / "file" / "work"))
     with pytest.raises(UserError, match="file/work"):
         leave({"lr": 1})
+
+
+def test_who_works_in_a_folder_can_be_seen_without_the_lock():
+    began = time.time()
+    with Work("stage", {"lr": 1}) as work:
+        holder = Holder.of(work.folder)
+        assert (holder.host, holder.pid) == (platform.node(), os.getpid())
+        assert began <= holder.since <= time.time()
+        assert holder.at_work(work.folder) is True
+        assert replace(holder, host="another").at_work(work.folder) is None
+    assert Holder.of(work.folder) is None
+    assert holder.at_work(work.folder) is False  # as a killed run leaves it, whose number another has
+
+
+def test_a_process_that_is_gone_is_not_at_work():
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    with Work("stage", {"lr": 1}) as work:
+        assert Holder(platform.node(), gone.pid, 0.0).at_work(work.folder) is False
+
+
+def test_only_the_first_process_says_that_it_works():
+    with Work("stage", {"lr": 1}, first=False) as work:
+        assert Holder.of(work.folder) is None

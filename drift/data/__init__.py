@@ -7,15 +7,19 @@ import importlib
 
 _HOMES = {
     "DigitImages": "drift.data.images",
+    "DirectSampling": "drift.data.queue",
     "FolderImages": "drift.data.images",
     "ImageSource": "drift.data.images",
+    "LatentReader": "drift.data.latents",
     "LatentStore": "drift.data.latents",
+    "Prefetch": "drift.data.prefetch",
     "SampleQueue": "drift.data.queue",
     "augmented_view": "drift.data.images",
     "batch_rows": "drift.data.queue",
     "center_view": "drift.data.images",
     "check_meta": "drift.data.latents",
     "choose_classes": "drift.data.queue",
+    "held_out_rows": "drift.data.queue",
     "open_images": "drift.data.images",
     "write_latents": "drift.data.latents",
 }

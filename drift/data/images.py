@@ -1,6 +1,7 @@
 """Labelled images behind one interface, and the two square views of them that are encoded."""
 
 import hashlib
+import io
 import math
 import os
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from drift.errors import UserError
 
@@ -29,11 +30,19 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def load(self, index: int) -> Image.Image:
-        """The image in RGB; raises whatever its decoder raises if it is damaged."""
+        """The image in RGB.
+
+        Raises `UserError` if it cannot be read (its disk is gone), and whatever its decoder raises if what
+        was read is damaged.
+        """
         ...
 
     def name(self, index: int) -> str:
         """What messages call the image."""
+        ...
+
+    def name_in_split(self, index: int) -> str:
+        """What files call the image: the same wherever the data lie."""
         ...
 
 
@@ -90,7 +99,10 @@ class DigitImages:
 
     def name(self, index: int) -> str:
         """`digits/` and the row in scikit-learn's order, whatever the split."""
-        return f"digits/{self._rows[index]}"
+        return f"digits/{self.name_in_split(index)}"
+
+    def name_in_split(self, index: int) -> str:
+        return str(self._rows[index])
 
 
 class FolderImages:
@@ -128,18 +140,29 @@ class FolderImages:
         return len(self.labels)
 
     def load(self, index: int) -> Image.Image:
-        with Image.open(self._path(index)) as image:
-            if (
-                image.mode == "I;16"
-            ):  # PIL would clip 16-bit grey at 255; keep the high byte, as it does for RGB
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return image.convert("RGB")
+        path = self._path(index)
+        try:
+            # All of it before it is decoded: errors of the disk and of a decoder can have the same type
+            content = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); run again once it can be") from None
+        try:
+            image = Image.open(io.BytesIO(content))
+        except UnidentifiedImageError:  # whose message names the buffer's address
+            raise UnidentifiedImageError("of no known image format") from None
+        # PIL would clip 16-bit grey at 255; keep the high byte, as it does for RGB
+        if image.mode == "I;16":
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return image.convert("RGB")
 
     def name(self, index: int) -> str:
         return str(self._path(index))
 
+    def name_in_split(self, index: int) -> str:
+        return f"{self.class_names[self.labels[index]]}/{os.fsdecode(self._files[index])}"
+
     def _path(self, index: int) -> Path:
-        return self._folder / self.class_names[self.labels[index]] / os.fsdecode(self._files[index])
+        return self._folder / self.name_in_split(index)
 
 
 _DATASETS = {"digits": DigitImages, "folder": FolderImages}

@@ -1,62 +1,51 @@
-"""Steps' data made ahead of time in a background thread."""
+"""What a step needs, made ahead of time in the background."""
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import Generic, Self, TypeVar
 
-T = TypeVar("T")
-_POLL_S = 0.1  # how long a blocked thread takes to notice that nobody wants its results any more
+Result = TypeVar("Result")
 
 
-class Prefetch(Generic[T]):
-    """`make(step)` for step = start, ..., stop - 1, up to `ahead` results before they are asked for.
+class Prefetch(Generic[Result]):
+    """The results of `make(step)` for step = start, ..., stop - 1, each made before it is asked for.
 
-    A context manager. `make` is called in the order of the steps, in one thread of its own; with `ahead = 0`
-    in place, when its result is asked for. What it raises is raised by `get` of that step.
+    A context manager. One thread calls `make`, step after step, and is never more than `ahead` results ahead
+    of those that were asked for; with `ahead = 0` there is no thread, and `get` calls `make`. Leaving the
+    context waits for the call that is under way and makes no more.
     """
 
-    def __init__(self, make: Callable[[int], T], start: int, stop: int, ahead: int):
+    def __init__(self, make: Callable[[int], Result], start: int, stop: int, ahead: int):
         self._make, self._next, self._stop, self._ahead = make, start, stop, ahead
-        self._ended = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._to_make = iter(range(start, stop))
+        self._waiting: deque[Future[Result]] = deque()
 
-    def __enter__(self) -> "Prefetch[T]":
+    def __enter__(self) -> Self:
         if self._ahead:
-            self._results: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(self._ahead)
-            self._thread = threading.Thread(target=self._run, args=(self._next,), daemon=True)
-            self._thread.start()
+            self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+            for _ in range(self._ahead):
+                self._make_next()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._ended.set()
-        if self._thread is not None:
-            self._thread.join()
+        if self._ahead:
+            self._thread.shutdown(cancel_futures=True)
 
-    def get(self, step: int) -> T:
-        """The result of `step`; steps must be asked for in order."""
-        assert step == self._next, (step, self._next)
+    def get(self, step: int) -> Result:
+        """The result of `step`; the steps are asked for in order. Raises what `make` raised for it."""
+        assert step == self._next < self._stop, (step, self._next, self._stop)
         self._next += 1
-        if self._thread is None:
+        if not self._ahead:
             return self._make(step)
-        result, error = self._results.get()
-        if error is not None:
-            raise error
-        return result
+        result = self._waiting.popleft()
+        self._make_next()
+        return result.result()
 
-    def _run(self, step: int) -> None:
-        while step < self._stop and not self._ended.is_set():
-            try:
-                item = (self._make(step), None)
-            except BaseException as error:
-                item, step = (None, error), self._stop
-            while not self._ended.is_set():
-                try:
-                    self._results.put(item, timeout=_POLL_S)
-                    break
-                except queue.Full:
-                    pass
-            step += 1
+    def _make_next(self) -> None:
+        step = next(self._to_make, None)
+        if step is not None:
+            self._waiting.append(self._thread.submit(self._make, step))

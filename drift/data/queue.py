@@ -1,9 +1,9 @@
-"""Which rows a trainer sees: shuffled epochs without end, and the queue of the latest real samples.
+"""Which rows a trainer sees: shuffled epochs without end, held-out images, and real samples of classes.
 
 Everything here is row indices into a latent store, never latents, so a queue of ImageNet costs megabytes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -13,7 +13,7 @@ from drift.errors import UserError
 from drift.seeds import numpy_generator
 
 
-@lru_cache(maxsize=2)  # a batch may touch two epochs
+@lru_cache(maxsize=3)  # a batch may touch two epochs, a checkpoint the one before as well
 def epoch_rows(seed: int, epoch: int, n: int) -> np.ndarray:
     """The order of `n` rows in one epoch: a permutation that is a function of (seed, epoch). Read-only."""
     order = numpy_generator(seed, "data/epoch", epoch).permutation(n)
@@ -40,65 +40,39 @@ def choose_classes(seed: int, step: int, count: int, num_classes: int) -> np.nda
     return numpy_generator(seed, "queue/classes", step).choice(num_classes, count, replace=False)
 
 
-class SampleQueue:
-    """Per class the latest `per_class` real samples, and the latest `global_size` of all (paper A.8).
+class DirectSampling:
+    """Real samples of a step from all of the data.
 
-    The stream of real samples is that of `batch_rows`. A sample that comes again while it is still queued
-    moves to the front instead of filling a second place; so what is drawn without replacement is distinct,
-    and a class with fewer than `per_class` samples always holds all of them. Both queues are full from the
-    start: they begin as if a shuffled epoch of its own had already passed.
-
-    The state is one number per row, the time at which it was last pushed. A class queue is the rows with
-    the latest times, found when it is drawn from, which costs the drawn classes' rows only.
+    It has no state; `push`, `state_after` and `load_state_dict` are there to be exchanged for `SampleQueue`.
     """
 
+    _STREAM = "direct/draw"
+
     def __init__(
-        self,
-        labels: np.ndarray,
-        num_classes: int,
-        per_class: int,
-        global_size: int,
-        seed: int,
-        class_names: Sequence[str] | None = None,
+        self, labels: np.ndarray, num_classes: int, seed: int, class_names: Sequence[str] | None = None
     ):
         """`labels` `[N]` int64 in [0, num_classes); `class_names` are for messages."""
-        self.per_class = per_class
         self.seed = seed
         self._names = class_names if class_names is not None else [str(c) for c in range(num_classes)]
         self._by_class = np.argsort(labels, kind="stable")  # rows, class after class
         self._sizes = np.bincount(labels, minlength=num_classes)  # [num_classes]
         self._ends = np.cumsum(self._sizes)
-        # Epoch -1 warms up: its first row counts as the latest
-        self._pushed = np.empty(len(labels), np.int64)  # [N]
-        self._pushed[epoch_rows(seed, -1, len(labels))] = -np.arange(1, len(labels) + 1)
-        self._global_size = global_size
-        self._latest = self._find_latest()
 
     def push(self, step: int, count: int) -> None:
-        """Take in rows `step * count` to `(step + 1) * count` of the stream; `count` must stay the same."""
-        rows = batch_rows(step, count, len(self._pushed), self.seed)
-        self._pushed[rows] = np.arange(step * count, (step + 1) * count)  # a repeated row keeps its last time
-        joined = np.concatenate([rows[::-1], self._latest])
-        distinct, first = np.unique(joined, return_index=True)
-        self._latest = distinct[np.argsort(first)][: self._global_size]
+        """Nothing: all of the data are there at every step."""
 
     def require(self, positives: int, unconditional: int) -> None:
-        """Raise `UserError` if a queue holds fewer rows than are to be drawn, that of any class included."""
-        if positives > self.per_class:
-            raise UserError(
-                f"drift.positives = {positives}: the queue keeps {self.per_class} rows per class; "
-                "lower it or raise drift.queue_per_class"
-            )
+        """Raise `UserError` if there are fewer rows than are to be drawn, of any class or of all."""
         smallest = int(np.argmin(self._sizes))
         if positives > self._sizes[smallest]:
             raise UserError(
                 f"drift.positives = {positives}: class {self._names[smallest]} has only "
                 f"{self._sizes[smallest]} rows; lower it or add images of that class"
             )
-        if unconditional > len(self._latest):
+        if unconditional > len(self._by_class):
             raise UserError(
-                f"drift.unconditional = {unconditional}: the global queue holds {len(self._latest)} rows; "
-                "lower it, or raise drift.queue_global or add images"
+                f"drift.unconditional = {unconditional}: there are only {len(self._by_class)} rows; "
+                "lower it or add images"
             )
 
     def draw(
@@ -120,15 +94,84 @@ class SampleQueue:
         of_class = np.empty((len(slots), positives), np.int64)
         of_any = np.empty((len(slots), unconditional), np.int64)
         for row, slot in enumerate(slots):
-            rng = numpy_generator(self.seed, "queue/draw", step, slot)
+            rng = numpy_generator(self.seed, self._STREAM, step, slot)
+            # Without a permutation of all of them: `choice` draws few of many by Floyd's algorithm
             of_class[row] = rng.choice(self.class_rows(classes[slot]), positives, replace=False)
-            of_any[row] = rng.choice(self._latest, unconditional, replace=False)
+            of_any[row] = rng.choice(self.global_rows(), unconditional, replace=False)
         return of_class, of_any
 
     def class_rows(self, label: int) -> np.ndarray:
-        """The rows in the queue of a class, latest first."""
+        """The rows of a class that are drawn from."""
         end = self._ends[label]
-        rows = self._by_class[end - self._sizes[label] : end]
+        return self._by_class[end - self._sizes[label] : end]
+
+    def global_rows(self) -> np.ndarray:
+        """The rows of any class that are drawn from."""
+        return self._by_class
+
+    def state_after(self, steps: int, count: int) -> dict[str, torch.Tensor]:
+        """Empty."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take an empty state."""
+        assert not state, list(state)
+
+
+class SampleQueue(DirectSampling):
+    """Real samples of a step from the latest `per_class` of each class and `global_size` of all (paper A.8).
+
+    The stream of real samples is that of `batch_rows`. A sample that comes again while it is still queued
+    moves to the front instead of filling a second place; so what is drawn without replacement is distinct,
+    and a class with fewer than `per_class` samples always holds all of them. Both queues are full from the
+    start: they begin as if a shuffled epoch of its own had already passed.
+
+    The state is one number per row, the time at which it was last pushed. A class queue is the rows with
+    the latest times, found when it is drawn from, which costs the drawn classes' rows only.
+    """
+
+    _STREAM = "queue/draw"
+
+    def __init__(
+        self,
+        labels: np.ndarray,
+        num_classes: int,
+        per_class: int,
+        global_size: int,
+        seed: int,
+        class_names: Sequence[str] | None = None,
+    ):
+        """`labels` `[N]` int64 in [0, num_classes); `class_names` are for messages."""
+        super().__init__(labels, num_classes, seed, class_names)
+        self.per_class = per_class
+        self._global_size = global_size
+        self.load_state_dict(self.state_after(0, 0))
+
+    def push(self, step: int, count: int) -> None:
+        """Take in rows `step * count` to `(step + 1) * count` of the stream; `count` must stay the same."""
+        rows = batch_rows(step, count, len(self._pushed), self.seed)
+        self._pushed[rows] = np.arange(step * count, (step + 1) * count)  # a repeated row keeps its last time
+        joined = np.concatenate([rows[::-1], self._latest])
+        distinct, first = np.unique(joined, return_index=True)
+        self._latest = distinct[np.argsort(first)][: self._global_size]
+
+    def require(self, positives: int, unconditional: int) -> None:
+        """Raise `UserError` if a queue holds fewer rows than are to be drawn, that of any class included."""
+        if positives > self.per_class:
+            raise UserError(
+                f"drift.positives = {positives}: the queue keeps {self.per_class} rows per class; "
+                "lower it or raise drift.queue_per_class"
+            )
+        super().require(positives, unconditional)
+        if unconditional > self._global_size:
+            raise UserError(
+                f"drift.unconditional = {unconditional}: the global queue keeps {self._global_size} rows; "
+                "lower it or raise drift.queue_global"
+            )
+
+    def class_rows(self, label: int) -> np.ndarray:
+        """The rows in the queue of a class, latest first."""
+        rows = super().class_rows(label)
         return rows[np.argsort(-self._pushed[rows])[: self.per_class]]
 
     def global_rows(self) -> np.ndarray:
@@ -140,92 +183,40 @@ class SampleQueue:
         return {"pushed": torch.from_numpy(self._pushed.copy())}
 
     def state_after(self, steps: int, count: int) -> dict[str, torch.Tensor]:
-        """`state_dict()` after `push(0, count)` to `push(steps - 1, count)`, whatever was pushed till now."""
-        n = len(self._pushed)
-        pushed, done = np.empty(n, np.int64), steps * count
-        epoch = done // n
-        for e in (epoch - 1, epoch):
-            rows = epoch_rows(self.seed, e, n)
-            times = -np.arange(1, n + 1) if e < 0 else e * n + np.arange(n)
-            passed = rows[: done - e * n] if e == epoch else rows
-            pushed[passed] = times[: len(passed)]
+        """`state_dict()` of a new queue after `push(0, count)`, ..., `push(steps - 1, count)`.
+
+        Whatever this queue has taken in: one that is filled ahead of training is ahead of its checkpoints.
+        """
+        n = len(self._by_class)
+        epoch, into = divmod(steps * count, n)
+        pushed = np.empty(n, np.int64)
+        before = (epoch - 1) * n + np.arange(n)
+        if epoch == 0:
+            before = -np.arange(1, n + 1)  # the warm-up, whose first row counts as the latest
+        pushed[epoch_rows(self.seed, epoch - 1, n)] = before
+        pushed[epoch_rows(self.seed, epoch, n)[:into]] = epoch * n + np.arange(into)
         return {"pushed": torch.from_numpy(pushed)}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from `state_dict()` of a queue over the same labels."""
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on from the state of a queue over the same labels."""
         pushed = state["pushed"].cpu().numpy()
-        assert pushed.shape == self._pushed.shape, (pushed.shape, self._pushed.shape)
-        self._pushed = pushed.copy()
-        self._latest = self._find_latest()
-
-    def _find_latest(self) -> np.ndarray:
-        return np.argsort(-self._pushed)[: self._global_size]
-
-
-class DirectSampling:
-    """Real samples of a step straight from all of the data, with the interface of `SampleQueue`."""
-
-    def __init__(
-        self, labels: np.ndarray, num_classes: int, seed: int, class_names: Sequence[str] | None = None
-    ):
-        self.seed = seed
-        self._names = class_names if class_names is not None else [str(c) for c in range(num_classes)]
-        self._by_class = np.argsort(labels, kind="stable")  # rows, class after class
-        self._sizes = np.bincount(labels, minlength=num_classes)  # [num_classes]
-        self._ends = np.cumsum(self._sizes)
-
-    def push(self, step: int, count: int) -> None:
-        """Nothing: all of the data are there at every step."""
-
-    def require(self, positives: int, unconditional: int) -> None:
-        """Raise `UserError` if a class, or all of them together, have fewer rows than are to be drawn."""
-        smallest = int(np.argmin(self._sizes))
-        if positives > self._sizes[smallest]:
-            raise UserError(
-                f"drift.positives = {positives}: class {self._names[smallest]} has only "
-                f"{self._sizes[smallest]} rows; lower it or add images of that class"
-            )
-        if unconditional > len(self._by_class):
-            raise UserError(
-                f"drift.unconditional = {unconditional}: there are {len(self._by_class)} rows; lower it or "
-                "add images"
-            )
-
-    def draw(
-        self,
-        step: int,
-        classes: np.ndarray,
-        positives: int,
-        unconditional: int,
-        slots: Sequence[int] | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """As `SampleQueue.draw`, with randomness of its own."""
-        self.require(positives, unconditional)
-        slots = range(len(classes)) if slots is None else slots
-        of_class = np.empty((len(slots), positives), np.int64)
-        of_any = np.empty((len(slots), unconditional), np.int64)
-        for row, slot in enumerate(slots):
-            rng = numpy_generator(self.seed, "direct/draw", step, slot)
-            size, end = self._sizes[classes[slot]], self._ends[classes[slot]]
-            picked = rng.choice(size, positives, replace=False, shuffle=False)
-            of_class[row] = self._by_class[end - size + picked]
-            of_any[row] = rng.choice(len(self._by_class), unconditional, replace=False, shuffle=False)
-        return of_class, of_any
-
-    def state_after(self, steps: int, count: int) -> dict[str, torch.Tensor]:
-        """Nothing is remembered."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Nothing was."""
+        assert pushed.shape == self._by_class.shape, (pushed.shape, self._by_class.shape)
+        self._pushed = pushed.copy()  # [N]
+        self._latest = np.argsort(-self._pushed)[: self._global_size]
 
 
 def held_out_rows(n: int, per_image: int, count: int, seed: int) -> np.ndarray:
-    """Rows of `count` images that are kept out of training, sorted, all `per_image` of each.
+    """The rows of `count` images that are kept out of training, sorted: `[count * per_image]`.
 
-    Rows of an image stand together in a store of `n`. Raises `UserError` if no image would be left.
+    The images are a function of the seed. The rows of an image stand together, `per_image` of the `n` in all.
+    Raises `UserError` if `n` is no whole number of images, or none would be left.
     """
-    images = n // per_image
+    images, rest = divmod(n, per_image)
+    if rest:
+        raise UserError(
+            f"{n} latents are not a whole number of images of {per_image} rows each, as their meta file has "
+            "it; rerun encode (dvc repro)"
+        )
     if count >= images:
         raise UserError(f"mae.held_out = {count}: allowed: fewer than the {images} images")
     chosen = numpy_generator(seed, "mae/held_out").choice(images, count, replace=False)

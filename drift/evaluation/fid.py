@@ -215,6 +215,7 @@ def evaluate_sweep(
     all_reduce_sum: AllReduceSum = _alone,
     finished: Sequence[Entry] = (),
     on_entry: Callable[[Entry], None] = lambda entry: None,
+    on_images: Callable[[int], None] = lambda images: None,
 ) -> dict[str, Any]:
     """Measure `images` samples at every CFG strength in `omegas` against `reference`.
 
@@ -226,11 +227,19 @@ def evaluate_sweep(
     where they are not known.
 
     `finished` has the entries of an interrupted sweep, which are not measured again; `on_entry` sees each
-    new one. Raises `UserError` if `images` are too few for the network's features.
+    new one, and `on_images` after each batch how many samples of the whole sweep all processes have made, if
+    they keep pace. Raises `UserError` if `images` are too few for the network's features.
     """
     require_enough(images, network, "generated images per omega")
     known = {entry["omega"]: dict(entry) for entry in finished}
     sweep = []
+
+    def counted(samples: Iterable[tuple[Sequence[int], Tensor, Tensor]]) -> Batches:
+        for indices, labels, pictures in samples:
+            yield labels, pictures
+            made = (indices[-1] // world_size + 1) * world_size
+            on_images(len(sweep) * images + min(made, images))
+
     for omega in omegas:
         if omega not in known:
             samples = sample_images(
@@ -245,8 +254,7 @@ def evaluate_sweep(
                 rank=rank,
                 world_size=world_size,
             )
-            batches = ((labels, pictures) for _, labels, pictures in samples)
-            statistics = feature_statistics(batches, network, all_reduce_sum)
+            statistics = feature_statistics(counted(samples), network, all_reduce_sum)
             known[omega] = {"omega": omega, "fid": _distance(statistics, reference)}
             if statistics.accuracy is not None:
                 known[omega]["accuracy"] = statistics.accuracy

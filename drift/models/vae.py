@@ -7,6 +7,7 @@ encoder does not commute with it, so the mirrored latents of an image are not th
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # diffusers' name for the weights of a model
+_SCALING_FACTOR = 0.18215  # diffusers' default, for configs from before there was such a key
+_IMAGES_PER_THREAD = 8  # on a CPU: enough to be efficient, few enough to keep many cores busy
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -89,13 +92,24 @@ class VAE(nn.Module):
             )
         return self.model.config.latent_channels, image_size // factor, image_size // factor
 
-    @torch.no_grad()
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the posterior of uint8 `images [B, H, W, 3]`.
 
-        Both float32 `[B, C, h, w]` on the VAE's device, and not scaled yet.
+        Both float32 `[B, C, h, w]` on the VAE's device, and not scaled yet. The same bits for any number of
+        threads; those of images in pinned memory may still be on their way to the device.
         """
-        posterior = self.model.encode(to_float(images.to(self.device))).latent_dist
+        if self.device.type != "cpu":
+            return self._moments(images)
+        # oneDNN's convolutions round differently with another number of threads, so each part has one
+        threads = torch.get_num_threads()
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            means, stds = zip(*pool.map(self._moments, images.split(_IMAGES_PER_THREAD)), strict=True)
+        torch.set_num_threads(threads)  # for threads to come, which take over what was set last
+        return torch.cat(means), torch.cat(stds)
+
+    @torch.no_grad()
+    def _moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        posterior = self.model.encode(to_float(images.to(self.device, non_blocking=True))).latent_dist
         return posterior.mean, posterior.std
 
     def scale(self, z: Tensor) -> Tensor:
@@ -109,17 +123,24 @@ class VAE(nn.Module):
         return self.model.decode(z).sample
 
 
-def known_scaling_factor(source: str, revision: str | None = None) -> float | None:
-    """The scaling factor of a VAE whose config is on this machine, in a folder or the hub's cache."""
+def known_scaling_factor(source: str | Path, revision: str | None = None) -> float | None:
+    """The scaling factor of the VAE that `VAE.from_pretrained` would load, without weights or network.
+
+    From the config in the folder or the hub's cache; None if there is none that can be read.
+    """
     from huggingface_hub import try_to_load_from_cache
 
-    if Path(source).is_dir():
-        path = Path(source) / CONFIG_FILE
-    else:
-        path = try_to_load_from_cache(source, CONFIG_FILE, revision=revision)
-    if not isinstance(path, str | Path) or not Path(path).is_file():
+    path = Path(source) / CONFIG_FILE
+    try:
+        if not path.parent.is_dir():
+            cached = try_to_load_from_cache(str(source), CONFIG_FILE, revision=revision)
+            if not isinstance(cached, str):
+                return None
+            path = Path(cached)
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError):  # the latter also for a path that cannot be an id on the hub
         return None
-    return json.loads(Path(path).read_text(encoding="utf-8")).get("scaling_factor")
+    return float(config["scaling_factor"]) if "scaling_factor" in config else _SCALING_FACTOR
 
 
 def _download(source: str, revision: str | None) -> Path:

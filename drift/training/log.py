@@ -1,7 +1,6 @@
 """What a training run says: a progress bar, `logs.jsonl`, and the columns of it that go into DVC's plots."""
 
 import json
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from drift.files import atomic_write
+from drift.progress import ProgressLog, read_log
 
 
 class RunLog:
@@ -21,48 +21,34 @@ class RunLog:
     """
 
     def __init__(self, path: Path, *, what: str, steps: int, start: int, active: bool):
-        self.path, self.active, self._start = path, active, start
-        self._began = time.monotonic()
         self._bar = tqdm(
             total=steps, initial=start, desc=what, unit="step", disable=not active, mininterval=1.0, ncols=100
         )
+        self._log = None
         if active:
             path.parent.mkdir(parents=True, exist_ok=True)
             kept = [line for line in read_log(path) if line["step"] < start]
             with atomic_write(path) as file:
                 file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
+            self._log = ProgressLog(path, steps=steps, unit="step")
 
     def step(self) -> None:
         """One more step is done."""
         self._bar.update()
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Append a line for `step`, with the steps per second so far."""
-        if not self.active:
+        """Append a line for `step`."""
+        if self._log is None:
             return
-        rate = (step + 1 - self._start) / (time.monotonic() - self._began)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values, "steps_per_s": round(rate, 3)}) + "\n")
+        self._log.reached(step, values, force=True)
         self._bar.set_postfix({k: f"{values[k]:.4g}" for k in list(values)[:2]}, refresh=False)
 
     def close(self) -> None:
         self._bar.close()
 
 
-def read_log(path: Path) -> list[dict]:
-    """The lines of a `logs.jsonl`; a last line that a kill cut short is left out."""
-    lines = []
-    if path.exists():
-        for text in path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                break
-    return lines
-
-
 def write_plot(log: Path, destination: Path, columns: Sequence[str]) -> None:
-    """Copy `step` and `columns` of the lines of a `logs.jsonl` that have them into a CSV."""
+    """Copy `step` and `columns` of the lines of a `logs.jsonl` that have them all into a CSV."""
     rows = [["step", *columns]]
     for line in read_log(log):
         if line.keys() >= set(columns):

@@ -1,11 +1,14 @@
+import errno
 import math
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from complaints import complaint
+from PIL import Image, UnidentifiedImageError
 from scipy.stats import ks_2samp
 from sklearn.datasets import load_digits
 
@@ -96,6 +99,69 @@ def test_folder_decodes_every_kind_of_file_to_rgb_as_stored(root):
         image = source.load(i)
         assert image.mode == "RGB" and image.size == (6, 4), source.name(i)
         assert np.abs(np.asarray(image).astype(int) - 200).max() <= 2, source.name(i)
+
+
+def save_transparent_palette(picture, path):
+    picture.quantize(8).save(path, transparency=bytes([0, 128, 255]))
+
+
+def save_half_transparent(picture, path):
+    picture.putalpha(Image.linear_gradient("L").resize(picture.size))
+    picture.save(path)
+
+
+def save_turned(picture, path):
+    exif = Image.Exif()
+    exif[0x0112] = 8  # "turn by 270 degrees to display"
+    picture.save(path, exif=exif, quality=95, subsampling=0)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "save"),
+    [
+        (".jpeg", lambda picture, path: picture.save(path, quality=95, subsampling=0)),
+        (".jpeg", lambda picture, path: picture.convert("CMYK").save(path, quality=95, subsampling=0)),
+        (".jpeg", save_turned),
+        (".png", save_transparent_palette),
+        (".png", save_half_transparent),
+    ],
+    ids=["plain", "cmyk", "turned by exif", "palette with transparency", "alpha"],
+)
+def test_folder_decodes_colours_as_stored(tmp_path, suffix, save):
+    """Four colours in quarters: channels are in order, nothing is turned or blended with a background."""
+    pixels = np.empty((16, 24, 3), np.uint8)
+    pixels[:8, :12], pixels[:8, 12:] = (250, 60, 20), (10, 200, 90)
+    pixels[8:, :12], pixels[8:, 12:] = (30, 40, 180), (128, 128, 0)
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    save(Image.fromarray(pixels), tmp_path / "val" / "a" / f"0{suffix}")
+    decoded = np.asarray(images.open_images("folder", str(tmp_path), "val", 1).load(0)).astype(int)
+    assert decoded.shape == pixels.shape
+    inside = np.ones((16, 24), bool)
+    inside[6:10], inside[:, 10:14] = False, False  # a JPEG rings where colours meet
+    assert np.abs(decoded - pixels)[inside].max() <= (12 if suffix == ".jpeg" else 0)
+
+
+def test_an_image_that_cannot_be_read_is_told_from_one_that_does_not_decode(root, monkeypatch):
+    source = images.open_images("folder", str(root), "val", 2)
+    (root / "val" / "ants" / "B.jpeg").write_bytes(b"no image")
+    with pytest.raises(UnidentifiedImageError, match=r"^of no known image format$"):
+        source.load(0)
+    (root / "val" / "ants" / "z.Jpg").unlink()
+    told = complaint(lambda: source.load(1))
+    assert told.startswith(f"{root}/val/ants/z.Jpg: cannot be read (No such file or directory); run again")
+
+    def refuse(path):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert "a_cmyk.JPEG: cannot be read (Stale file handle)" in complaint(lambda: source.load(2))
+
+
+def test_a_name_in_the_split_does_not_tell_the_place(root):
+    source = images.open_images("folder", str(root), "val", 2)
+    assert [source.name_in_split(i) for i in (0, 9)] == ["ants/B.jpeg", "bees/h.jpg"]
+    digits = images.open_images("digits", None, "held_out", 10)
+    assert digits.name(3) == f"digits/{digits.name_in_split(3)}"
 
 
 def test_folder_digest_follows_names_and_sizes_not_the_place(root, tmp_path_factory):

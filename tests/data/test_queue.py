@@ -2,9 +2,17 @@ from collections import defaultdict, deque
 
 import numpy as np
 import pytest
+import torch
+from complaints import complaint
 
-from drift.data.queue import SampleQueue, batch_rows, choose_classes, epoch_rows
-from drift.errors import UserError
+from drift.data.queue import (
+    DirectSampling,
+    SampleQueue,
+    batch_rows,
+    choose_classes,
+    epoch_rows,
+    held_out_rows,
+)
 
 CLASSES = 5
 LABELS = np.random.default_rng(0).choice(CLASSES, 150, p=[0.4, 0.3, 0.18, 0.09, 0.03])
@@ -137,23 +145,127 @@ def test_state_goes_on_where_it_was():
         assert np.array_equal(a, b)
 
 
+@pytest.mark.parametrize("count", [1, 13, 64, 150, 400])
+def test_state_after_steps_is_that_of_a_queue_that_took_them(count):
+    queue, ahead = make_queue(), make_queue()
+    for step in range(5):
+        ahead.push(step, count)
+    for step in range(40):  # epochs of 150 rows: from a part of one to more than a hundred
+        assert torch.equal(ahead.state_after(step, count)["pushed"], queue.state_dict()["pushed"])
+        queue.push(step, count)
+
+
 @pytest.mark.parametrize(
     ("positives", "unconditional", "message"),
     [
-        (9, 5, "drift.positives = 9: the queue keeps 8 rows per class"),
-        (8, 5, r"drift.positives = 8: class e has only \d rows"),
-        (2, 21, "drift.unconditional = 21: the global queue holds 20 rows"),
+        (9, 5, "drift.positives = 9: the queue keeps 8 rows per class; lower it or raise drift.queue_per_"),
+        (8, 5, "drift.positives = 8: class e has only 5 rows; lower it or add images of that class"),
+        (2, 21, "drift.unconditional = 21: the global queue keeps 20 rows; lower it or raise drift.queue_"),
     ],
 )
 def test_too_many_drawn_is_one_line(positives, unconditional, message):
     queue = make_queue(class_names=list("abcde"))
-    with pytest.raises(UserError, match=message) as error:
-        queue.draw(0, np.array([0]), positives, unconditional)
-    assert "\n" not in str(error.value)
+    assert np.bincount(LABELS)[4] == 5
+    assert complaint(lambda: queue.draw(0, np.array([0]), positives, unconditional)).startswith(message)
 
 
 def test_global_queue_larger_than_the_data_holds_everything():
     queue = make_queue(global_size=1000)
     assert np.array_equal(np.sort(queue.global_rows()), np.arange(len(LABELS)))
-    with pytest.raises(UserError, match="the global queue holds 150 rows"):
-        queue.require(1, 151)
+    queue.require(1, 150)
+    assert "drift.unconditional = 151: there are only 150 rows" in complaint(lambda: queue.require(1, 151))
+
+
+# All of the data
+
+
+def test_direct_draws_are_distinct_rows_of_the_data():
+    direct = DirectSampling(LABELS, CLASSES, 3)
+    classes = np.array([4, 0, 2, 0])
+    positives, unconditional = direct.draw(9, classes, 3, 150)
+    assert positives.shape == (4, 3)
+    for slot, label in enumerate(classes):
+        assert len(set(positives[slot])) == 3 and (LABELS[positives[slot]] == label).all()
+        assert np.array_equal(np.sort(unconditional[slot]), np.arange(150))
+    assert set(positives[1]) != set(positives[3])
+
+
+def test_direct_draws_are_uniform():
+    direct = DirectSampling(LABELS, CLASSES, 3)
+    size = int((LABELS == 2).sum())
+    of_class, of_any, steps = np.zeros(len(LABELS)), np.zeros(len(LABELS)), 1000
+    for step in range(steps):
+        positives, unconditional = direct.draw(step, np.array([2]), 5, 30)
+        np.add.at(of_class, positives, 1)
+        np.add.at(of_any, unconditional, 1)
+    for drawn, share in ((of_class[LABELS == 2], 5 / size), (of_any, 30 / 150)):
+        assert np.abs(drawn - steps * share).max() < 4 * np.sqrt(steps * share * (1 - share))  # binomial
+
+
+def test_few_rows_of_very_many_are_drawn_from_all_of_them():
+    direct = DirectSampling(np.zeros(100_000, np.int64), 1, 0)
+    rows = np.concatenate([direct.draw(step, np.array([0]), 0, 16)[1][0] for step in range(500)])
+    counts = np.bincount(rows // 10_000, minlength=10)
+    assert ((counts - 800) ** 2 / 800).sum() < 27.9  # chi-squared, 9 degrees, p = 0.001
+
+
+def test_direct_draws_depend_on_seed_step_and_slot_alone():
+    direct, classes = DirectSampling(LABELS, CLASSES, 3), np.array([0, 1, 2, 0])
+    everything = direct.draw(5, classes, 3, 10)
+    direct.push(0, 64)
+    direct.load_state_dict(direct.state_after(7, 64))
+    for got, expected in zip(direct.draw(5, classes, 3, 10, slots=range(2, 4)), everything, strict=True):
+        assert np.array_equal(got, expected[2:])
+    others = [
+        direct.draw(6, classes, 3, 10),
+        DirectSampling(LABELS, CLASSES, 4).draw(5, classes, 3, 10),
+    ]
+    for other in others:
+        assert not np.array_equal(other[1], everything[1])
+
+
+def test_direct_draws_have_randomness_of_their_own():
+    places = []  # of the rows that are drawn among those that could be
+    for sampling in (DirectSampling(LABELS, CLASSES, 3), make_queue(per_class=150, global_size=150)):
+        drawn = sampling.draw(5, np.array([0, 1]), 3, 10)[1]
+        places.append(np.argsort(sampling.global_rows())[drawn])
+    assert not np.array_equal(*places)
+
+
+def test_too_many_drawn_from_the_data_is_one_line():
+    direct = DirectSampling(LABELS, CLASSES, 3, list("abcde"))
+    direct.require(5, 150)
+    assert complaint(lambda: direct.require(6, 0)) == (
+        "drift.positives = 6: class e has only 5 rows; lower it or add images of that class"
+    )
+    assert complaint(lambda: direct.draw(0, np.array([0]), 1, 151)) == (
+        "drift.unconditional = 151: there are only 150 rows; lower it or add images"
+    )
+
+
+# Held-out images
+
+
+@pytest.mark.parametrize(("per_image", "count"), [(1, 9), (3, 0), (3, 1), (3, 19), (4, 14)])
+def test_held_out_images_keep_all_their_rows(per_image, count):
+    rows = held_out_rows(60, per_image, count, 0)
+    assert np.array_equal(rows, np.unique(rows)) and rows.shape == (count * per_image,)
+    images = {row // per_image for row in rows.tolist()}
+    assert len(images) == count  # so every one of them is whole
+    assert np.array_equal(rows, held_out_rows(60, per_image, count, 0))
+
+
+def test_every_image_is_held_out_equally_often():
+    drawn = np.zeros(20)
+    for seed in range(1000):
+        drawn[held_out_rows(40, 2, 5, seed)[::2] // 2] += 1
+    assert np.abs(drawn - 250).max() < 4 * np.sqrt(1000 * 0.25 * 0.75)  # binomial
+
+
+def test_held_out_images_that_cannot_be_are_one_line():
+    assert complaint(lambda: held_out_rows(60, 3, 20, 0)) == (
+        "mae.held_out = 20: allowed: fewer than the 20 images"
+    )
+    assert "60 latents are not a whole number of images of 7 rows" in complaint(
+        lambda: held_out_rows(60, 7, 0, 0)
+    )

@@ -335,3 +335,29 @@ def test_csv(tmp_path):
     path = tmp_path / "sweep.csv"
     write_sweep_csv(path, [{"omega": 1.0, "fid": 8.25, "accuracy": 0.5}, {"omega": 1.5, "fid": 7.0}])
     assert path.read_bytes() == b"omega,fid,accuracy\n1.0,8.25,0.5\n1.5,7.0,\n"
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_the_samples_of_the_whole_sweep_are_counted(network, world_size):
+    """Of 3 strengths, the first is known already; the last batch of a process may be a smaller one."""
+    seen = [[] for _ in range(world_size)]
+
+    def work(rank, all_reduce_sum):
+        evaluate_sweep(
+            Painter(),
+            Decoder(),
+            network,
+            FeatureStatistics(np.zeros(7), np.eye(7)),
+            omegas=(1.0, 1.5, 2.0),
+            finished=[{"omega": 1.0, "fid": 1.0}],
+            on_images=seen[rank].append,
+            rank=rank,
+            world_size=world_size,
+            all_reduce_sum=all_reduce_sum,
+            **{**SWEEP, "images": 50},
+        )
+
+    run_ranks(world_size, work)
+    batch = SWEEP["batch_size"] * world_size
+    of_omega = [min(made, 50) for made in range(batch, 50 + batch, batch)]
+    assert seen[0] == [before + made for before in (50, 100) for made in of_omega]

@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import torch
 
 from drift.data.images import center_view, open_images
 from drift.errors import UserError
-from drift.models.vae import CONFIG_FILE, VAE, WEIGHTS_FILE, to_float, to_uint8
+from drift.models.vae import CONFIG_FILE, VAE, WEIGHTS_FILE, known_scaling_factor, to_float, to_uint8
 from drift.torchvision_shim import ensure_torchvision
 
 ensure_torchvision()
@@ -87,6 +88,18 @@ def test_moments_scale_and_decode(network, folder, images):
     torch.testing.assert_close(latents, (mean - 0.25) * 0.4)
     torch.testing.assert_close(vae.decode(latents), network.decode(mean).sample, rtol=1e-4, atol=1e-4)
     assert vae.scaling_factor == 0.4
+
+
+def test_the_number_of_threads_changes_no_bit():
+    vae, before = VAE.from_pretrained(COMMITTED), torch.get_num_threads()
+    seen = set()
+    for count, threads in itertools.product((7, 21), (1, 2, 3)):
+        torch.set_num_threads(threads)
+        mean, std = vae.moments(digits("train")[:count])
+        assert torch.get_num_threads() == threads
+        seen.add((count, mean.numpy().tobytes(), std.numpy().tobytes()))
+    torch.set_num_threads(before)
+    assert len(seen) == 2
 
 
 def test_it_is_frozen(folder, images):
@@ -170,6 +183,43 @@ def test_a_folder_is_never_looked_for_on_the_hub(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
     vae = VAE.from_pretrained("vae", "main")
     assert (vae.id, vae.revision) == ("vae", None)
+
+
+def test_scaling_factor_of_a_folder(folder):
+    assert known_scaling_factor(folder) == 0.4 == VAE.from_pretrained(folder).scaling_factor
+    (folder / WEIGHTS_FILE).unlink()
+    assert known_scaling_factor(str(folder), "main") == 0.4
+
+
+def test_scaling_factor_of_a_config_without_one_is_that_of_diffusers(folder):
+    path = folder / CONFIG_FILE
+    config = json.loads(path.read_text())
+    del config["scaling_factor"]
+    path.write_text(json.dumps(config))
+    assert known_scaling_factor(folder) == VAE.from_pretrained(folder).scaling_factor != 0.4
+
+
+def test_scaling_factor_from_the_cache_of_the_hub(folder, tmp_path, monkeypatch):
+    """The cache's layout: a folder per commit, and files that say which commit a branch is at."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    cache, old, new = tmp_path / "hub/models--somebody--vae", "1" * 40, "2" * 40
+    for commit, scaling_factor in ((old, 0.5), (new, 0.75)):
+        edit_config(folder, scaling_factor=scaling_factor)
+        shutil.copytree(folder, cache / "snapshots" / commit)
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text(new)
+    assert known_scaling_factor("somebody/vae") == known_scaling_factor("somebody/vae", "main") == 0.75
+    assert known_scaling_factor("somebody/vae", old) == 0.5
+    assert known_scaling_factor("somebody/vae", "3" * 40) is None
+    assert known_scaling_factor("somebody/other") is None
+
+
+def test_scaling_factor_that_cannot_be_known(folder):
+    assert known_scaling_factor(folder.parent / "folders/that/are/gone") is None
+    (folder / CONFIG_FILE).write_text("{")
+    assert known_scaling_factor(folder) is None
+    (folder / CONFIG_FILE).unlink()
+    assert known_scaling_factor(folder) is None
 
 
 LOADS_FROM_THE_HUB = """

@@ -19,6 +19,7 @@ PLUMBING = {
         "files.py",
         "launch.py",
         "params.py",
+        "progress.py",
         "signals.py",
         "work.py",
         "evaluation/report.py",

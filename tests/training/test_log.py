@@ -1,14 +1,17 @@
 """The log: one line a step, whole lines only, and columns of it as CSV."""
 
 import json
+import time
 
 import torch
 
-from drift.training.log import RunLog, read_log, to_numbers, write_plot
+from drift.progress import read_log
+from drift.training.log import RunLog, to_numbers, write_plot
 
 
 def test_a_resumed_log_has_each_step_once(tmp_path):
     path = tmp_path / "logs.jsonl"
+    began = time.time() - 0.001  # the log has milliseconds
     first = RunLog(path, what="x", steps=6, start=0, active=True)
     for step in range(5):
         first.write(step, {"loss": float(step)})
@@ -25,6 +28,9 @@ def test_a_resumed_log_has_each_step_once(tmp_path):
         (4, 40.0),
         (5, 50.0),
     ]
+    assert {(line["steps"], line["unit"]) for line in read_log(path)} == {(6, "step")}
+    times = [line["time"] for line in read_log(path)]
+    assert times == sorted(times) and began <= times[0] and times[-1] <= time.time() + 0.001
 
 
 def test_other_processes_write_nothing(tmp_path):

@@ -1,0 +1,253 @@
+"""Kills at random moments, and other numbers of processes: does a run end with the same result?
+
+    python tests/torture.py                            # everything, about a quarter of an hour on two cores
+    python tests/torture.py --stages encode --kills 20
+    python tests/torture.py --minutes 5                # begins nothing new after that, tells what is left
+
+A small project is made in a temporary folder. Each stage runs once undisturbed, with one process and with
+two. Then it is started and killed by SIGKILL at a random moment, again and again, and its last run left to
+finish: every file that it publishes must have the same bytes (of `logs.jsonl` the times are not compared).
+Half of the kills hit all processes at once, as a power failure does, and half the first one alone. `mae` and
+`drift` are also run with half of the micro-batch, where sums are rounded otherwise, at the published learning
+rate and at a thousandth of it. The exit code is 1 if anything differs that must not.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import psutil
+from PIL import Image
+from safetensors.numpy import load_file
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "stages"))
+
+from project import Project, copy_project
+
+CLASSES, PER_CLASS = 8, 40
+SETTINGS = {
+    "data": {"dataset": "folder", "root": "images", "image_size": 64, "classes": CLASSES},
+    "encode": {"crops": 2, "posterior": "sample", "mirror": True},
+    "mae": {
+        "width": 16, "norm_groups": 4, "batch_size": 32, "warmup_steps": 20, "lr_schedule": "constant",
+        "finetune_steps": 40, "finetune_ramp_steps": 10, "held_out": 16, "evaluate_every": 40, "lr": 4.0e-3,
+    },
+    "drift": {
+        "hidden": 32, "depth": 2, "heads": 2, "style_codebooks": 2, "classes_per_step": 8, "generated": 6,
+        "positives": 8, "unconditional": 4, "warmup_steps": 20, "lr_schedule": "constant", "lr": 2.0e-4,
+        "queue_per_class": 32, "queue_global": 100, "queue_push": 16,
+    },
+    "fid": {"picture_classes": CLASSES},
+    "hardware": {
+        "checkpoint_every": 10, "log_every": 10, "encode_batch": 8, "mae_micro_batch": 8,
+        "classes_per_pass": 2,
+    },
+}  # fmt: skip
+STAGES = ("encode", "mae", "drift")
+HALF = {"mae": {"mae_micro_batch": 4}, "drift": {"classes_per_pass": 1}}
+TIMES = ("time", "steps_per_s")
+
+
+@dataclass
+class Tally:
+    """What was tried, and how it came out."""
+
+    rows: list[tuple[str, str, bool]] = field(default_factory=list)
+
+    def add(self, what: str, outcome: str, passed: bool) -> None:
+        self.rows.append((what, outcome, passed))
+        print(f"{'ok    ' if passed else 'FAILED'} {what}: {outcome}", flush=True)
+
+
+class Torture:
+    def __init__(self, folder: Path, *, steps: int, seed: int, deadline: float):
+        self.project, self.random, self.deadline = make_project(folder, steps), random.Random(seed), deadline
+        self.tally = Tally()
+
+    def command(self, stage: str, out: str, processes: int) -> tuple[str, ...]:
+        """A stage of the project; what it writes lies under `out`."""
+        inputs = {
+            "encode": ("--view", "augmented"),
+            "mae": ("--latents", "inputs/augmented", "--held-out-plot", f"{out}/held_out.csv"),
+            "drift": ("--latents", "inputs/center", "--mae", "inputs/mae"),
+        }[stage]
+        plot = () if stage == "encode" else ("--plot", f"{out}/plot.csv")
+        command = (sys.executable, "-m", f"stages.{stage}", *inputs, *plot)
+        return (*command, "--out", f"{out}/result", "--nproc", str(processes))
+
+    def run(self, stage: str, out: str, processes: int = 1, *arguments: str) -> float:
+        """Run a stage to its end; seconds that it took."""
+        began = time.monotonic()
+        self.project.run(*self.command(stage, out, processes), *arguments)
+        return time.monotonic() - began
+
+    def prepare(self) -> None:
+        """The inputs of `mae` and `drift`."""
+        for view in ("center", "augmented"):
+            self.project.stage("encode", "--view", view, "--out", f"inputs/{view}")
+        self.project.settings(mae={"steps": 40})
+        self.project.stage("mae", "--latents", "inputs/augmented", "--out", "inputs/mae")
+        self.project.settings(mae={"steps": self.project.steps})
+
+    def stage(self, stage: str, kills: int) -> Iterator[None]:
+        """All trials of a stage; between two of them one may stop."""
+        took = self.run(stage, f"{stage}-1", 1, "--fresh")
+        yield
+        self.run(stage, f"{stage}-2", 2, "--fresh")
+        difference = compare(self.project.folder / f"{stage}-1", self.project.folder / f"{stage}-2", 1e-4)
+        self.tally.add(f"{stage}, 1 and 2 processes", difference or "the same bytes", not difference)
+        for processes in (1, 2):
+            yield
+            self.kill(stage, processes, kills, took)
+        if stage in HALF:
+            yield
+            yield from self.halve(stage)
+
+    def kill(self, stage: str, processes: int, kills: int, took: float) -> None:
+        """Start, kill, start again; the last time to the end."""
+        out, moments = f"{stage}-killed-{processes}", []
+        shutil.rmtree(self.project.folder / ".work" / stage, ignore_errors=True)
+        while len(moments) < kills:
+            process = self.project.start(*self.command(stage, out, processes))
+            moment = self.random.uniform(0, took)
+            try:
+                code = process.wait(moment)
+            except subprocess.TimeoutExpired:
+                moments.append(f"{moment:.0f}")
+            else:  # what was left of the work took less than that
+                if code or len(moments) > kills / 2:
+                    break
+                shutil.rmtree(self.project.folder / ".work" / stage)
+                continue
+            first = psutil.Process(process.pid)
+            others = first.children(recursive=True)
+            for victim in (first, *others) if self.random.random() < 0.5 else (first,):
+                victim.kill()
+            process.wait()
+            psutil.wait_procs(others, timeout=30)  # those that the kernel ends, too
+        self.run(stage, out, processes)
+        difference = compare(self.project.folder / f"{stage}-1", self.project.folder / out)
+        what = f"{stage}, {processes} process{'es' if processes > 1 else ''}, {len(moments)} kills"
+        told = f"after {', '.join(moments)} s of {took:.0f} s"
+        self.tally.add(what, f"{difference or 'the same bytes'} ({told})", not difference)
+
+    def halve(self, stage: str) -> Iterator[None]:
+        """Half of the micro-batch: other roundings, which the learning rate amplifies."""
+        published = SETTINGS[stage]["lr"]
+        for lr, bound in ((published, None), (published / 1000, 1e-5)):
+            self.project.settings(**{stage: {"lr": lr, "warmup_start_lr": 0.0}})
+            weights = []
+            for size in (SETTINGS["hardware"], HALF[stage]):
+                self.project.settings(hardware=size)
+                out = f"{stage}-half-{lr:g}-{len(weights)}"
+                self.run(stage, out, 1, "--fresh")
+                weights.append(load_file(self.project.folder / out / "result" / "model.safetensors"))
+            apart = relative_difference(*weights)
+            limit = "told only" if bound is None else f"at most {bound:g}"
+            self.tally.add(
+                f"{stage}, half the micro-batch, lr {lr:g}", f"weights {apart:.1e} apart ({limit})",
+                bound is None or apart <= bound,
+            )  # fmt: skip
+            yield
+        self.project.settings(**{stage: {"lr": published}}, hardware=SETTINGS["hardware"])
+
+
+def make_project(folder: Path, steps: int) -> Project:
+    project = copy_project(folder)
+    rng = np.random.default_rng(0)
+    for label in range(CLASSES):
+        (folder / "images" / "train" / str(label)).mkdir(parents=True)
+        for i in range(PER_CLASS):
+            coarse = rng.integers(0, 256, (4, 4 + label, 3), np.uint8)
+            image = Image.fromarray(coarse).resize((120, 90), Image.Resampling.BICUBIC)
+            image.save(folder / "images" / "train" / str(label) / f"{i}.jpeg")
+    project.settings(**SETTINGS)
+    project.settings(mae={"steps": steps}, drift={"steps": steps})
+    project.steps = steps
+    return project
+
+
+def compare(expected: Path, found: Path, log_tolerance: float = 0.0) -> str:
+    """What differs between two folders of results; empty if nothing does.
+
+    With a tolerance, statistics in `logs.jsonl` and in plots, which are made of it, may differ by so much.
+    """
+    names = [sorted(p.relative_to(f) for p in f.rglob("*") if p.is_file()) for f in (expected, found)]
+    if names[0] != names[1]:
+        return f"other files: {set(map(str, names[0])) ^ set(map(str, names[1]))}"
+    return ", ".join(
+        f"{name} differs"
+        for name in names[0]
+        if not equal(contents(expected / name), contents(found / name), log_tolerance)
+    )
+
+
+def equal(one: object, other: object, tolerance: float) -> bool:
+    if isinstance(one, bytes):
+        return one == other
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[k], other[k], tolerance) for k in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(equal, one, other, [tolerance] * len(one)))
+    return one == other or (isinstance(one, float) and abs(one - other) <= tolerance * abs(one))
+
+
+def contents(path: Path) -> object:
+    if path.suffix == ".csv":
+        return [[float(x) for x in row.split(",")] for row in path.read_text().splitlines()[1:]]
+    if path.name != "logs.jsonl":
+        return path.read_bytes()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def relative_difference(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
+    """||w' - w|| / ||w|| over all weights."""
+    apart = sum(np.square(other[name] - one[name], dtype=np.float64).sum() for name in one)
+    return float(np.sqrt(apart / sum(np.square(one[name], dtype=np.float64).sum() for name in one)))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--kills", type=int, default=5, help="of each stage, with one process and with two")
+    parser.add_argument("--steps", type=int, default=200, help="of mae and drift")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--minutes", type=float, default=30, help="begin nothing new after so long")
+    parser.add_argument("--keep", type=Path, help="make the project in this new folder, and leave it there")
+    args = parser.parse_args()
+    folder = args.keep or Path(tempfile.mkdtemp(prefix="torture-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    torture = Torture(folder, steps=args.steps, seed=args.seed, deadline=time.monotonic() + 60 * args.minutes)
+    left_out = []
+    try:
+        torture.prepare()
+        for stage in args.stages:
+            for _ in torture.stage(stage, args.kills):
+                if time.monotonic() > torture.deadline:
+                    left_out.append(stage)
+                    break
+    finally:
+        if not args.keep:
+            shutil.rmtree(folder, ignore_errors=True)
+    rows = torture.tally.rows
+    print(f"\n{sum(passed for *_, passed in rows)} of {len(rows)} trials passed")
+    if left_out:
+        print(f"--minutes {args.minutes:g} ran out: trials of {', '.join(left_out)} were left out")
+    return 0 if all(passed for *_, passed in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
