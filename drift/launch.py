@@ -231,7 +231,10 @@ def join(time_limit: float) -> Iterator[Ranks]:
         yield Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         return
     if _SPAWNED in os.environ:
-        _end_with_parent()
+        # It has a session of its own, so a SIGKILL of the starter's process group would leave it at work
+        _when_parent_ends(signal.SIGKILL)
+        if os.getppid() != int(os.environ[_SPAWNED]):  # gone before that
+            sys.exit(_PEER_LOST)
     local_rank, limit = int(os.environ["LOCAL_RANK"]), timedelta(minutes=time_limit)
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
@@ -247,15 +250,10 @@ def join(time_limit: float) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def _end_with_parent() -> None:
-    """Let the kernel kill this process when the one that has started it is gone, however that came about.
-
-    It has a session of its own, so a SIGKILL of the starter's process group would leave it at work.
-    """
+def _when_parent_ends(number: int) -> None:
+    """Let the kernel send this process a signal once the one that has started it is gone."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != int(os.environ[_SPAWNED]):  # gone before that
-            sys.exit(_PEER_LOST)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def stage_parser(description: str | None) -> argparse.ArgumentParser:
@@ -281,6 +279,8 @@ def run_stage(main: Callable[[], int | None], *, memory: str = "the batch") -> N
     With 0; after one line with 2 for a mistake of the user, a full disk, or a device out of memory, for which
     `memory` says what to make smaller; with 128 and its number for a signal. Bugs keep their traceback.
     """
+    if "DVC_STAGE" in os.environ and _SPAWNED not in os.environ:
+        _when_parent_ends(signal.SIGTERM)  # a DVC that is killed tells its command nothing
     try:
         code = main() or 0
     except UserError as error:

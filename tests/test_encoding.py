@@ -384,6 +384,7 @@ def test_after_an_error_skipping_keeps_what_is_done(damaged_root, tmp_path):
     assert contents(skipping) == contents(encode(damaged_root, tmp_path / "b", **CENTER, **SKIP))
     with pytest.raises(UserError, match="3 of 11 images do not decode"):
         encode(damaged_root, tmp_path / "a", **CENTER)
+    assert not skipping.exists()
 
 
 def test_a_class_is_not_skipped_as_a_whole(root, tmp_path):

@@ -114,8 +114,9 @@ class Torture:
             yield from self.halve(stage)
 
     def kill(self, stage: str, processes: int, kills: int, took: float) -> None:
-        """Start, kill, start again; the last time to the end."""
-        out, moments = f"{stage}-killed-{processes}", []
+        """Start, kill, start again; where the work comes to its end before that, it begins anew."""
+        out, moments, differences = f"{stage}-killed-{processes}", [], []
+        reference, found = self.project.folder / f"{stage}-1", self.project.folder / out
         shutil.rmtree(self.project.folder / ".work" / stage, ignore_errors=True)
         while len(moments) < kills:
             process = self.project.start(*self.command(stage, out, processes))
@@ -125,8 +126,7 @@ class Torture:
             except subprocess.TimeoutExpired:
                 moments.append(f"{moment:.0f}")
             else:  # what was left of the work took less than that
-                if code or len(moments) > kills / 2:
-                    break
+                differences.append(compare(reference, found) if code == 0 else f"exit code {code}")
                 shutil.rmtree(self.project.folder / ".work" / stage)
                 continue
             first = psutil.Process(process.pid)
@@ -136,7 +136,8 @@ class Torture:
             process.wait()
             psutil.wait_procs(others, timeout=30)  # those that the kernel ends, too
         self.run(stage, out, processes)
-        difference = compare(self.project.folder / f"{stage}-1", self.project.folder / out)
+        differences.append(compare(reference, found))
+        difference = "; ".join(filter(None, differences))
         what = f"{stage}, {processes} process{'es' if processes > 1 else ''}, {len(moments)} kills"
         told = f"after {', '.join(moments)} s of {took:.0f} s"
         self.tally.add(what, f"{difference or 'the same bytes'} ({told})", not difference)

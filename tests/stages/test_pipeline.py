@@ -12,6 +12,7 @@ import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file
@@ -153,6 +154,21 @@ def test_ctrl_c_under_dvc_saves_the_step(finished):
     said = finished.run("dvc", "repro", "drift").stdout
     assert f"going on from step {max(reached)} " in said
     assert "wrote artifacts/generator" in said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no prctl")
+def test_a_dvc_that_is_killed_takes_its_stage_along_which_saves_the_step(finished):
+    finished.settings(drift={"steps": 2000})
+    process = start_and_wait_for_a_checkpoint(finished, "dvc", "repro", "drift")
+    (stage,) = [
+        child for child in psutil.Process(process.pid).children() if "stages.drift" in child.cmdline()
+    ]
+    process.kill()
+    psutil.wait_procs([stage], timeout=30)
+    assert not stage.is_running()
+    log = read_log(next(finished.folder.glob(".work/drift/*/logs.jsonl")))
+    reached = [int(path.name[5:]) for path in finished.folder.glob(".work/drift/*/step-*")]
+    assert max(reached) == log[-1]["step"] + 1 < 2000  # not the last multiple of checkpoint_every before it
 
 
 @pytest.mark.parametrize("stage", ["mae", "drift"])
