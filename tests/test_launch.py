@@ -1,5 +1,6 @@
 """Ranks, and how a stage ends: one line and code 2 for a mistake of the user, a traceback for a bug."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -141,3 +142,36 @@ def test_nproc_must_be_a_positive_number(text, capsys):
         stage_parser(None).parse_args(["--nproc", text])
     assert caught.value.code == 2
     assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "work/step-1"),
+            "error: work/step-1: No space left on device; make room or move the work folder (DRIFT_WORK_DIR)",
+        ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory.\nmore"),
+            "error: out of memory (CUDA out of memory.); lower x",
+        ),
+    ],
+    ids=["disk", "device"],
+)
+def test_running_out_is_one_line_with_the_way_out(capsys, error, line):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run_stage(main, memory="x")
+    assert caught.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith(line) and told.count("\n") == 1
+
+
+def test_other_errors_of_the_system_keep_their_traceback():
+    def main():
+        raise FileNotFoundError(errno.ENOENT, "No such file", "a bug")
+
+    with pytest.raises(FileNotFoundError):
+        run_stage(main)

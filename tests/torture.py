@@ -116,7 +116,7 @@ class Torture:
     def kill(self, stage: str, processes: int, kills: int, took: float) -> None:
         """Start, kill, start again; where the work comes to its end before that, it begins anew."""
         out, moments, differences = f"{stage}-killed-{processes}", [], []
-        reference, found = self.project.folder / f"{stage}-1", self.project.folder / out
+        reference, found = self.project.folder / f"{stage}-{processes}", self.project.folder / out
         shutil.rmtree(self.project.folder / ".work" / stage, ignore_errors=True)
         while len(moments) < kills:
             process = self.project.start(*self.command(stage, out, processes))

@@ -16,6 +16,7 @@ from drift.models.ema import EMA
 from drift.models.mae import LatentMAE, MAEConfig, draw_mask
 from drift.params import Hardware, Mae
 from drift.seeds import derive_seed, torch_generator
+from drift.sums import PairwiseSum
 from drift.training.log import Tree
 from drift.training.loop import Backward, autocast, parts, train
 
@@ -75,18 +76,17 @@ def train_mae(
     def compute(step: int, batch: tuple[Tensor, Tensor, Tensor], backward: Backward) -> Tree:
         latents, labels, mask = batch
         share = class_share(step, options)
-        means = torch.zeros(3, device=ranks.device)
+        sums = PairwiseSum()
         for part in parts(len(labels), hardware.mae_micro_batch):
             wanted = labels[part].to(ranks.device)
             with autocast(ranks, hardware.precision):
                 per_sample, logits = network(reader.place(latents[part]), mask[part].to(ranks.device))
                 reconstruction, entropy = per_sample.mean(), F.cross_entropy(logits, wanted)
             loss = share * entropy + (1 - share) * reconstruction
-            weight = len(wanted) / len(labels)
             backward(len(wanted) * loss)
             correct = (logits.argmax(1) == wanted).float().mean()
-            means += weight * torch.stack([loss.detach(), reconstruction.detach(), correct])
-        means = ranks.sum(means) / ranks.world_size
+            sums.add([len(wanted) * torch.stack([loss.detach(), reconstruction.detach(), correct])])
+        means = ranks.sum(*sums.total()) / options.batch_size
         return dict(zip(("loss", "reconstruction", "accuracy"), means, strict=True))
 
     @torch.no_grad()

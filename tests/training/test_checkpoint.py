@@ -1,11 +1,14 @@
 """Checkpoints: whole or absent, the newest good one is used, and a model of another shape is refused."""
 
+import errno
 import os
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
+import drift.training.checkpoint
 from drift.errors import UserError
 from drift.training.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
 
@@ -107,3 +110,35 @@ def test_optimizer_goes_on_with_the_same_bits(tmp_path):
     run(resumed, optimizer, range(3, 6))
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        OSError(errno.ENOSPC, "No space left on device"),
+    ],
+    ids=["safetensors", "system"],
+)
+def test_a_full_disk_leaves_the_last_checkpoint_and_no_half_one(tmp_path, monkeypatch, error):
+    save_checkpoint(tmp_path, 1, {"a": torch.ones(2)})
+
+    def fail(tensors, path):
+        path.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(drift.training.checkpoint, "save_file", fail)
+    with pytest.raises(OSError, match="No space left") as caught:
+        save_checkpoint(tmp_path, 2, {"a": torch.zeros(2)})
+    assert caught.value.errno == errno.ENOSPC
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert load_checkpoint(tmp_path).step == 1
+
+
+def test_other_errors_of_safetensors_stay_what_they_are(tmp_path, monkeypatch):
+    def fail(tensors, path):
+        raise SafetensorError("something else")
+
+    monkeypatch.setattr(drift.training.checkpoint, "save_file", fail)
+    with pytest.raises(SafetensorError, match="something else"):
+        save_checkpoint(tmp_path, 2, {"a": torch.zeros(2)})
