@@ -15,6 +15,7 @@ import platform
 import shutil
 import signal
 import tempfile
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -383,7 +384,12 @@ def _encode_blocks(
             written(block)
 
     with _lost_workers_told(), ThreadPoolExecutor(1) as writer:
-        for block, decoded in zip(blocks, loader, strict=True):
+        loaded = iter(loader)
+        if workers and threading.current_thread() is threading.main_thread():
+            # The loader finds within seconds that a worker is gone; this is to have it told there, and not
+            # from torch's signal handler wherever the process happens to be
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for block, decoded in zip(blocks, loaded, strict=True):
             if decoded.unreadable:
                 raise files.stop_with(f"{decoded.unreadable}, what is done is kept")
             latents = _encode(vae, pictures, block, decoded.pixels, posterior, batch_size)
