@@ -172,11 +172,12 @@ class Drift(Optimizer):
             raise ValueError(f"hidden = {self.hidden}: allowed: a multiple of 4 (2-D position embedding)")
         if self.omega_max < self.omega_min:
             raise ValueError(f"omega_max = {self.omega_max}: allowed: at least omega_min ({self.omega_min})")
-        if self.positives > self.queue_per_class:
+        queue = self.sampling == "queue"
+        if queue and self.positives > self.queue_per_class:
             raise ValueError(
                 f"positives = {self.positives}: allowed: at most queue_per_class ({self.queue_per_class})"
             )
-        if self.unconditional > self.queue_global:
+        if queue and self.unconditional > self.queue_global:
             raise ValueError(
                 f"unconditional = {self.unconditional}: allowed: at most queue_global ({self.queue_global})"
             )
@@ -397,7 +398,8 @@ def _one_complaint(problem: dict[str, Any]) -> str:
     key = ".".join(map(str, problem["loc"]))
     kind, value, context = problem["type"], problem["input"], problem.get("ctx", {})
     if kind == "extra_forbidden":
-        close = difflib.get_close_matches(problem["loc"][-1], _known_keys(problem["loc"][:-1]), n=1)
+        name = problem["loc"][-1]
+        close = _places_of(name) or difflib.get_close_matches(name, _known_keys(problem["loc"][:-1]), n=1)
         hint = f"; did you mean {close[0]}?" if close else "; remove it"
         return f"unknown key {key} (value {_show(value)}){hint}"
     if kind == "missing":
@@ -432,6 +434,17 @@ def _known_keys(location: tuple) -> list[str]:
     for part in location:
         model = model.model_fields[part].annotation
     return list(model.model_fields)
+
+
+def _places_of(name: str) -> list[str]:
+    """Keys of that very name, wherever they stand."""
+    sections = {
+        key: field.annotation
+        for key, field in Settings.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+    }
+    top = [name] if name in Settings.model_fields else []
+    return top + [f"{key}.{name}" for key, section in sections.items() if name in section.model_fields]
 
 
 def _show(value: Any) -> str:

@@ -141,12 +141,27 @@ def test_settings_are_frozen():
         ({"fid__omegas": [0.5]}, ["fid.omegas.0", "0.5", "1 or more"]),
         ({"seed": -1}, ["seed", "-1", "0 or more"]),
         ({"drift": 3}, ["drift = 3", "section"]),
+        ({"drift__classes_per_pass": 8}, ["drift.classes_per_pass", "mean hardware.classes_per_pass?"]),
+        ({"drift__coupling": "row"}, ["drift.coupling", "'row'", "did you mean coupling?"]),
+        ({"drift__sampling": "random"}, ["drift.sampling", "'random'", "queue", "direct"]),
+        ({"encode__on_bad_image": "ignore"}, ["encode.on_bad_image", "'ignore'", "error", "skip"]),
+        ({"mae__evaluate_every": 0}, ["mae.evaluate_every", "1 or more"]),
+        ({"hardware__precision": "half"}, ["hardware.precision", "'half'", "bfloat16", "float16"]),
+        ({"hardware__mae_micro_batch": 0}, ["hardware.mae_micro_batch", "1 or more"]),
+        ({"hardware__time_limit": 0}, ["hardware.time_limit", "above 0"]),
     ],
 )
 def test_mistakes_are_one_line_with_key_value_and_way_out(tmp_path, changes, wanted):
     message = refusal(tmp_path, **changes)
     for part in wanted:
         assert part in message
+
+
+def test_the_sizes_of_the_queue_bound_nothing_where_there_is_none(tmp_path):
+    settings = load_settings(
+        changed(tmp_path, drift__sampling="direct", drift__positives=129, drift__unconditional=1001)
+    )
+    assert settings.drift.positives > settings.drift.queue_per_class
 
 
 SINKHORN = {"coupling": "sinkhorn", "drift_form": "split"}
