@@ -9,6 +9,7 @@ import argparse
 import ctypes
 import errno
 import json
+import logging
 import os
 import signal
 import sys
@@ -122,7 +123,7 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:  # gloo has no type of its own for it
-            reason = str(error).splitlines()[0]
+            reason = str(error).splitlines()[0].split(". ")[0]
             raise PeerLost(f"process {self.rank}: the others are gone or silent ({reason})") from error
 
     def share(self, count: int, what: str) -> slice:
@@ -178,6 +179,7 @@ def spawn(module: str, arguments: Sequence[str], processes: int) -> int | None:
         signals_to_handle="SIGHUP,SIGQUIT",  # not ours: it kills what is at its checkpoint after 30 s
     )
     os.environ[_SPAWNED] = str(os.getpid())
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)  # see _told
     before = {number: signal.signal(number, _pass_on) for number in (*STOP, SAVE)}
     try:
         elastic_launch(config, sys.executable)("-u", "-m", module, *arguments)

@@ -83,6 +83,8 @@ def save_checkpoint(
         if isinstance(error, SafetensorError) and (code := _OS_ERROR.search(str(error))):
             number = int(code.group(1))
             raise OSError(number, os.strerror(number), str(draft)) from None
+        if isinstance(error, OSError) and error.filename is None:  # which only `open` sets
+            error.filename = str(draft)
         raise
     shutil.rmtree(final, ignore_errors=True)
     os.replace(draft, final)

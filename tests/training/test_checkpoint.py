@@ -130,7 +130,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_no_half_one(tmp_path, monkey
     monkeypatch.setattr(drift.training.checkpoint, "save_file", fail)
     with pytest.raises(OSError, match="No space left") as caught:
         save_checkpoint(tmp_path, 2, {"a": torch.zeros(2)})
-    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(tmp_path / "tmp-00000002")
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     assert load_checkpoint(tmp_path).step == 1
 
