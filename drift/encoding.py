@@ -39,7 +39,6 @@ from drift.files import atomic_write, write_json
 from drift.models.vae import VAE
 from drift.progress import ProgressLog
 from drift.seeds import numpy_generator, torch_generator
-from drift.signals import STOP
 
 _TO_DO, _DONE, _UNDECODABLE = 0, 1, 2  # marks of an image
 _NAMED = 3  # how many images or classes a message names
@@ -369,7 +368,7 @@ def _encode_blocks(
         sampler=blocks,
         batch_size=None,  # a block is one item
         num_workers=workers,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_ignore_ctrl_c,
         pin_memory=vae.device.type == "cuda",
     )
     unwritten: deque[tuple[range, Future]] = deque()
@@ -383,46 +382,46 @@ def _encode_blocks(
             future.result()  # raises what went wrong
             written(block)
 
-    with _lost_workers_told(), ThreadPoolExecutor(1) as writer:
-        loaded = iter(loader)
-        if workers and threading.current_thread() is threading.main_thread():
-            # The loader finds within seconds that a worker is gone; this is to have it told there, and not
-            # from torch's signal handler wherever the process happens to be
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for block, decoded in zip(blocks, loaded, strict=True):
+    with ThreadPoolExecutor(1) as writer:
+        for block, decoded in zip(blocks, _read_ahead(loader, asked_to_stop), strict=False):
             if decoded.unreadable:
                 raise files.stop_with(f"{decoded.unreadable}, what is done is kept")
             latents = _encode(vae, pictures, block, decoded.pixels, posterior, batch_size)
             unwritten.append((block, writer.submit(store, block, latents, decoded.undecodable)))
             take_written(_BLOCKS_UNWRITTEN)
-            if asked_to_stop():
-                files.stopping.touch()
-            if files.stopping.exists():
+            if asked_to_stop() or files.stopping.exists():
                 break
         take_written(0)
     if error := files.error():
         raise UserError(error)
-    return asked_to_stop()
+    if stopped_by := asked_to_stop():
+        files.stopping.touch()
+    return stopped_by
 
 
-def _ignore_signals(worker: int) -> None:
-    """A terminal and a scheduler send signals to helpers too; they end when their parent does."""
-    for number in STOP:
-        signal.signal(number, signal.SIG_IGN)
+def _ignore_ctrl_c(worker: int) -> None:
+    """A terminal sends it to helpers too. (SIGTERM is how a parent that exits ends those that are left.)"""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-@contextmanager
-def _lost_workers_told() -> Iterator[None]:
-    """Tells a helper process that was killed from mistakes of this one: the loader has no type for it."""
+def _read_ahead(loader: DataLoader, asked_to_stop: Callable[[], int]) -> Iterator[_Decoded]:
+    """What the loader's helper processes decode; ends early if they die of a signal that asks to stop."""
     try:
-        yield
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+        decoded = iter(loader)
+        if loader.num_workers and threading.current_thread() is threading.main_thread():
+            # By torch's handler, the death of a helper is an error wherever this process happens to be; the
+            # loader itself finds it too, within seconds
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        yield from decoded
+    except (EOFError, OSError, RuntimeError) as error:  # there is no type for it
+        if loader.num_workers == 0 or str(error).startswith("Caught "):  # an error of our code, here or there
             raise
-        raise UserError(
-            f"a process that decodes images is gone ({' '.join(str(error).split())}); lower hardware.workers "
-            "or hardware.encode_batch, or allow more (shared) memory, and run again: what is done is kept"
-        ) from None
+        if not asked_to_stop():
+            raise UserError(
+                f"a process that decodes images is gone ({' '.join(str(error).split())}); lower "
+                "hardware.workers or hardware.encode_batch, or allow more (shared) memory, and run again: what "
+                "is done is kept"
+            ) from None
 
 
 def _encode(

@@ -532,21 +532,30 @@ def test_disk_and_network_work_at_the_same_time(root, tmp_path, monkeypatch):
     encode(root, tmp_path, vae, **AUGMENTED)
 
 
-def test_a_helper_that_is_killed_is_told_with_a_way_out(root, tmp_path, monkeypatch):
+@pytest.fixture
+def deadly(monkeypatch):
+    """Makes image 5 kill the process that decodes it by a signal, until the test calls `undo`."""
     load = FolderImages.load
 
-    def die(self, index):
-        if index == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return load(self, index)
+    def kill_by(number):
+        def die(self, index):
+            if index == 5:
+                os.kill(os.getpid(), number)
+            return load(self, index)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(FolderImages, "load", die)
-        told = complaint(lambda: encode(root, tmp_path / "a", **CENTER, workers=1, batch_size=2))
+        monkeypatch.setattr(FolderImages, "load", die)
+        return monkeypatch
+
+    return kill_by
+
+
+def test_a_helper_that_is_killed_is_told_with_a_way_out(root, tmp_path, deadly):
+    deadly(signal.SIGKILL)
+    told = complaint(lambda: encode(root, tmp_path / "a", **CENTER, workers=1, batch_size=2))
     assert "a process that decodes images is gone" in told and "hardware.workers" in told
-    assert contents(encode(root, tmp_path / "a", **CENTER)) == contents(
-        encode(root, tmp_path / "b", **CENTER)
-    )
+    deadly(signal.SIGKILL).undo()
+    got = encode(root, tmp_path / "a", **CENTER)
+    assert contents(got) == contents(encode(root, tmp_path / "b", **CENTER))
 
 
 # Signals
@@ -565,6 +574,14 @@ def test_a_signal_ends_the_run_after_the_block(root, tmp_path, workers):
     got = encode(root, tmp_path / "a", vae, **AUGMENTED, batch_size=3)
     assert len(vae.batches) == 8
     assert contents(got) == contents(encode(root, tmp_path / "b", PoolingVAE(spread=0.1), **AUGMENTED))
+
+
+def test_a_signal_to_helpers_as_well_is_no_loss(root, tmp_path, deadly):
+    deadly(signal.SIGTERM)
+    vae = PoolingVAE(spread=0.1)
+    asked = {"asked_to_stop": lambda: signal.SIGTERM * (len(vae.batches) == 5)}
+    with pytest.raises(Stopped, match=r"SIGTERM after 5 of 11"):
+        encode(root, tmp_path, vae, **AUGMENTED, **asked, workers=1, batch_size=3)
 
 
 def test_a_signal_to_one_rank_stops_all_of_them(root, tmp_path):
