@@ -409,18 +409,18 @@ def _read_ahead(loader: DataLoader, asked_to_stop: Callable[[], int]) -> Iterato
     try:
         decoded = iter(loader)
         if loader.num_workers and threading.current_thread() is threading.main_thread():
-            # By torch's handler, the death of a helper is an error wherever this process happens to be; the
-            # loader itself finds it too, within seconds
+            # torch's handler raises the death of a helper wherever this process happens to be; the loader
+            # finds it too, within seconds
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         yield from decoded
     except (EOFError, OSError, RuntimeError) as error:  # there is no type for it
-        if loader.num_workers == 0 or str(error).startswith("Caught "):  # an error of our code, here or there
+        if loader.num_workers == 0 or str(error).startswith("Caught "):  # a bug, here or there
             raise
         if not asked_to_stop():
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(
-                f"a process that decodes images is gone ({' '.join(str(error).split())}); lower "
-                "hardware.workers or hardware.encode_batch, or allow more (shared) memory, and run again: what "
-                "is done is kept"
+                f"a process that decodes images is gone ({reason}); lower hardware.workers or "
+                "hardware.encode_batch, or allow more (shared) memory, and run again: what is done is kept"
             ) from None
 
 

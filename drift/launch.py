@@ -122,6 +122,8 @@ class Ranks:
         """Tells a peer that is gone or silent beyond the time limit from mistakes of this process."""
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # gloo has no type of its own for it
             reason = str(error).splitlines()[0].split(". ")[0]
             raise PeerLost(f"process {self.rank}: the others are gone or silent ({reason})") from error

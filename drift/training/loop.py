@@ -5,7 +5,7 @@ on from a checkpoint computes what the uninterrupted run would have, to the bit 
 """
 
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -25,6 +25,7 @@ from drift.training.log import RunLog, Tree, to_numbers
 from drift.training.schedule import learning_rate
 
 LOG_FILE = "logs.jsonl"
+_BUCKET = 2**25  # numbers that are sent together
 Batch = TypeVar("Batch")
 
 
@@ -192,12 +193,25 @@ class _Gradients:
         """Set every parameter's gradient, summed over parts and processes and divided by `count`."""
         total = self._sum.total()
         if ranks.world_size > 1:
-            flat = ranks.sum(torch.cat([gradient.reshape(-1) for gradient in total]))
-            parts = flat.split([gradient.numel() for gradient in total])
-            total = [part.view_as(gradient) for part, gradient in zip(parts, total, strict=True)]
+            for bucket in _buckets(total):
+                flat = ranks.sum(torch.cat([gradient.reshape(-1) for gradient in bucket]))
+                sums = flat.split([gradient.numel() for gradient in bucket])
+                for gradient, part in zip(bucket, sums, strict=True):
+                    gradient.copy_(part.view_as(gradient))
         torch._foreach_div_(total, count)
         for parameter, gradient in zip(self._parameters, total, strict=True):
             parameter.grad = gradient
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors in groups that are sent together, so that little memory is needed beside them."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        if bucket and sum(t.numel() for t in bucket) + tensor.numel() > _BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    yield bucket
 
 
 def _require_finite(first_bad: Tensor, scaler: torch.amp.GradScaler) -> None:

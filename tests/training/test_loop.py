@@ -2,12 +2,14 @@
 
 import os
 import signal
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import drift.training.loop
 from drift.errors import Stopped
 from drift.launch import Ranks
 from drift.models.ema import EMA
@@ -165,3 +167,31 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_next_checkpoint(tmp_
     checkpoint = load_checkpoint(tmp_path)
     assert checkpoint.step == 3
     assert all(tensor.isfinite().all() for tensor in checkpoint.tensors.values())
+
+
+@pytest.mark.parametrize("sizes", [[3], [1, 2, 3], [7, 1, 1], [2, 9, 2, 2], [5, 5]])
+def test_gradients_are_sent_in_buckets(sizes, monkeypatch):
+    monkeypatch.setattr(drift.training.loop, "_BUCKET", 4)
+    tensors = [torch.zeros(size) for size in sizes]
+    buckets = [[t.numel() for t in bucket] for bucket in drift.training.loop._buckets(tensors)]
+    assert [size for bucket in buckets for size in bucket] == sizes
+    assert all(sum(bucket) <= 4 or len(bucket) == 1 for bucket in buckets)
+    assert all(sum(one) + other[0] > 4 for one, other in pairwise(buckets))  # as few as can be
+
+
+def test_processes_average_their_gradients_bucket_by_bucket(monkeypatch):
+    """Of two processes with the same parts: twice the sum, over twice as many."""
+    monkeypatch.setattr(drift.training.loop, "_BUCKET", 4)
+    ranks, sent = Ranks(0, 2, torch.device("cpu")), []
+    monkeypatch.setattr(Ranks, "sum", lambda self, t: (sent.append(t.numel()), t.mul_(2))[1])
+    model = nn.Linear(3, 2)
+    parameters = list(model.parameters())
+    gradients = drift.training.loop._Gradients(parameters, torch.amp.GradScaler("cpu", enabled=False))
+    x = torch.randn(6, 3, generator=torch_generator(0, "x"))
+    for part in x.split(2):
+        gradients.backward(model(part).square().sum())
+    gradients.average(12, ranks)
+    assert sent == [6, 2]
+    expected = torch.autograd.grad(model(x).square().sum() / 6, parameters)
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
