@@ -101,7 +101,10 @@ def instrument(stack: ExitStack, clock: Clock) -> None:
         (torch.Tensor, "backward", "encoder and field, backward"),
         (torch.optim.AdamW, "step", "optimizer"),
         (EMA, "update", "EMA"),
-        *((FieldPasses, name, "field") for name in ("all", "distance_sums", "field_sums", "loss")),
+        *(
+            (FieldPasses, name, "field")
+            for name in ("__init__", "all", "distance_sums", "field_sums", "loss", "statistics")
+        ),
     ]
     stack.enter_context(patch.object(Generator, "forward", forward))
     for owner, name, part in parts:
@@ -110,9 +113,7 @@ def instrument(stack: ExitStack, clock: Clock) -> None:
 
 def run(settings: Settings, width: int, steps: int, device: torch.device, clock: Clock | None) -> float:
     """Seconds of `steps` steps, after some that do not count; `clock` splits them."""
-    options = settings.drift.model_copy(
-        update={"steps": WARM_UP + steps, "warmup_steps": 0, "ema_decays": settings.drift.ema_decays}
-    )
+    options = settings.drift.model_copy(update={"steps": WARM_UP + steps, "warmup_steps": 0})
     hardware = settings.hardware.model_copy(update={"log_every": 10**9, "checkpoint_every": 10**9})
     began, done = [], []
 

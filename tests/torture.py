@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,8 +75,8 @@ class Tally:
 
 
 class Torture:
-    def __init__(self, folder: Path, *, steps: int, seed: int, deadline: float):
-        self.project, self.random, self.deadline = make_project(folder, steps), random.Random(seed), deadline
+    def __init__(self, folder: Path, *, steps: int, seed: int):
+        self.project, self.random = make_project(folder, steps), random.Random(seed)
         self.tally = Tally()
 
     def command(self, stage: str, out: str, processes: int) -> tuple[str, ...]:
@@ -104,7 +105,8 @@ class Torture:
         self.project.settings(mae={"steps": self.project.steps})
 
     def stage(self, stage: str, kills: int) -> Iterator[None]:
-        """All trials of a stage; between two of them one may stop."""
+        """All trials of a stage; before each of them one may stop."""
+        yield
         took = self.run(stage, f"{stage}-1", 1, "--fresh")
         yield
         self.run(stage, f"{stage}-2", 2, "--fresh")
@@ -114,7 +116,6 @@ class Torture:
             yield
             self.kill(stage, processes, kills, took)
         if stage in HALF:
-            yield
             yield from self.halve(stage)
 
     def kill(self, stage: str, processes: int, kills: int, took: float) -> None:
@@ -136,7 +137,8 @@ class Torture:
             first = psutil.Process(process.pid)
             others = first.children(recursive=True)
             for victim in (first, *others) if self.random.random() < 0.5 else (first,):
-                victim.kill()
+                with suppress(psutil.NoSuchProcess):  # it has just come to its end
+                    victim.kill()
             process.wait()
             psutil.wait_procs(others, timeout=30)  # those that the kernel ends, too
         self.run(stage, out, processes)
@@ -150,6 +152,7 @@ class Torture:
         """Half of the micro-batch: other roundings, which training amplifies without bound."""
         whole = {**SETTINGS[stage], "steps": self.project.steps}
         for changes, bound in ((FEW_STEPS[stage], 1e-5), (whole, None)):
+            yield
             self.project.settings(**{stage: changes})
             weights = []
             for size in (SETTINGS["hardware"], HALF[stage]):
@@ -165,7 +168,6 @@ class Torture:
                 f"weights {apart:.1e} apart ({limit})",
                 bound is None or apart <= bound,
             )
-            yield
 
 
 def make_project(folder: Path, steps: int) -> Project:
@@ -236,13 +238,14 @@ def main() -> int:
     args = parser.parse_args()
     folder = args.keep or Path(tempfile.mkdtemp(prefix="torture-"))
     folder.mkdir(parents=True, exist_ok=True)
-    torture = Torture(folder, steps=args.steps, seed=args.seed, deadline=time.monotonic() + 60 * args.minutes)
+    deadline = time.monotonic() + 60 * args.minutes
+    torture = Torture(folder, steps=args.steps, seed=args.seed)
     left_out = []
     try:
         torture.prepare()
         for stage in args.stages:
             for _ in torture.stage(stage, args.kills):
-                if time.monotonic() > torture.deadline:
+                if time.monotonic() > deadline:
                     left_out.append(stage)
                     break
     finally:
