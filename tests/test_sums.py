@@ -66,7 +66,7 @@ def test_processes_add_up_to_the_same_bits(tmp_path, world_size):
         process.join(60)
     assert [process.exitcode for process in processes] == [0] * world_size
     for rank in range(world_size):
-        total, number, scalar = torch.load(tmp_path / f"{rank}.pt")
+        total, number, scalar = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert torch.equal(total, pairwise_sum(terms()))
         assert number.tolist() == [sum(range(world_size))]
         assert scalar.item() == 0.5 * world_size

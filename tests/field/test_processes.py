@@ -57,7 +57,7 @@ def shares(tmp_path_factory):
     finally:
         for process in ranks:
             process.kill()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
 
 @pytest.mark.parametrize("channels", [7, 40], ids=["short_vectors", "long_vectors"])
