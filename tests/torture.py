@@ -122,7 +122,7 @@ class Torture:
         """Start, kill, start again; where the work comes to its end before that, it begins anew."""
         out, moments, differences = f"{stage}-killed-{processes}", [], []
         reference, found = self.project.folder / f"{stage}-{processes}", self.project.folder / out
-        shutil.rmtree(self.project.folder / ".work" / stage, ignore_errors=True)
+        self.forget(stage)
         while len(moments) < kills:
             process = self.project.start(*self.command(stage, out, processes))
             moment = self.random.uniform(0, took)
@@ -132,7 +132,7 @@ class Torture:
                 moments.append(f"{moment:.0f}")
             else:  # what was left of the work took less than that
                 differences.append(compare(reference, found) if code == 0 else f"exit code {code}")
-                shutil.rmtree(self.project.folder / ".work" / stage)
+                self.forget(stage)
                 continue
             first = psutil.Process(process.pid)
             others = first.children(recursive=True)
@@ -148,6 +148,15 @@ class Torture:
         told = f"after {', '.join(moments)} s of {took:.0f} s"
         self.tally.add(what, f"{difference or 'the same bytes'} ({told})", not difference)
 
+    def forget(self, stage: str) -> None:
+        """Let the next run of the stage start anew."""
+        shutil.rmtree(self.project.folder / ".work" / stage, ignore_errors=True)
+
+    def trained(self, stage: str, steps: int) -> dict[str, np.ndarray]:
+        """The trained weights after so many steps: published is only their EMA, which damps differences."""
+        (path,) = self.project.folder.glob(f".work/{stage}/*/step-{steps:08d}/tensors.safetensors")
+        return {name: value for name, value in load_file(path).items() if name.startswith("model.")}
+
     def halve(self, stage: str) -> Iterator[None]:
         """Half of the micro-batch: other roundings, which training amplifies without bound."""
         whole = {**SETTINGS[stage], "steps": self.project.steps}
@@ -157,9 +166,9 @@ class Torture:
             weights = []
             for size in (SETTINGS["hardware"], HALF[stage]):
                 self.project.settings(hardware=size)
-                out = f"{stage}-half-{changes['steps']}-{len(weights)}"
-                self.run(stage, out, 1, "--fresh")
-                weights.append(load_file(self.project.folder / out / "result" / "model.safetensors"))
+                self.forget(stage)
+                self.run(stage, f"{stage}-half-{changes['steps']}-{len(weights)}")
+                weights.append(self.trained(stage, changes["steps"]))
             self.project.settings(hardware=SETTINGS["hardware"])
             apart = relative_difference(*weights)
             limit = "told only" if bound is None else f"at most {bound:g}"
