@@ -1,6 +1,6 @@
 """Kills at random moments, and other numbers of processes: does a run end with the same result?
 
-    python tests/torture.py                            # everything, about a quarter of an hour on two cores
+    python tests/torture.py                            # everything, up to half an hour on two cores
     python tests/torture.py --stages encode --kills 20
     python tests/torture.py --minutes 5                # begins nothing new after that, tells what is left
 
@@ -240,9 +240,9 @@ def main() -> int:
     )
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--kills", type=int, default=5, help="of each stage, with one process and with two")
-    parser.add_argument("--steps", type=int, default=200, help="of mae and drift")
+    parser.add_argument("--steps", type=int, default=200, help="of mae and drift, at least 40")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--minutes", type=float, default=30, help="begin nothing new after so long")
+    parser.add_argument("--minutes", type=float, default=45, help="begin nothing new after so long")
     parser.add_argument("--keep", type=Path, help="make the project in this new folder, and leave it there")
     args = parser.parse_args()
     folder = args.keep or Path(tempfile.mkdtemp(prefix="torture-"))

@@ -57,7 +57,7 @@ def test_encode_does_not_depend_on_the_mae_and_mae_not_on_the_field():
 
 @pytest.mark.parametrize("stage", ["encode", "mae", "drift", "fid"])
 def test_commands_run_the_stage_as_a_module(stage):
-    assert STAGES[stage]["cmd"].split()[:3] == ["python", "-m", f"stages.{stage}"]
+    assert STAGES[stage]["cmd"].split()[:4] == ["exec", "python", "-m", f"stages.{stage}"]
 
 
 @pytest.mark.parametrize("stage", ["encode", "mae", "drift", "fid"])
