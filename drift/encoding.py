@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ from tqdm import tqdm
 from drift.data.images import ImageSource, augmented_view, center_view
 from drift.data.latents import file_facts, latent_files
 from drift.errors import Stopped, UserError
-from drift.files import atomic_write, write_json
+from drift.files import RowFile, atomic_write, write_json
 from drift.models.vae import VAE
 from drift.progress import ProgressLog
 from drift.seeds import numpy_generator, torch_generator
@@ -192,8 +193,13 @@ class _Files:
     def _marks(self) -> Path:
         return self.latents / "images_done.npy"
 
+    @cached_property
+    def _rows(self) -> tuple[RowFile, RowFile]:
+        """Latents and marks."""
+        return RowFile(latent_files(self.latents)[0]), RowFile(self._marks)
+
     def marks(self) -> np.ndarray:
-        return np.load(self._marks)
+        return self._rows[1].read()
 
     def count(self) -> int:
         """Images that are done with, by all processes."""
@@ -225,8 +231,9 @@ class _Files:
         marks = np.full(len(block), _DONE, np.uint8)
         marks[[block.index(index) for index in undecodable]] = _UNDECODABLE
         per_image = len(latents) // len(block)
-        _write_rows(latent_files(self.latents)[0], block.start * per_image, latents)
-        _write_rows(self._marks, block.start, marks)
+        stored_latents, stored_marks = self._rows
+        stored_latents.write(block.start * per_image, latents)
+        stored_marks.write(block.start, marks)
 
     def stop_with(self, error: str) -> UserError:
         """Make all processes stop; the error to raise, which is that of the first process that had one."""
@@ -503,22 +510,3 @@ def _require_room(folder: Path, shape: tuple[int, ...]) -> None:
 def _save(path: Path, array: np.ndarray) -> None:
     with atomic_write(path) as file:
         np.save(file, array)
-
-
-def _write_rows(path: Path, start: int, rows: np.ndarray) -> None:
-    """Overwrite rows of a `.npy` file from row `start` on, and wait until they are on the disk.
-
-    Not through a memory map, which would be killed by a full disk (SIGBUS) and which, on a network
-    filesystem, would write whole pages over the neighbouring rows of another machine.
-    """
-    stored = np.load(path, mmap_mode="r")
-    assert rows.dtype == stored.dtype and rows.shape[1:] == stored.shape[1:]
-    try:
-        with path.open("r+b") as file:
-            file.seek(stored.offset + start * rows[0].nbytes)
-            file.write(rows.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        error.filename = str(path)  # which only `open` sets
-        raise

@@ -3,15 +3,20 @@
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from drift.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @contextmanager
@@ -89,6 +94,66 @@ def sync(path: str | Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class RowFile:
+    """Rows of a `.npy` file, read and overwritten in place, by any number of threads and processes.
+
+    The header is parsed once, when the file is opened: NumPy has Python's compiler do that, and Python 3.11's
+    fails at times when two threads are at it (`SystemError: AST constructor recursion depth mismatch`).
+
+    Not a memory map, which would be killed by a full disk (SIGBUS), whose pages would count as this process's
+    memory, and which, on a network filesystem, would write whole pages over the neighbouring rows of another
+    machine.
+    """
+
+    def __init__(self, path: str | Path):
+        """Raises `OSError` or `ValueError` if there is no such file or it is no `.npy` file."""
+        import numpy as np
+
+        stored = np.load(path, mmap_mode="r")
+        self.path = Path(path)
+        self.shape: tuple[int, ...] = stored.shape
+        self.dtype: np.dtype = stored.dtype
+        self._offset: int = stored.offset
+        self._row_bytes = stored.dtype.itemsize * math.prod(stored.shape[1:])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def read(self, rows: "np.ndarray | slice" = slice(None)) -> "np.ndarray":
+        """The rows of an array of row numbers or of a slice, as they are now; neighbours in one go."""
+        import numpy as np
+
+        rows = np.arange(len(self))[rows]
+        found = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        buffer = found.reshape(-1).view(np.uint8)
+        firsts = np.flatnonzero(np.diff(rows, prepend=-2) != 1).tolist()
+        with self.path.open("rb", buffering=0) as file:
+            for first, end in pairwise([*firsts, len(rows)]):
+                file.seek(self._offset + int(rows[first]) * self._row_bytes)
+                part = buffer[first * self._row_bytes : end * self._row_bytes]
+                while len(part):  # one call reads at most 2 GiB
+                    count = file.readinto(part)
+                    assert count, f"{self.path} is cut short"
+                    part = part[count:]
+        return found
+
+    def write(self, start: int, rows: "np.ndarray", *, flush: bool = True) -> None:
+        """Overwrite rows from row `start` on, and with `flush` wait until the disk has them."""
+        assert (
+            rows.dtype == self.dtype and rows.shape[1:] == self.shape[1:] and start + len(rows) <= len(self)
+        )
+        try:
+            with self.path.open("r+b") as file:
+                file.seek(self._offset + start * self._row_bytes)
+                file.write(rows.tobytes())
+                if flush:
+                    file.flush()
+                    os.fsync(file.fileno())
+        except OSError as error:
+            error.filename = str(self.path)  # which only `open` sets
+            raise
 
 
 def sha256(path: str | Path) -> str:

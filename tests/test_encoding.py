@@ -23,6 +23,7 @@ from drift.data.images import FolderImages, augmented_view, center_view, open_im
 from drift.data.latents import LatentStore, check_meta
 from drift.encoding import encode_view
 from drift.errors import Stopped, UserError
+from drift.files import RowFile
 from drift.models.vae import VAE
 from drift.seeds import numpy_generator
 from drift.torchvision_shim import ensure_torchvision
@@ -290,7 +291,7 @@ def kills(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", copy_after(os.replace))
-        patched.setattr(encoding, "_write_rows", copy_after(encoding._write_rows))
+        patched.setattr(RowFile, "write", copy_after(RowFile.write))
         yield lambda: patched.undo() or folders
 
 
@@ -520,7 +521,7 @@ def test_a_full_disk_is_told_as_such_while_the_network_goes_on(root, tmp_path, m
 
 def test_disk_and_network_work_at_the_same_time(root, tmp_path, monkeypatch):
     """The rows of the first block are only written once the network is at the second."""
-    second_pass, write = threading.Event(), encoding._write_rows
+    second_pass, write = threading.Event(), RowFile.write
     vae = PoolingVAE(spread=0.1)
     vae.before_pass = lambda: len(vae.batches) == 1 and second_pass.set()
 
@@ -528,7 +529,7 @@ def test_disk_and_network_work_at_the_same_time(root, tmp_path, monkeypatch):
         assert second_pass.wait(10)
         write(*arguments)
 
-    monkeypatch.setattr(encoding, "_write_rows", write_later)
+    monkeypatch.setattr(RowFile, "write", write_later)
     encode(root, tmp_path, vae, **AUGMENTED)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from drift import files
@@ -119,3 +120,32 @@ def test_check_writable_names_the_folder_and_the_reason(tmp_path, monkeypatch):
 def test_sha256(tmp_path):
     (tmp_path / "a").write_bytes(b"abc" * 100_000)
     assert files.sha256(tmp_path / "a") == hashlib.sha256(b"abc" * 100_000).hexdigest()
+
+
+def test_rows_are_read_and_written_in_place(tmp_path):
+    rng = np.random.default_rng(0)
+    expected = rng.standard_normal((20, 3, 2)).astype(np.float32)
+    np.save(tmp_path / "a.npy", expected)
+    rows = files.RowFile(tmp_path / "a.npy")
+    assert (len(rows), rows.shape, rows.dtype) == (20, (20, 3, 2), np.float32)
+    for start, count in ((0, 1), (5, 4), (19, 1), (7, 0)):
+        expected[start : start + count] = part = rng.standard_normal((count, 3, 2)).astype(np.float32)
+        rows.write(start, part, flush=start == 5)
+    for chosen in (slice(None), slice(3, 9), slice(20, 30), rng.permutation(20)[:11], np.array([], int)):
+        assert np.array_equal(rows.read(chosen), expected[chosen])
+    assert np.array_equal(np.load(tmp_path / "a.npy"), expected)
+    for start, wrong in ((20, expected[:1]), (0, expected[:1, :2]), (0, expected[:1].astype(np.float64))):
+        with pytest.raises(AssertionError):
+            rows.write(start, wrong)
+    os.truncate(tmp_path / "a.npy", 300)
+    with pytest.raises(AssertionError, match="cut short"):
+        rows.read()
+
+
+def test_rows_need_no_compiler_once_they_are_open(tmp_path, monkeypatch):
+    """Python 3.11's fails at times in two threads, and NumPy parses headers with it."""
+    np.save(tmp_path / "a.npy", np.zeros((4, 2)))
+    rows = files.RowFile(tmp_path / "a.npy")
+    monkeypatch.setattr("ast.parse", lambda *_, **__: pytest.fail("a header is parsed"))
+    rows.write(1, np.ones((2, 2)))
+    assert rows.read().sum() == 4

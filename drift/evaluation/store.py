@@ -1,0 +1,65 @@
+"""Feature vectors of many images on disk: memory does not grow with them, and a killed run goes on."""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from drift.files import RowFile
+
+BLOCK = 1024  # rows that are read at once
+
+
+class FeatureStore:
+    """Features float32 `[N, D]`, row i those of image i, with a mark for each row that is there.
+
+    Several processes may write different rows; one calls `create` before the others open the folder.
+    """
+
+    def __init__(self, folder: str | Path):
+        self._features = RowFile(Path(folder, "features.npy"))
+        self._marks = RowFile(Path(folder, "done.npy"))
+        self.shape: tuple[int, int] = self._features.shape
+
+    @classmethod
+    def create(cls, folder: str | Path, count: int, dimension: int) -> "FeatureStore":
+        """The store in `folder` if it has this shape, and otherwise an empty one in its place."""
+        folder = Path(folder)
+        try:
+            store = cls(folder)
+            if store.shape == (count, dimension) and len(store._marks) == count:
+                return store
+        except (OSError, ValueError):
+            pass
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        np.lib.format.open_memmap(folder / "features.npy", "w+", np.float32, (count, dimension))
+        np.save(folder / "done.npy", np.zeros(count, np.uint8))
+        return cls(folder)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def missing(self) -> np.ndarray:
+        """The rows that are not there yet, ascending."""
+        return np.flatnonzero(self._marks.read() == 0)
+
+    def write(self, rows: Sequence[int], features: np.ndarray) -> None:
+        """Write `features [B, D]` as the ascending `rows`; they are on the disk before their marks are."""
+        rows = np.asarray(rows)
+        runs = np.split(np.arange(len(rows)), np.flatnonzero(np.diff(rows) != 1) + 1)
+        for run in runs:
+            self._features.write(rows[run[0]], features[run], flush=run is runs[-1])
+        for run in runs:
+            self._marks.write(rows[run[0]], np.ones(len(run), np.uint8), flush=False)
+
+    def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
+        """Features `[B, D]` of an array or a slice of rows."""
+        return self._features.read(rows)
+
+    def blocks(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[slice, np.ndarray]]:
+        """All rows in order, `BLOCK` at a time; of several processes, each has its own part of them."""
+        for start in range(rank * BLOCK, len(self), world_size * BLOCK):
+            part = slice(start, min(start + BLOCK, len(self)))
+            yield part, self[part]
