@@ -1,38 +1,53 @@
-"""fid: generator -> images at each omega -> Fréchet distances, a picture.
+"""fid: generator -> images at each omega -> Fréchet distances and other metrics, pictures, a report.
 
     python -m stages.fid --generator artifacts/generator --out metrics/fid.json
 
-Writes OUT with the numbers and what was measured how, the sweep as CSV for DVC's plots, and a picture with
-one row per class.
+Writes OUT with the numbers and what was measured how (docs/protocol.md explains it), the sweep as CSV for
+DVC's plots and as JSON with the prior's fields, two pictures with a row per class, and a page with all of it.
 """
 
 import json
 import sys
 from collections.abc import Sequence
+from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 
 from ruamel.yaml import YAML
 
+import drift
 from drift.data.images import open_images
-from drift.errors import UserError
 from drift.evaluation.features import check_feature_network, load_feature_network
 from drift.evaluation.fid import (
+    Samples,
+    best_entry,
+    check_metrics,
     evaluate_sweep,
-    load_statistics,
-    real_statistics,
-    require_enough,
+    sweep_summary,
     write_sweep_csv,
 )
-from drift.evaluation.pictures import class_rows, save_png
+from drift.evaluation.page import Curve, write_page
+from drift.evaluation.pictures import class_rows, omega_columns, save_png
+from drift.evaluation.reference import (
+    Peers,
+    load_statistics,
+    measure_images,
+    open_reference,
+    require_enough,
+    self_test,
+)
 from drift.evaluation.report import print_report
+from drift.evaluation.sample import ImageDecoder, balanced_labels
 from drift.files import check_writable, sha256, write_json
 from drift.launch import join, run_stage, spawn, stage_parser, wanted_processes
 from drift.models.ema import ema_file
 from drift.models.generator import Generator
 from drift.models.vae import VAE
 from drift.params import load_settings
-from drift.progress import ProgressLog
-from drift.work import SETTINGS_FILE, Work
+from drift.progress import ProgressLog, read_log
+from drift.work import SETTINGS_FILE, Work, work_root
+
+PACKAGES = ("clean-fid", "diffusers", "numpy", "pillow", "scipy", "torch", "torchvision")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,123 +55,230 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = stage_parser(__doc__)
     parser.add_argument("--generator", type=Path, required=True, help="folder of the generator")
     parser.add_argument("--out", type=Path, default=Path("metrics/fid.json"))
-    parser.add_argument("--sweep", type=Path, default=Path("plots/fid_sweep.csv"))
-    parser.add_argument("--picture", type=Path, default=Path("plots/samples.png"))
+    parser.add_argument("--plots", type=Path, default=Path("plots"), help="folder of curves and pictures")
+    parser.add_argument("--report", type=Path, default=Path("reports/index.html"))
     args = parser.parse_args(argv)
 
     settings = load_settings(args.params)
     data, fid, hardware = settings.data, settings.fid, settings.hardware
-    for path in (args.out, args.sweep, args.picture):
+    outputs = {
+        "sweep.csv": args.plots / "fid_sweep.csv",
+        "sweep.json": args.plots / "fid_sweep.json",
+        "samples": args.plots / "samples.png",
+        "omega": args.plots / "omega.png",
+        "report": args.report,
+    }
+    for path in (args.out, *outputs.values()):
         check_writable(path.parent)
     made_by = read_provenance(args.generator)
-    weights = ema_file(made_by["decides"]["drift"]["ema_decays"], fid.ema_decay) if made_by else "model"
-    generator = Generator.from_pretrained(args.generator, weights=weights)
+    trained = made_by["decides"]["drift"]["ema_decays"] if made_by else None
+    decays = fid.ema_decays if trained else (None,)
+    weights = {decay: ema_file(trained, decay) if trained else "model" for decay in decays}
+
+    @lru_cache(maxsize=1)
+    def load(decay: float | None) -> Generator:
+        return Generator.from_pretrained(args.generator, weights=weights[decay])
+
+    for decay in reversed(decays):
+        load(decay)
     vae = VAE.from_pretrained(settings.encode.vae, settings.encode.vae_revision)
-    check_feature_network(fid.features, fid.mode)
+    check_feature_network(fid.features, fid.mode, fid.inception)
     training = open_images(data.dataset, data.root, "train", data.classes)
-    by_file = fid.reference.endswith(".npz")
-    held_out = None if by_file else open_images(data.dataset, data.root, fid.reference, data.classes)
-    if by_file and not Path(fid.reference).is_file():
-        raise UserError(f"fid.reference = {fid.reference}: there is no such file; correct the path")
+    reference_images = open_reference(fid.reference, data.dataset, data.root, data.classes)
+    if fid.labels == "balanced":
+        labels = balanced_labels(fid.images, data.classes)
+    else:
+        split = open_images(data.dataset, data.root, fid.labels, data.classes).labels
+        labels = split[balanced_labels(fid.images, len(split))]
     code = spawn("stages.fid", argv, wanted_processes(args.nproc, hardware.processes))
     if code is not None:
         return code
 
     with join(hardware.time_limit) as ranks:
-        network = load_feature_network(fid.features, fid.mode, ranks.device, workers=hardware.workers)
+        network = load_feature_network(
+            fid.features, fid.mode, ranks.device, workers=hardware.workers, inception=fid.inception
+        )
         require_enough(fid.images, network, "generated images per omega (fid.images)")
-        generator = generator.to(ranks.device).eval()
-        vae = vae.to(ranks.device)
+        check_metrics(fid.metrics, network, reference_images is not None)
+        decode = ImageDecoder(vae.to(ranks.device), hardware.decode_batch)
+        on_device = lru_cache(maxsize=1)(lambda decay: load(decay).to(ranks.device).eval())
         decides = {
             "seed": settings.seed,
             "data": data.model_dump(mode="json"),
             "fid": fid.model_dump(mode="json"),
             "generator": [
-                sha256(args.generator / name) for name in ("config.json", f"{weights}.safetensors")
+                sha256(args.generator / name)
+                for name in ("config.json", *(f"{weights[decay]}.safetensors" for decay in decays))
             ],
             "vae": vae.digest,
             "features": network.digest,
             "images": training.digest,
-            "reference": sha256(fid.reference) if by_file else held_out.digest,
+            "reference": sha256(fid.reference) if reference_images is None else reference_images.digest,
         }
-        peers = {"rank": ranks.rank, "world_size": ranks.world_size, "all_reduce_sum": ranks.sum}
-
-        def measure(source, images=None):
-            return real_statistics(
-                source,
-                network,
-                image_size=data.image_size,
-                batch_size=hardware.sample_batch,
-                images=images,
-                seed=settings.seed,
-                workers=hardware.workers,
-                **peers,
-            )
-
-        if by_file:
-            reference = load_statistics(fid.reference, network.dimension)
-        else:
-            reference = measure(held_out)
+        peers = Peers(ranks.rank, ranks.world_size, ranks.sum, ranks.device)
+        floor_images = min(fid.floor_images, len(training))
+        real = (0 if reference_images is None else len(reference_images)) + floor_images
         with Work("fid", decides, fresh=args.fresh, first=ranks.first) as work:
             ranks.barrier()
             progress = work.folder / "sweep.json"
             finished = json.loads(progress.read_text()) if progress.exists() else []
             if ranks.first:
-                log = ProgressLog(work.folder / "logs.jsonl", steps=len(fid.omegas) * fid.images, unit="img")
+                total = real + len(decays) * len(fid.omegas) * fid.images
+                log = ProgressLog(work.folder / "logs.jsonl", steps=total, unit="img")
+
+            def reached(images: int, force: bool = False) -> None:
+                if ranks.first:
+                    log.reached(images, force=force)
+
+            measuring = {
+                "image_size": data.image_size,
+                "batch_size": hardware.sample_batch,
+                "seed": settings.seed,
+                "workers": hardware.workers,
+                "peers": peers,
+            }
+            cache = work_root() / "reference"
+            if reference_images is None:
+                reference = load_statistics(fid.reference, network.dimension)
+            else:
+                reference = measure_images(reference_images, network, cache, **measuring, on_images=reached)
+            tested = self_test(reference, settings.seed) if ranks.first else {}
+            like_generated = None
+            if floor_images:
+                like_generated = measure_images(
+                    training,
+                    network,
+                    cache,
+                    images=fid.floor_images,
+                    **measuring,
+                    on_images=lambda images: reached(real - floor_images + images),
+                )
 
             def remember(entry):
                 finished.append(entry)
                 if ranks.first:
                     write_json(progress, finished)
-                    log.reached(len(finished) * fid.images, force=True)
+                    reached(real + len(finished) * fid.images, force=True)
 
-            result = evaluate_sweep(
-                generator,
-                vae,
+            if ranks.first:
+                rows = {
+                    "batch_size": hardware.sample_batch,
+                    "device": ranks.device,
+                    "names": training.class_names[: fid.picture_classes],
+                }
+                classes, generator = range(fid.picture_classes), on_device(decays[0])
+                samples_png = class_rows(
+                    generator, decode, classes, fid.picture_columns, fid.picture_omega, settings.seed, **rows
+                )
+                omega_png = omega_columns(generator, decode, classes, fid.omegas, settings.seed, **rows)
+            sweep = evaluate_sweep(
+                on_device,
+                decode,
                 network,
                 reference,
-                measure(training, fid.floor_images) if fid.floor_images else None,
+                Samples(labels, settings.seed, hardware.sample_batch, ranks.device),
+                ema_decays=decays,
                 omegas=fid.omegas,
-                images=fid.images,
-                classes=data.classes,
-                seed=settings.seed,
-                batch_size=hardware.sample_batch,
-                device=ranks.device,
+                metrics=fid.metrics,
+                precision_recall_images=fid.precision_recall_images,
+                work=work.folder,
+                png=None if hardware.png_folder is None else Path(hardware.png_folder),
+                writers=hardware.workers,
+                peers=peers,
                 finished=tuple(finished),
                 on_entry=remember,
-                on_images=log.reached if ranks.first else lambda images: None,
-                **peers,
+                on_images=lambda images: reached(real + images),
             )
             if ranks.first:
-                result["protocol"] = {
-                    "features": fid.features,
-                    "features_sha256": network.digest,
-                    "mode": fid.mode,
-                    "reference": fid.reference,
-                    "reference_images": None if by_file else len(held_out),
-                    "floor_images": min(fid.floor_images, len(training)),
-                    "ema_decay": fid.ema_decay,
-                    "seed": settings.seed,
-                    "vae": settings.encode.vae,
-                    "generator": made_by["how"] if made_by else None,
+                result = {
+                    "best": best_entry(sweep),
+                    "sweep": sweep,
+                    "floor": tested["halves"],
+                    "training": like_generated and like_generated.statistics.distance(reference.statistics),
+                    "images": fid.images,
+                    "classifier_accuracy_real": reference.statistics.accuracy,
+                    "self_test": tested,
+                    "protocol": {
+                        "labels": fid.labels,
+                        "features": fid.features,
+                        "features_sha256": network.digest,
+                        "published_weights": network.published,
+                        "mode": fid.mode,
+                        "reference": fid.reference,
+                        "reference_digest": reference.digest,
+                        "reference_images": reference.statistics.count,
+                        "floor_images": floor_images,
+                        "precision_recall_images": fid.precision_recall_images,
+                        "seed": settings.seed,
+                        "vae": settings.encode.vae,
+                        "vae_sha256": vae.digest,
+                        "generator": made_by["how"] if made_by else None,
+                        "generator_sha256": decides["generator"],
+                        "versions": {"drift": drift.__version__} | {name: version(name) for name in PACKAGES},
+                    },
                 }
-                picture = class_rows(
-                    generator,
-                    vae,
-                    range(fid.picture_classes),
-                    fid.picture_columns,
-                    fid.picture_omega,
-                    settings.seed,
+                save_png(outputs["samples"], samples_png)
+                save_png(outputs["omega"], omega_png)
+                write_sweep_csv(outputs["sweep.csv"], sweep)
+                summary = sweep_summary(
+                    sweep,
+                    generator=str(args.generator),
+                    images=fid.images,
                     batch_size=hardware.sample_batch,
-                    device=ranks.device,
-                    row_labels=training.class_names[: fid.picture_classes],
+                    workers=hardware.workers,
+                    mode=fid.mode,
+                    reference=fid.reference,
+                    statistics=fid.reference if reference_images is None else reference.digest,
+                    latent_scale_factor=vae.scaling_factor,
                 )
-                save_png(args.picture, picture)
-                write_sweep_csv(args.sweep, result["sweep"])
+                write_json(outputs["sweep.json"], summary)
+                write_page(
+                    outputs["report"],
+                    result,
+                    title=f"{args.generator.name}: {fid.images} images per omega",
+                    settings=made_by["decides"] | {"fid": decides["fid"], "data": decides["data"]}
+                    if made_by
+                    else {"fid": decides["fid"], "data": decides["data"]},
+                    pictures=[
+                        (
+                            "Samples",
+                            f"A row per class at omega {fid.picture_omega:g}; a column shares its noise.",
+                            outputs["samples"].read_bytes(),
+                        ),
+                        (
+                            "The same noise at every omega",
+                            "A row per class, a column per omega.",
+                            outputs["omega"].read_bytes(),
+                        ),
+                    ],
+                    training=training_curves(args.generator / "logs.jsonl"),
+                )
                 write_json(args.out, result)
                 work.finish()
-                print_report(args.out, (args.sweep, args.picture))
+                print_report(args.out, outputs.values(), hardware.png_folder)
     return 0
+
+
+def training_curves(log: Path) -> list[Curve]:
+    """What the generator's log has to show; nothing for one that no stage of ours has trained."""
+    lines = [line for line in read_log(log) if {"loss", "drift_rms"} <= line.keys()] if log.exists() else []
+    steps = [line["step"] for line in lines]
+    shown = (
+        ("drift_rms", "RMS of the raw drift", "Falls while the generator learns.", True),
+        ("loss", "Loss", "Nearly constant by construction: each drift is divided by its RMS.", False),
+    )
+    return [
+        Curve(
+            title=title,
+            x_label="step",
+            y_label=name,
+            lines={"": (steps, [line[name] for line in lines])},
+            log_y=log_y,
+            explanation=explanation,
+        )
+        for name, title, explanation, log_y in shown
+        if lines
+    ]
 
 
 def read_provenance(folder: Path) -> dict | None:
@@ -166,4 +288,4 @@ def read_provenance(folder: Path) -> dict | None:
 
 
 if __name__ == "__main__":
-    run_stage(main, memory="hardware.sample_batch")
+    run_stage(main, memory="hardware.sample_batch or hardware.decode_batch")

@@ -22,7 +22,7 @@ class ImageSource(Protocol):
     """N labelled images of one split, in a fixed order."""
 
     split: str
-    labels: np.ndarray  # [N] int64
+    labels: np.ndarray | None  # [N] int64; None where they are not known
     class_names: list[str]
     digest: str
     """SHA-256 of what tells these images from others: the raw data, or the names and sizes of the files."""
@@ -140,20 +140,7 @@ class FolderImages:
         return len(self.labels)
 
     def load(self, index: int) -> Image.Image:
-        path = self._path(index)
-        try:
-            # All of it before it is decoded: errors of the disk and of a decoder can have the same type
-            content = path.read_bytes()
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}); run again once it can be") from None
-        try:
-            image = Image.open(io.BytesIO(content))
-        except UnidentifiedImageError:  # whose message names the buffer's address
-            raise UnidentifiedImageError("of no known image format") from None
-        # PIL would clip 16-bit grey at 255; keep the high byte, as it does for RGB
-        if image.mode == "I;16":
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return image.convert("RGB")
+        return load_rgb(self._path(index))
 
     def name(self, index: int) -> str:
         return str(self._path(index))
@@ -163,6 +150,66 @@ class FolderImages:
 
     def _path(self, index: int) -> Path:
         return self._folder / self.name_in_split(index)
+
+
+class ImageFiles:
+    """All image files of a folder and of the folders in it, in the order of their paths, without labels.
+
+    Suffixes other than `IMAGE_SUFFIXES` and names that start with a dot are passed over. Raises `UserError`
+    if there is no such folder or no image.
+    """
+
+    labels = None
+
+    def __init__(self, folder: str | Path):
+        self._folder, self.split = Path(folder), str(folder)
+        if not self._folder.is_dir():
+            raise UserError(f"{folder}: there is no such folder of images; correct the path")
+        self.class_names: list[str] = []
+        found = []
+        for place, folders, names in os.walk(self._folder):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            for name in names:
+                if os.fsencode(name).lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
+                    path = Path(place, name)
+                    found.append((path.relative_to(self._folder).as_posix(), path.stat().st_size))
+        if not found:
+            raise UserError(f"{folder}: has no images; name a folder that does")
+        found.sort()
+        self._names = [name for name, _ in found]
+        self.digest = hashlib.sha256(repr(found).encode("utf-8", "surrogateescape")).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def load(self, index: int) -> Image.Image:
+        return load_rgb(self._folder / self._names[index])
+
+    def name(self, index: int) -> str:
+        return str(self._folder / self._names[index])
+
+    def name_in_split(self, index: int) -> str:
+        return self._names[index]
+
+
+def load_rgb(path: Path) -> Image.Image:
+    """An image file in RGB, as it is stored: EXIF orientation is not applied.
+
+    Raises what `ImageSource.load` does.
+    """
+    try:
+        # All of it before it is decoded: errors of the disk and of a decoder can have the same type
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); run again once it can be") from None
+    try:
+        image = Image.open(io.BytesIO(content))
+    except UnidentifiedImageError:  # whose message names the buffer's address
+        raise UnidentifiedImageError("of no known image format") from None
+    # PIL would clip 16-bit grey at 255; keep the high byte, as it does for RGB
+    if image.mode == "I;16":
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 _DATASETS = {"digits": DigitImages, "folder": FolderImages}

@@ -1,86 +1,138 @@
 """Samples of a generator: sample i is a function of (seed, i) and omega alone.
 
-Noise and style indices of sample i come from its own generator on the CPU, its label is i modulo the number
-of classes. So batch size, number of processes and device do not change what is drawn, and a sweep over
-omega guides the same noise with another strength.
+Noise and style indices of sample i come from its own generator on the CPU, its label is number i of a list.
+So batch size, number of processes and device do not change what is drawn, and a sweep over omega guides the
+same noise with another strength. Networks see batches of one shape, so neither of the first two changes a
+pixel.
 """
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from drift.evaluation.batches import in_batches
 from drift.models.generator import Generator, GeneratorConfig
 from drift.models.vae import VAE, to_uint8
 from drift.seeds import torch_generator
+
+
+def sample_generator(seed: int, index: int) -> torch.Generator:
+    """The random generator of sample number `index`, on the CPU."""
+    return torch_generator(seed, "fid/sample", index)
+
+
+def draw_sample(config: GeneratorConfig, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """What a generator network with `config` turns into one sample, beside its label.
+
+    Returns noise `[C, H, W]` and style indices `[S]`, uniform in each codebook, on the device of the random
+    `generator` (None is PyTorch's own).
+    """
+    device = None if generator is None else generator.device
+    shape = (config.in_channels, config.input_size, config.input_size)
+    noise = torch.randn(shape, generator=generator, device=device)
+    return noise, torch.randint(
+        config.style_entries, (config.style_codebooks,), generator=generator, device=device
+    )
 
 
 def draw_inputs(
     indices: Sequence[int],
     config: GeneratorConfig,
     seed: int,
-    classes: int,
     device: str | torch.device = "cpu",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What a generator with `config` turns into the samples `indices`.
+) -> tuple[Tensor, Tensor]:
+    """Noise `[B, C, H, W]` and style indices `[B, S]` of the samples `indices`."""
+    noise, style = zip(
+        *(draw_sample(config, sample_generator(seed, index)) for index in indices), strict=True
+    )
+    return torch.stack(noise).to(device), torch.stack(style).to(device)
 
-    Returns noise `[B, C, H, W]`, labels `[B]` and style indices `[B, S]`, uniform in each codebook.
-    """
-    noise, style = [], []
-    for index in indices:
-        generator = torch_generator(seed, "fid/sample", index)
-        noise.append(
-            torch.randn(config.in_channels, config.input_size, config.input_size, generator=generator)
-        )
-        style.append(torch.randint(config.style_entries, (config.style_codebooks,), generator=generator))
-    labels = torch.tensor([index % classes for index in indices])
-    return torch.stack(noise).to(device), labels.to(device), torch.stack(style).to(device)
+
+def balanced_labels(count: int, classes: int) -> np.ndarray:
+    """Labels `[count]` in turn: label i is i modulo the number of classes."""
+    return np.arange(count) % classes
 
 
 @torch.inference_mode()
 def sample_latents(
-    generator: Generator, noise: Tensor, labels: Tensor, style_indices: Tensor, omega: float
+    generator: Generator, noise: Tensor, labels: Tensor, style_indices: Tensor, omega: float | Tensor
 ) -> Tensor:
-    """Latents `[B, C, H, W]` at CFG strength `omega`; the other arguments as `draw_inputs` returns them.
+    """Latents `[B, C, H, W]` at CFG strength `omega`, one for all or `[B]`; noise etc. as of `draw_inputs`.
 
     Raises `FloatingPointError` if a latent is not finite, which rounding to 8 bits would hide.
     """
-    strength = torch.full((len(noise),), omega, device=noise.device)
-    latents = generator(noise, labels, strength, style_indices)
+    strength = torch.as_tensor(omega, dtype=noise.dtype, device=noise.device).expand(len(noise))
+    latents = in_batches(generator, noise, labels, strength, style_indices)
     if not latents.isfinite().all():
-        raise FloatingPointError(f"the generator's latents at omega {omega:g} are not finite")
+        raise FloatingPointError(f"the generator's latents at omega {omega} are not finite")
     return latents
 
 
-@torch.inference_mode()
-def decode_images(vae: VAE, latents: Tensor) -> Tensor:
-    """Latents `[B, C, H, W]` -> 8-bit images `[B, H, W, 3]` on the CPU, as a PNG would hold them."""
-    return to_uint8(vae.decode(latents)).cpu()
+class ImageDecoder:
+    """Latents `[B, C, H, W]` -> 8-bit images `[B, H, W, 3]` on the CPU, exactly as a PNG would hold them.
+
+    The VAE decodes `batch_size` at once, always, and half as many from then on whenever the device has not
+    had the memory for it (a few pixels may then differ by one level, as the rounding is another).
+    """
+
+    def __init__(self, vae: VAE, batch_size: int):
+        self.vae, self.batch_size = vae, batch_size
+
+    @torch.inference_mode()
+    def __call__(self, latents: Tensor) -> Tensor:
+        images: list[Tensor] = []
+        done = 0
+        while done < len(latents):
+            part = latents[done : done + self.batch_size]
+            if (decoded := self._decode(part)) is None:
+                self._halve()
+            else:
+                images.append(decoded)
+                done += len(part)
+        return torch.cat(images)
+
+    def _decode(self, latents: Tensor) -> Tensor | None:
+        """None if the device has run out of memory; outside its `except`, what filled it can be freed."""
+        try:
+            return to_uint8(in_batches(self.vae.decode, latents, size=self.batch_size)).cpu()
+        except torch.OutOfMemoryError:
+            if self.batch_size == 1:
+                raise
+            return None
+
+    def _halve(self) -> None:
+        before, self.batch_size = self.batch_size, self.batch_size // 2
+        tqdm.write(
+            f"the VAE ran out of memory with {before} images at once: {self.batch_size} from now on "
+            f"(hardware.decode_batch: {self.batch_size} starts with so many)"
+        )
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def sample_images(
     generator: Generator,
-    vae: VAE,
+    decode: ImageDecoder,
     indices: Sequence[int],
+    labels: Sequence[int],
     omega: float,
     seed: int,
     batch_size: int,
     *,
-    classes: int,
     device: str | torch.device = "cpu",
-    rank: int = 0,
-    world_size: int = 1,
-) -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
-    """Yields (indices, labels `[B]`, uint8 images `[B, H, W, 3]`), on the CPU, at most `batch_size` at once.
+    progress: bool = False,
+) -> Iterator[tuple[Sequence[int], Tensor]]:
+    """Yields (indices, uint8 images `[B, H, W, 3]` on the CPU), at most `batch_size` at once.
 
-    Of `indices`, rank r makes `indices[r::world_size]`; the first rank shows the progress.
+    `labels` are those of all samples: that of sample i is `labels[i]`.
     """
-    mine = indices[rank::world_size]
-    with tqdm(total=len(mine), desc=f"samples, omega {omega:g}", unit="image", disable=rank != 0) as progress:
-        for start in range(0, len(mine), batch_size):
-            batch = mine[start : start + batch_size]
-            noise, labels, style_indices = draw_inputs(batch, generator.config, seed, classes, device)
-            latents = sample_latents(generator, noise, labels, style_indices, omega)
-            yield batch, labels.cpu(), decode_images(vae, latents)
-            progress.update(len(batch))
+    with tqdm(total=len(indices), desc=f"omega {omega:g}", unit="image", disable=not progress) as bar:
+        for start in range(0, len(indices), batch_size):
+            batch = indices[start : start + batch_size]
+            noise, style_indices = draw_inputs(batch, generator.config, seed, device)
+            asked = torch.tensor([int(labels[index]) for index in batch], device=device)
+            yield batch, decode(sample_latents(generator, noise, asked, style_indices, omega))
+            bar.update(len(batch))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from standins import random_port, save_inception
 from torch.nn import functional as F
 
 from drift.errors import UserError
@@ -129,40 +130,95 @@ def test_unknown_networks_are_refused(tmp_path):
         check_feature_network("inception", "tidy")
 
 
-class Layers(torch.nn.Module):
-    """In the place of Inception: the mean of each colour, over and over."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.mean((2, 3)).repeat(1, 683)[:, :2048]
-
-
-class Inception(torch.nn.Module):
-    """Takes 0..255 of any size, as the published TorchScript file does."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = Layers()
-
-    def forward(self, x: torch.Tensor, return_features: bool = False) -> torch.Tensor:
-        return self.layers((x - 128) / 128)
-
-
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize("mode", ["clean", "legacy_tensorflow"])
-def test_inception_goes_through_cleanfid(tmp_path, monkeypatch, mode):
+def test_inception_goes_through_cleanfid(tmp_path, monkeypatch, images, mode, capsys):
     # On Windows clean-fid looks in the working directory, so there a stand-in can be put
     monkeypatch.setattr(features.platform, "system", lambda: "Windows")
     monkeypatch.chdir(tmp_path)
-    torch.jit.script(Inception()).save("inception-2015-12-05.pt")
+    save_inception("inception-2015-12-05.pt")
     digest = sha256(Path("inception-2015-12-05.pt").read_bytes()).hexdigest()
     monkeypatch.setitem(features._INCEPTION_DIGESTS, mode, digest)
 
     network = load_feature_network("inception", mode)
-    colours = torch.tensor([[0, 128, 255], [64, 10, 200]], dtype=torch.uint8)
-    found, predicted = network(colours[:, None, None].expand(2, 16, 16, 3))
-    assert (network.name, network.dimension, predicted) == ("inception", 2048, None)
-    assert found.shape == (2, 2048) and found.dtype == torch.float32
-    torch.testing.assert_close(found[:, :3], (colours.float() - 128) / 128)
+    assert (network.name, network.dimension, network.published) == ("inception", 2048, True)
+    assert not capsys.readouterr().out
+    found = network(images)
+    script = torch.jit.load("inception-2015-12-05.pt")
+    if mode == "legacy_tensorflow":
+        pixels = images.permute(0, 3, 1, 2).float()
+        expected = script(pixels, return_features=True)
+        probabilities = script(pixels, no_output_bias=True)
+        assert relative_error(network.logits(found).softmax(1), probabilities) < 1e-5
+    else:
+        resized = F.interpolate(
+            images.permute(0, 3, 1, 2).float(),
+            (299, 299),
+            mode="bicubic",
+            antialias=True,
+            align_corners=False,
+        )
+        expected = script.layers((resized.clamp(0, 255) - 128) / 128)
+    assert found.shape == (5, 2048) and found.dtype == torch.float32
+    assert relative_error(found, expected) < 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_a_local_copy_of_inception_and_what_is_not_the_published_file(tmp_path, images, capsys):
+    save_inception(tmp_path / "mine.pt")
+    network = load_feature_network("inception", "clean", inception=str(tmp_path / "mine.pt"))
+    assert network.published is False
+    assert "compare with nobody's" in capsys.readouterr().out
+    other = load_feature_network("inception", "legacy_tensorflow", inception=str(tmp_path / "mine.pt"))
+    assert other.digest != network.digest
+    with pytest.raises(UserError, match=r"fid\.inception = .*gone\.pt: there is no such file"):
+        load_feature_network("inception", "clean", inception=str(tmp_path / "gone.pt"))
+    (tmp_path / "bad.pt").write_bytes(b"no network")
+    for mode in ("clean", "legacy_pytorch"):
+        with pytest.raises(UserError, match=r"bad\.pt: damaged, or not Inception"):
+            load_feature_network("inception", mode, inception=str(tmp_path / "bad.pt"))
+
+
+def test_the_pytorch_port_is_cleanfids(tmp_path, images):
+    """Against the whole network with the same random weights, its last layer included."""
+    whole = random_port()
+    torch.save(whole.state_dict(), tmp_path / "port.pth")
+    network = load_feature_network("inception", "legacy_pytorch", inception=str(tmp_path / "port.pth"))
+    with torch.no_grad():
+        pixels = F.interpolate(
+            images.permute(0, 3, 1, 2).float(), (299, 299), mode="bilinear", align_corners=False
+        )
+        logits = whole(2 * (pixels.clamp(0, 255) / 255) - 1)
+    found = network(images)
+    assert found.shape == (5, 2048)
+    assert relative_error(network.logits(found) + whole.fc.bias, logits) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_any_torchscript_file(tmp_path, images):
+    class Colours(torch.nn.Module):
+        image_size: int
+
+        def __init__(self):
+            super().__init__()
+            self.image_size = 12
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.mean((2, 3))
+
+    path = str(tmp_path / "colours.pt")
+    torch.jit.script(Colours()).save(path)
+    network = load_feature_network(path)
+    assert (network.dimension, network.classify, network.published) == (3, None, None)
+    torch.testing.assert_close(network(images), images.float().mean((1, 2)))
+    (tmp_path / "bad.ts").write_bytes(b"no network")
+    with pytest.raises(UserError, match=r"bad\.ts: damaged or not TorchScript"):
+        load_feature_network(str(tmp_path / "bad.ts"))
+    with pytest.raises(UserError, match=r"gone\.pt: there is no such file"):
+        check_feature_network(str(tmp_path / "gone.pt"))
+    torch.jit.script(torch.nn.Identity()).save(path)
+    with pytest.raises(UserError, match=r"gives \[1, 3, 299, 299\]"):
+        load_feature_network(path)
 
 
 @pytest.fixture
@@ -177,23 +233,24 @@ def classifier(tmp_path):
 
 
 def relative_error(found, expected) -> float:
-    return float((found - expected).norm() / expected.norm())
+    return float(((found - expected).norm() / expected.norm()).detach())
 
 
 @torch.no_grad()
 def test_classifier_sees_the_pixels(classifier, tmp_path, images):
     network = load_feature_network(str(tmp_path), workers=3)
-    found, predicted = network(images)
+    found = network(images)
     expected = classifier.features(images.permute(0, 3, 1, 2).float())
     assert found.shape == (5, network.dimension)
     assert relative_error(found, expected) < 1e-5
-    assert torch.equal(predicted, classifier.logits(expected).argmax(1))
+    assert network.labels
+    assert torch.equal(network.logits(found), classifier.logits(found))
 
 
 @torch.no_grad()
 def test_classifier_sees_resized_pixels(classifier, tmp_path, images):
     large = images.repeat_interleave(3, 1).repeat_interleave(2, 2)  # [5, 36, 24, 3]
-    found, _ = load_feature_network(str(tmp_path))(large)
+    found = load_feature_network(str(tmp_path))(large)
     pixels = F.interpolate(
         large.permute(0, 3, 1, 2).float(), (12, 12), mode="bicubic", antialias=True, align_corners=False
     )
@@ -206,7 +263,7 @@ def test_features_are_float32_under_mixed_precision(classifier, tmp_path, images
     with torch.no_grad():
         expected = classifier.features(images.permute(0, 3, 1, 2).float())
     with torch.autocast("cpu", torch.bfloat16):
-        found, _ = network(images)
+        found = network(images)
     assert relative_error(found, expected) < 1e-5
 
 

@@ -1,363 +1,332 @@
-import threading
-import warnings
-from types import SimpleNamespace
+"""The sweep: what its images give, whoever makes them and however often it is interrupted."""
+
+import itertools
+import json
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
+from painting import CLASSES, Decoder, Painter, Source, flat, pixel_network
 from PIL import Image
+from standins import random_port, run_ranks, save_inception
+from torch_fidelity_shim import calculate_precision_recall_full, isc_features_to_metric
 
+from drift.data.images import ImageFiles
 from drift.errors import UserError
-from drift.evaluation.features import FeatureNetwork
-from drift.evaluation.fid import (
-    FeatureStatistics,
-    Moments,
-    evaluate_sweep,
-    frechet_distance,
-    load_statistics,
-    real_statistics,
-    write_sweep_csv,
-)
-from drift.evaluation.sample import sample_images
+from drift.evaluation.features import load_feature_network
+from drift.evaluation.fid import METRICS, Samples, best_entry, evaluate_sweep, sweep_summary, write_sweep_csv
+from drift.evaluation.metrics import kernel_distance
+from drift.evaluation.moments import frechet_distance
+from drift.evaluation.reference import FeatureStatistics, Peers, Reference, measure_images
+from drift.evaluation.sample import ImageDecoder, balanced_labels, sample_images
+from drift.seeds import derive_seed
 
-CLASSES = 3
+from cleanfid import inception_pytorch  # isort: skip  (after the shim, as it imports torchvision)
 
-
-def run_ranks(world_size, work):
-    """`work(rank, all_reduce_sum)` of every rank, in threads that really wait for each other."""
-    barrier = threading.Barrier(world_size, timeout=30)
-    slots, results = [None] * world_size, [None] * world_size
-
-    def run(rank):
-        def all_reduce_sum(tensor):
-            slots[rank] = tensor
-            barrier.wait()
-            total = torch.stack(slots).sum(0)
-            barrier.wait()
-            return total
-
-        results[rank] = work(rank, all_reduce_sum)
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
-
-
-def by_eigenvalues(mu1, sigma1, mu2, sigma2):
-    """The distance by another road: tr sqrt(s1 s2) from the eigenvalues of the symmetric s1^1/2 s2 s1^1/2."""
-    values, vectors = np.linalg.eigh(sigma1)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    cross = np.sqrt(scipy.linalg.eigvalsh(root @ sigma2 @ root).clip(0)).sum()
-    return ((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross
-
-
-class Source:
-    """Real images in memory: noise around a grey that tells the class."""
-
-    split = "train"
-
-    def __init__(self, count, seed):
-        rng = np.random.default_rng(seed)
-        self.labels = np.arange(count) % CLASSES
-        greys = 40 + 80 * self.labels[:, None, None, None]
-        self.images = (greys + rng.integers(-30, 31, (count, 4, 4, 3))).astype(np.uint8)
-
-    def __len__(self):
-        return len(self.labels)
-
-    def load(self, index):
-        return Image.fromarray(self.images[index])
-
-
-class Decoder:
-    def decode(self, latents):
-        return latents
-
-
-class Painter:
-    """Generates the greys of `Source`; below omega 1.2 every fifth noise gives the next class instead."""
-
-    config = SimpleNamespace(in_channels=3, input_size=4, style_codebooks=1, style_entries=2)
-
-    def __call__(self, noise, labels, omega, style_indices):
-        slips = (noise[:, 0, 0, 0] > 0.84) & (omega < 1.2)
-        grey = 40 + 80 * ((labels + slips) % CLASSES)
-        return (grey[:, None, None, None] + 8 * noise) / 127.5 - 1
-
-
-def flat(images):
-    return images.reshape(len(images), -1)[:, :7].double()
+OMEGAS = (1.0, 1.5)
 
 
 @pytest.fixture
 def network():
-    """Seven pixels are the features, their mean grey tells the class."""
-    return FeatureNetwork(
-        name="pixels",
-        dimension=7,
-        digest="",
-        device=torch.device("cpu"),
-        resize=lambda image: image,
-        extract=lambda x: x.permute(0, 2, 3, 1).flatten(1)[:, :7],
-        classify=lambda f: -(f.mean(1, keepdim=True) - torch.tensor([40.0, 120.0, 200.0])).abs(),
-    )
+    return pixel_network()
 
 
-SWEEP = {"images": 60, "classes": CLASSES, "seed": 5, "batch_size": 8}
-REAL = {"image_size": 4, "batch_size": 7}
+@pytest.fixture
+def reference(network, tmp_path):
+    return measure_images(Source(60, seed=1), network, tmp_path / "cache", image_size=4, batch_size=7)
 
 
-def test_distance_of_diagonal_gaussians():
-    rng = np.random.default_rng(0)
-    mu1, mu2 = rng.standard_normal((2, 6))
-    s1, s2 = rng.uniform(0.5, 3, (2, 6))  # standard deviations
-    expected = ((mu1 - mu2) ** 2).sum() + ((s1 - s2) ** 2).sum()
-    assert frechet_distance(mu1, np.diag(s1**2), mu2, np.diag(s2**2)) == pytest.approx(expected, rel=1e-9)
+def sweep(network, reference, work, *, batch_size=8, images=60, load=lambda decay: Painter(), **changes):
+    settings = {"ema_decays": [0.9], "omegas": OMEGAS, "metrics": METRICS, "work": work} | changes
+    samples = Samples(balanced_labels(images, CLASSES), seed=5, batch_size=batch_size)
+    return evaluate_sweep(load, ImageDecoder(Decoder(), 3), network, reference, samples, **settings)
 
 
-def test_distance_of_commuting_gaussians_and_a_shift():
-    rng = np.random.default_rng(1)
-    basis = np.linalg.qr(rng.standard_normal((5, 5)))[0]
-    s1, s2 = rng.uniform(0.5, 3, (2, 5))
-    sigma1, sigma2 = (basis * s1**2) @ basis.T, (basis * s2**2) @ basis.T
-    zero, shift = np.zeros(5), np.full(5, 2.0)
-    assert frechet_distance(zero, sigma1, zero, sigma2) == pytest.approx(((s1 - s2) ** 2).sum(), rel=1e-9)
-    assert frechet_distance(shift, sigma1, zero, sigma1) == pytest.approx(5 * 2.0**2, rel=1e-9)
-
-
-def test_distance_of_any_gaussians_is_symmetric_and_silent():
-    rng = np.random.default_rng(2)
-    a, b = (
-        np.cov(rng.standard_normal((50, 8)) @ rng.standard_normal((8, 8)), rowvar=False) for _ in range(2)
-    )
-    mu1, mu2 = rng.standard_normal((2, 8))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        distance = frechet_distance(mu1, a, mu2, b)
-    assert distance == pytest.approx(by_eigenvalues(mu1, a, mu2, b), rel=1e-8)
-    assert distance == pytest.approx(frechet_distance(mu2, b, mu1, a), rel=1e-8)
-
-
-def test_distance_that_is_not_finite_is_an_error():
-    mu, sigma = np.zeros(2), np.eye(2)
-    with pytest.raises(FloatingPointError, match="sigma2"):
-        frechet_distance(mu, sigma, mu, np.full((2, 2), np.nan))
-    with pytest.raises(FloatingPointError, match="distance is inf"), np.errstate(over="ignore"):
-        frechet_distance(np.full(2, 1e200), sigma, mu, sigma)
-
-
-@pytest.mark.parametrize("sizes", [[1000], [1, 999], [3, 500, 0, 7, 490], [1] * 1000])
-def test_moments_are_numpys(sizes):
-    rng = np.random.default_rng(0)
-    # Far from the origin, where sums of squares would lose the covariance
-    values = rng.standard_normal((1000, 6)) @ rng.standard_normal((6, 6)) + 1e6
-    moments = Moments(6)
-    for part in torch.from_numpy(values).split(sizes):
-        if len(part):
-            moments.update(part)
-    assert moments.count == 1000
-    np.testing.assert_allclose(moments.mean, values.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(moments.covariance, np.cov(values, rowvar=False), rtol=1e-6, atol=1e-8)
-
-
-def test_moments_of_parts_merge():
-    values = torch.randn(301, 5, generator=torch.Generator().manual_seed(0)) * 3 + 10
-    parts = [Moments(5) for _ in range(3)]  # the third sees nothing
-    parts[0].update(values[:100])
-    parts[1].update(values[100:150])
-    parts[1].update(values[150:])
-    expected = np.cov(values.double().numpy(), rowvar=False)
-
-    for reduced in run_ranks(3, lambda rank, all_reduce_sum: parts[rank].all_reduce(all_reduce_sum)):
-        assert reduced.count == 301
-        np.testing.assert_allclose(reduced.mean, values.double().mean(0), rtol=1e-12)
-        np.testing.assert_allclose(reduced.covariance, expected, rtol=1e-10)
-
-    for part in parts[1:]:
-        parts[0].merge(part)
-    np.testing.assert_allclose(parts[0].covariance, expected, rtol=1e-10)
-
-
-def test_statistics_of_real_images_are_numpys(network):
-    source = Source(50, seed=0)
-    source.labels[7] = 0  # looks like class 1
-    found = real_statistics(source, network, workers=3, **REAL)
-    pixels = source.images.reshape(50, -1)[:, :7].astype(float)
-    np.testing.assert_allclose(found.mean, pixels.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(found.covariance, np.cov(pixels, rowvar=False), rtol=1e-10)
-    assert found.accuracy == 49 / 50
-
-
-def test_part_of_the_real_images(network):
-    source = Source(50, seed=0)
-    some = real_statistics(source, network, images=20, seed=1, **REAL)
-    again = real_statistics(source, network, images=20, seed=1, image_size=4, batch_size=3)
-    other = real_statistics(source, network, images=20, seed=2, **REAL)
-    whole = real_statistics(source, network, images=5000, **REAL)
-    np.testing.assert_allclose(again.mean, some.mean, rtol=1e-12)
-    assert not np.allclose(other.mean, some.mean)
-    np.testing.assert_allclose(whole.mean, source.images.reshape(50, -1)[:, :7].mean(0), rtol=1e-12)
-
-
-def test_identical_images_have_no_distance(network):
-    a, b = (real_statistics(Source(50, seed=0), network, image_size=4, batch_size=n) for n in (7, 50))
-    assert abs(frechet_distance(a.mean, a.covariance, b.mean, b.covariance)) < 1e-6
-
-
-def test_ranks_merge_real_images(network):
-    alone = real_statistics(Source(50, seed=0), network, **REAL)
-
-    def work(rank, all_reduce_sum):
-        return real_statistics(
-            Source(50, seed=0), network, rank=rank, world_size=3, all_reduce_sum=all_reduce_sum, **REAL
+def test_sweep_is_what_its_images_give(network, reference, tmp_path):
+    result = sweep(network, reference, tmp_path)
+    assert [(entry["omega"], entry["ema_decay"]) for entry in result] == [(1.0, 0.9), (1.5, 0.9)]
+    labels = balanced_labels(60, CLASSES)
+    real = flat(Source(60, seed=1).images)
+    for entry in result:
+        parts = sample_images(
+            Painter(), ImageDecoder(Decoder(), 60), range(60), labels, entry["omega"], 5, 60
         )
-
-    for found in run_ranks(3, work):
-        np.testing.assert_allclose(found.mean, alone.mean, rtol=1e-12)
-        np.testing.assert_allclose(found.covariance, alone.covariance, rtol=1e-10)
-        assert found.accuracy == alone.accuracy
-
-
-@pytest.mark.parametrize("keys", [("mu", "sigma"), ("ref_mu", "ref_sigma")])
-def test_reference_from_npz(tmp_path, keys):
-    mu, sigma = np.arange(3.0, dtype=np.float32), np.eye(3)
-    np.savez(tmp_path / "ref.npz", **dict(zip(keys, (mu, sigma), strict=True)))
-    found = load_statistics(tmp_path / "ref.npz", 3)
-    np.testing.assert_array_equal(found.mean, mu)
-    np.testing.assert_array_equal(found.covariance, sigma)
-    assert found.mean.dtype == np.float64 and found.accuracy is None
-
-
-def test_reference_that_does_not_fit(tmp_path):
-    path = tmp_path / "ref.npz"
-
-    def complaint(dimension=3):
-        with pytest.raises(UserError) as error:
-            load_statistics(path, dimension)
-        assert str(path) in str(error.value) and "\n" not in str(error.value)
-        return str(error.value)
-
-    assert "no such file" in complaint()
-    np.savez(path, mu=np.zeros(3), cov=np.eye(3))
-    assert "mu, cov" in complaint() and "ref_sigma" in complaint()
-    np.savez(path, mu=np.zeros(3), sigma=np.eye(3))
-    assert "2048" in complaint(2048)
-    path.write_bytes(path.read_bytes()[:200])
-    assert "cut short" in complaint()
-
-
-def test_too_few_images(network):
-    reference = FeatureStatistics(np.zeros(7), np.eye(7))
-    with pytest.raises(UserError, match=r"7 real images of the split train.*more than 7"):
-        real_statistics(Source(7, seed=0), network, **REAL)
-    with pytest.raises(UserError, match="5 generated"):
-        evaluate_sweep(Painter(), Decoder(), network, reference, omegas=[1.0], **SWEEP | {"images": 5})
-
-
-def test_sweep_is_what_its_images_give(network):
-    held_out = real_statistics(Source(60, seed=1), network, **REAL)
-    training = real_statistics(Source(90, seed=2), network, **REAL)
-    result = evaluate_sweep(Painter(), Decoder(), network, held_out, training, omegas=[1.0, 1.5], **SWEEP)
-
-    assert [entry["omega"] for entry in result["sweep"]] == [1.0, 1.5]
-    for entry in result["sweep"]:
-        parts = list(sample_images(Painter(), Decoder(), range(60), entry["omega"], 5, 60, classes=CLASSES))
-        _, labels, images = parts[0]
-        pixels = images.reshape(60, -1)[:, :7].double().numpy()
-        moments = pixels.mean(0), np.cov(pixels, rowvar=False)
-        expected = by_eigenvalues(*moments, held_out.mean, held_out.covariance)
+        ((_, images),) = parts
+        pixels = flat(images)
+        expected = frechet_distance(
+            pixels.mean(0), np.cov(pixels, rowvar=False), real.mean(0), np.cov(real, rowvar=False)
+        )
         assert entry["fid"] == pytest.approx(expected, rel=1e-6)
-        nearest = np.abs(pixels.mean(1, keepdims=True) - [40, 120, 200]).argmin(1)
-        assert entry["accuracy"] == pytest.approx((nearest == labels.numpy()).mean())
-    assert result["sweep"][0]["accuracy"] < 0.95 < result["sweep"][1]["accuracy"]
-    assert result["best"]["fid"] == min(entry["fid"] for entry in result["sweep"])
-    assert result["floor"] == pytest.approx(
-        by_eigenvalues(training.mean, training.covariance, held_out.mean, held_out.covariance), rel=1e-6
-    )
-    assert (result["images"], result["classifier_accuracy_real"]) == (60, 1.0)
+        logits = -np.abs(pixels.mean(1, keepdims=True) - [40, 120, 200])
+        assert entry["accuracy"] == pytest.approx((logits.argmax(1) == labels).mean())
+        score = isc_features_to_metric(torch.from_numpy(logits), shuffle=False)
+        assert entry["inception_score"] == pytest.approx(score["inception_score_mean"], rel=1e-6)
+        assert entry["inception_score_std"] == pytest.approx(score["inception_score_std"], rel=1e-5, abs=1e-9)
+        precision, recall = calculate_precision_recall_full(
+            torch.from_numpy(pixels), torch.from_numpy(real), 3
+        )
+        assert (entry["precision"], entry["recall"]) == pytest.approx((precision, recall), abs=1e-6)
+        features = (x.astype(np.float32) for x in (real, pixels))
+        assert entry["kid"] == pytest.approx(kernel_distance(*features, seed=5), rel=1e-6)
+    assert result[0]["accuracy"] < 0.95 < result[1]["accuracy"]
+    assert best_entry(result) is min(result, key=lambda entry: entry["fid"])
+    assert not list(tmp_path.glob("samples-*"))  # the features were needed only so long
 
 
-def test_ranks_and_batches_do_not_change_the_sweep(network):
-    reference = real_statistics(Source(60, seed=1), network, **REAL)
-    alone = evaluate_sweep(Painter(), Decoder(), network, reference, omegas=[1.0], **SWEEP)
+@pytest.mark.parametrize(("world_size", "batch_size"), [(1, 7), (1, 64), (2, 7), (2, 64), (3, 64)])
+def test_ranks_and_batches_do_not_change_the_sweep(network, reference, tmp_path, world_size, batch_size):
+    """Neither the numbers nor the images."""
+    alone = sweep(network, reference, tmp_path / "alone", png=tmp_path / "alone")
 
     def work(rank, all_reduce_sum):
-        return evaluate_sweep(
-            Painter(),
-            Decoder(),
+        return sweep(
             network,
             reference,
-            omegas=[1.0],
-            rank=rank,
-            world_size=2,
-            all_reduce_sum=all_reduce_sum,
-            **SWEEP | {"batch_size": 13},
+            tmp_path / "work",
+            png=tmp_path / "png",
+            writers=2,
+            batch_size=batch_size,
+            peers=Peers(rank, world_size, all_reduce_sum),
         )
 
-    first, second = run_ranks(2, work)
-    assert first == second
-    assert first["best"]["accuracy"] == alone["best"]["accuracy"]
-    assert first["best"]["fid"] == pytest.approx(alone["best"]["fid"], rel=1e-9)
-    assert alone["floor"] is None
+    results = run_ranks(world_size, work)
+    assert all(result == results[0] for result in results)
+    for entry, expected in zip(results[0], alone, strict=True):
+        assert entry.keys() == expected.keys()
+        for name in entry.keys() - {"dir"}:
+            assert entry[name] == pytest.approx(expected[name], rel=1e-6), name
+    for name in ("gen_omega_1", "gen_omega_1.5"):
+        files = sorted((tmp_path / "alone" / name).glob("*.png"))
+        assert len(files) == 60
+        for file in files:
+            pixels = (
+                np.asarray(Image.open(path / name / file.name))
+                for path in (tmp_path / "png", tmp_path / "alone")
+            )
+            assert np.array_equal(*pixels)
 
 
-def test_an_interrupted_sweep_goes_on(network):
-    reference = real_statistics(Source(60, seed=1), network, **REAL)
-    settings = {"omegas": [1.0, 1.5, 2.0], **SWEEP}
-    whole = evaluate_sweep(Painter(), Decoder(), network, reference, **settings)
-    seen = []
-    rest = evaluate_sweep(
-        Painter(),
-        Decoder(),
+def test_several_copies_are_each_loaded_once(network, reference, tmp_path):
+    class Brighter(Painter):
+        def __call__(self, noise, labels, omega, style_indices):
+            return super().__call__(noise, labels, omega, style_indices) + 0.1
+
+    loaded = []
+
+    def load(decay):
+        loaded.append(decay)
+        return {0.9: Painter, 0.99: Brighter}[decay]()
+
+    result = sweep(
+        network, reference, tmp_path / "w", load=load, ema_decays=[0.9, 0.99], png=tmp_path / "png"
+    )
+    assert [(e["ema_decay"], e["omega"]) for e in result] == [
+        (0.9, 1.0),
+        (0.9, 1.5),
+        (0.99, 1.0),
+        (0.99, 1.5),
+    ]
+    assert list(dict.fromkeys(loaded)) == [0.9, 0.99] == [k for k, _ in itertools.groupby(loaded)]
+    alone = sweep(network, reference, tmp_path / "w", load=load, ema_decays=[0.99])
+    assert [e["fid"] for e in alone] == pytest.approx([e["fid"] for e in result[2:]], rel=1e-9)
+    assert result[0]["fid"] != pytest.approx(result[2]["fid"], rel=0.01)
+    assert (tmp_path / "png/ema_0.99/gen_omega_1.5/000059.png").exists()
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_an_interrupted_sweep_goes_on_at_the_next_sample(network, reference, tmp_path):
+    """First within a point, with PNG files, then between two points."""
+    whole = sweep(network, reference, tmp_path / "whole")
+
+    class Weary(Painter):
+        left = 4
+
+        def __call__(self, *arguments):
+            self.left -= 1
+            if self.left < 0:
+                raise Interrupted
+            return super().__call__(*arguments)
+
+    with pytest.raises(Interrupted):
+        sweep(network, reference, tmp_path / "w", load=lambda decay: Weary(), png=tmp_path / "png")
+    assert len(list((tmp_path / "png/gen_omega_1").glob("*.png"))) == 32
+    assert not (tmp_path / "png/gen_omega_1/fid.json").exists()
+    (tmp_path / "png/gen_omega_1/000003.png").write_bytes(b"")
+    made, entries = [], []
+
+    class Counting(Painter):
+        def __call__(self, noise, *arguments):
+            made.append(noise)
+            return super().__call__(noise, *arguments)
+
+    rest = sweep(
         network,
         reference,
-        finished=whole["sweep"][:2],
-        on_entry=seen.append,
-        **settings,
+        tmp_path / "w",
+        load=lambda decay: Counting(),
+        png=tmp_path / "png",
+        on_entry=entries.append,
+        batch_size=11,
     )
-    assert [entry["omega"] for entry in seen] == [2.0]
-    assert rest == whole
+    # Batches of 11: what was there is not made again
+    assert len(made) == 3 + 6
+    assert [e["fid"] for e in rest] == pytest.approx([e["fid"] for e in whole], rel=1e-9)
+    assert len(list((tmp_path / "png/gen_omega_1").glob("*.png"))) == 60
+    assert json.loads((tmp_path / "png/gen_omega_1/fid.json").read_text()) == entries[0]
+
+    made.clear()
+    again = sweep(
+        network,
+        reference,
+        tmp_path / "w",
+        load=lambda decay: Counting(),
+        finished=entries[:1],
+        png=tmp_path / "png",
+    )
+    assert len(made) == 8  # of 8
+    assert again == rest
+    made.clear()
+    sweep(
+        network, reference, tmp_path / "w", load=lambda d: Counting(), finished=entries, png=tmp_path / "new"
+    )
+    assert len(made) == 16  # the numbers were known, the files were not there
 
 
-def test_without_a_classifier_there_is_no_accuracy(network):
-    network.classify = None
-    reference = real_statistics(Source(60, seed=1), network, **REAL)
-    result = evaluate_sweep(Painter(), Decoder(), network, reference, omegas=[1.0], **SWEEP)
-    assert result["best"].keys() == {"omega", "fid"}
-    assert result["classifier_accuracy_real"] is None
-
-
-def test_csv(tmp_path):
-    path = tmp_path / "sweep.csv"
-    write_sweep_csv(path, [{"omega": 1.0, "fid": 8.25, "accuracy": 0.5}, {"omega": 1.5, "fid": 7.0}])
-    assert path.read_bytes() == b"omega,fid,accuracy\n1.0,8.25,0.5\n1.5,7.0,\n"
-
-
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_the_samples_of_the_whole_sweep_are_counted(network, world_size):
+def test_the_samples_of_the_whole_sweep_are_counted(network, reference, tmp_path):
     """Of 3 strengths, the first is known already; the last batch of a process may be a smaller one."""
-    seen = [[] for _ in range(world_size)]
+    for world_size in (1, 3):
+        seen = [[] for _ in range(world_size)]
 
-    def work(rank, all_reduce_sum):
-        evaluate_sweep(
-            Painter(),
-            Decoder(),
-            network,
-            FeatureStatistics(np.zeros(7), np.eye(7)),
-            omegas=(1.0, 1.5, 2.0),
-            finished=[{"omega": 1.0, "fid": 1.0}],
-            on_images=seen[rank].append,
-            rank=rank,
-            world_size=world_size,
-            all_reduce_sum=all_reduce_sum,
-            **{**SWEEP, "images": 50},
+        def work(rank, all_reduce_sum, world_size=world_size, seen=seen):
+            sweep(
+                network,
+                reference,
+                tmp_path / "w",
+                images=50,
+                omegas=(1.0, 1.5, 2.0),
+                metrics=(),
+                finished=[{"omega": 1.0, "ema_decay": 0.9, "fid": 1.0}],
+                on_images=seen[rank].append,
+                peers=Peers(rank, world_size, all_reduce_sum),
+            )
+
+        run_ranks(world_size, work)
+        for counts in seen:
+            assert counts[0] == 50 and counts[-1] == 150
+            assert counts == sorted(counts)
+
+
+def test_what_cannot_be_measured_is_refused(network, reference, tmp_path):
+    with pytest.raises(UserError, match="5 generated"):
+        sweep(network, reference, tmp_path, images=5)
+    statistics = Reference("x.npz", "", FeatureStatistics(np.zeros(7), np.eye(7)))
+    with pytest.raises(UserError, match=r"kid, which compares single images"):
+        sweep(network, statistics, tmp_path, metrics=["kid"])
+    network.classify = None
+    with pytest.raises(UserError, match="pixels does not classify"):
+        sweep(network, reference, tmp_path, metrics=["inception_score"])
+    network.labels = False
+    (entry,) = sweep(network, statistics, tmp_path, metrics=(), omegas=[1.0])
+    assert entry.keys() == {"omega", "ema_decay", "fid"}
+
+
+def test_files_of_the_sweep(tmp_path):
+    path = tmp_path / "sweep.csv"
+    entries = [
+        {"omega": 1.0, "ema_decay": 0.9, "fid": 8.25, "accuracy": 0.5},
+        {"omega": 1.5, "ema_decay": None, "fid": 7.0, "kid": 0.25, "dir": "png/gen_omega_1.5"},
+    ]
+    write_sweep_csv(path, entries)
+    head, *rows = path.read_text().splitlines()
+    assert head == "omega,ema_decay,fid,kid,inception_score,inception_score_std,precision,recall,accuracy,dir"
+    assert rows == ["1.0,0.9,8.25,,,,,,0.5,", "1.5,,7.0,0.25,,,,,,png/gen_omega_1.5"]
+    summary = sweep_summary(
+        entries,
+        generator="artifacts/generator",
+        images=100,
+        batch_size=10,
+        workers=2,
+        mode="clean",
+        reference="val",
+        statistics="abc",
+        latent_scale_factor=0.18215,
+    )
+    assert summary["best"] == entries[1] and summary["omegas"] == [1.0, 1.5]
+    assert summary["results"] == [entries[0] | {"dir": None}, entries[1]]
+    assert (summary["num_gen"], summary["fid"]["mode"], summary["real_dir"]) == (100, "clean", "val")
+
+
+def entry_scale(reference):
+    """What a distance is large or small by: the sum of the variances."""
+    return np.trace(reference.statistics.covariance)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated", "ignore:The `disp` argument")
+@pytest.mark.parametrize("mode", ["clean", "legacy_tensorflow", "legacy_pytorch"])
+def test_distances_are_cleanfids_of_the_png_folders(tmp_path, monkeypatch, mode):
+    """With random weights in the place of Inception's, its 2048 features cut to what 60 images can fill."""
+    from cleanfid import fid as cleanfid
+    from cleanfid.inception_pytorch import InceptionV3
+    from cleanfid.inception_torchscript import InceptionV3W
+
+    file = tmp_path / "inception-2015-12-05.pt"
+    if mode == "legacy_pytorch":
+        torch.save(random_port().state_dict(), file)
+        monkeypatch.setattr(
+            inception_pytorch, "load_state_dict_from_url", lambda *a, **k: torch.load(file, weights_only=True)
         )
+        port = InceptionV3(output_blocks=[3], resize_input=False).eval()
+        whole = lambda x: port(x / 255)[0].squeeze(-1).squeeze(-1)  # noqa: E731
+    else:
+        save_inception(file)
+        whole = InceptionV3W(str(tmp_path), download=False, resize_inside=mode == "legacy_tensorflow")
+    some = torch.arange(0, 2048, 128)
+    count = 20 if mode == "legacy_pytorch" else 50  # its network is of the real size
 
-    run_ranks(world_size, work)
-    batch = SWEEP["batch_size"] * world_size
-    of_omega = [min(made, 50) for made in range(batch, 50 + batch, batch)]
-    assert seen[0] == [before + made for before in (50, 100) for made in of_omega]
+    real = tmp_path / "real"
+    real.mkdir()
+    for i, image in enumerate(np.random.default_rng(0).integers(0, 256, (count, 24, 24, 3), dtype=np.uint8)):
+        Image.fromarray(image // 2 + 60).save(real / f"{i:03d}.png")
+
+    class Noise(Painter):
+        config = type("", (), {"in_channels": 3, "input_size": 24, "style_codebooks": 1, "style_entries": 2})
+
+        def __call__(self, noise, labels, omega, style_indices):
+            return 0.4 * noise + 0.1 * omega[:, None, None, None]
+
+    network = load_feature_network("inception", mode, inception=str(file))
+    extract = network.extract
+    network.extract, network.dimension, network.classify = lambda x: extract(x)[:, some], len(some), None
+    reference = measure_images(ImageFiles(real), network, tmp_path / "cache", image_size=24, batch_size=16)
+    (entry,) = sweep(
+        network,
+        reference,
+        tmp_path / "work",
+        images=count,
+        omegas=[1.5],
+        metrics=["kid"],
+        png=tmp_path / "png",
+        load=lambda decay: Noise(),
+    )
+    folders = str(real), str(tmp_path / "png/gen_omega_1.5")
+    arguments = {
+        "mode": mode,
+        "num_workers": 0,
+        "batch_size": 16,
+        "device": torch.device("cpu"),
+        "verbose": False,
+    }
+
+    def extractor(x):
+        return whole(x)[:, some]
+
+    expected = cleanfid.compute_fid(*folders, custom_feat_extractor=extractor, **arguments)
+    assert entry["fid"] == pytest.approx(expected, rel=1e-4)
+    assert expected > 0.001 * entry_scale(reference)
+    monkeypatch.setattr(cleanfid, "build_feature_extractor", lambda *args, **kwargs: extractor)
+    np.random.seed(derive_seed(5, "fid/kid") % 2**32)
+    expected = cleanfid.compute_kid(*folders, **arguments)
+    assert entry["kid"] == pytest.approx(expected, rel=1e-4)

@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from drift.evaluation.pictures import class_rows, image_grid, save_png
+from drift.evaluation.pictures import class_rows, image_grid, omega_columns, save_png
+from drift.evaluation.sample import ImageDecoder
 
 
 @pytest.fixture
@@ -51,28 +52,62 @@ def test_png_has_the_pixels_and_no_date(images, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"one.png", "two.png"}
 
 
-def test_class_rows_share_noise_down_a_column():
-    class Decoder:
-        def decode(self, latents):
-            return latents
+def test_column_labels_stand_above_their_columns(images):
+    images = images.repeat(8, axis=1).repeat(8, axis=2)
+    plain = np.asarray(image_grid(images, columns=3))
+    labelled = np.asarray(image_grid(images, columns=3, column_labels=["", "w 2", ""], row_labels=["a", "b"]))
+    top, left = (labelled.shape[i] - plain.shape[i] for i in (0, 1))
+    assert top > 8
+    assert np.array_equal(labelled[top:, left:], plain)
+    ink = np.flatnonzero((labelled[:top] < 128).any((0, 2))) - left
+    middle = 2 + 50 + 24  # of the second column
+    assert len(ink) and abs((ink.min() + ink.max()) / 2 - middle) < 4
 
-    class Stripes:
-        """Red tells the class, green the noise, blue the style index and omega."""
 
-        config = SimpleNamespace(in_channels=3, input_size=16, style_codebooks=1, style_entries=5)
+class Decoder:
+    def decode(self, latents):
+        return latents
 
-        def __call__(self, noise, labels, omega, style_indices):
-            levels = torch.stack([labels / 10, noise.mean((1, 2, 3)), style_indices[:, 0] / 10 * omega], 1)
-            return levels[:, :, None, None].expand(-1, 3, 16, 16)
 
-    classes, columns, pad, side = [7, 2, 5], 4, 2, 64
-    arguments = (Stripes(), Decoder(), classes, columns)
-    picture = class_rows(*arguments, 1.5, 0, batch_size=5)
+class Stripes:
+    """Red tells the class, green the noise, blue the style index and omega."""
+
+    config = SimpleNamespace(in_channels=3, input_size=16, style_codebooks=1, style_entries=5)
+
+    def __call__(self, noise, labels, omega, style_indices):
+        levels = torch.stack([labels / 10, noise.mean((1, 2, 3)), style_indices[:, 0] / 10 * omega / 4], 1)
+        return levels[:, :, None, None].expand(-1, 3, 16, 16)
+
+
+def centres(picture, rows, columns, pad=2, side=64):
+    """Colours `[rows, columns, RGB]` in the middle of each image of a grid with labels."""
     pixels = np.asarray(picture)
-    pixels = pixels[:, pixels.shape[1] - columns * (side + pad) - pad :]  # without the labels
-    centres = pixels[pad + side // 2 :: side + pad, pad + side // 2 :: side + pad]  # [rows, columns, RGB]
-    assert centres.shape == (3, 4, 3)
-    assert (centres[..., 0] == np.rint(127.5 + 127.5 * np.array(classes)[:, None] / 10)).all()
-    assert (centres[..., 1:] == centres[:1, :, 1:]).all()
-    assert len(np.unique(centres[0, :, 1])) == columns
-    assert np.array_equal(np.asarray(class_rows(*arguments, 1.5, 0, batch_size=12)), np.asarray(picture))
+    pixels = pixels[
+        pixels.shape[0] - rows * (side + pad) - pad :, pixels.shape[1] - columns * (side + pad) - pad :
+    ]
+    return pixels[pad + side // 2 :: side + pad, pad + side // 2 :: side + pad]
+
+
+def test_class_rows_share_noise_down_a_column():
+    classes, columns = [7, 2, 5], 4
+    arguments = (Stripes(), ImageDecoder(Decoder(), 5), classes, columns, 1.5, 0)
+    picture = class_rows(*arguments, batch_size=5, names="abc")
+    found = centres(picture, 3, columns)
+    assert found.shape == (3, 4, 3)
+    assert (found[..., 0] == np.rint(127.5 + 127.5 * np.array(classes)[:, None] / 10)).all()
+    assert (found[..., 1:] == found[:1, :, 1:]).all()
+    assert len(np.unique(found[0, :, 1])) == columns
+    again = class_rows(*arguments, batch_size=12, names="abc")
+    assert np.array_equal(np.asarray(again), np.asarray(picture))
+
+
+def test_omega_columns_share_all_noise():
+    classes, omegas = [7, 2], [1.0, 2.0, 4.0]
+    picture = omega_columns(
+        Stripes(), ImageDecoder(Decoder(), 5), classes, omegas, 3, batch_size=4, names="ab"
+    )
+    found = centres(picture, 2, 3)
+    assert (found[..., 0] == np.rint(127.5 + 127.5 * np.array(classes)[:, None] / 10)).all()
+    assert len(np.unique(found[..., 1])) == 1
+    blue = (found[0, :, 2] / 127.5 - 1) / np.array(omegas)
+    assert blue[0] > 0 and np.ptp(blue) < 0.02

@@ -1,0 +1,1 @@
+"""What the command `drift` can do: one module per subcommand, whose `add` describes and runs it."""

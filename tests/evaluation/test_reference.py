@@ -1,0 +1,244 @@
+import threading
+
+import numpy as np
+import pytest
+import torch
+from painting import Source, flat, pixel_network
+from PIL import Image
+from standins import run_ranks
+
+from drift.data.images import ImageFiles, open_images
+from drift.errors import UserError
+from drift.evaluation import reference as module
+from drift.evaluation.moments import trace_by_eigenvalues
+from drift.evaluation.reference import (
+    FeatureStatistics,
+    Peers,
+    Reference,
+    load_statistics,
+    measure_images,
+    open_reference,
+    self_test,
+)
+
+REAL = {"image_size": 4, "batch_size": 7}
+
+
+@pytest.fixture
+def network():
+    return pixel_network()
+
+
+def test_statistics_of_real_images_are_numpys(network, tmp_path):
+    source = Source(50, seed=0)
+    source.labels[7] = 0  # looks like class 1
+    found = measure_images(source, network, tmp_path, workers=3, **REAL)
+    pixels = flat(source.images)
+    np.testing.assert_allclose(found.statistics.mean, pixels.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(found.statistics.covariance, np.cov(pixels, rowvar=False), rtol=1e-10)
+    assert (found.statistics.accuracy, found.statistics.count) == (49 / 50, 50)
+    assert np.array_equal(found.features[:], pixels.astype(np.float32))
+
+
+def test_part_of_the_real_images(network, tmp_path):
+    def mean(images, seed, folder, **changes):
+        source = Source(50, seed=0)
+        found = measure_images(source, network, tmp_path / folder, images=images, seed=seed, **REAL | changes)
+        return found.statistics.mean
+
+    some = mean(20, 1, "a")
+    np.testing.assert_allclose(mean(20, 1, "b", batch_size=3), some, rtol=1e-12)
+    assert not np.allclose(mean(20, 2, "a"), some)
+    np.testing.assert_allclose(mean(5000, 1, "a"), flat(Source(50, seed=0).images).mean(0), rtol=1e-12)
+
+
+def test_ranks_share_the_real_images(network, tmp_path):
+    alone = measure_images(Source(50, seed=0), network, tmp_path / "alone", **REAL)
+    sources = [Source(50, seed=0) for _ in range(3)]
+
+    def work(rank, all_reduce_sum):
+        peers = Peers(rank, 3, all_reduce_sum)
+        return measure_images(sources[rank], network, tmp_path / "shared", peers=peers, **REAL)
+
+    for found in run_ranks(3, work):
+        np.testing.assert_allclose(found.statistics.mean, alone.statistics.mean, rtol=1e-12)
+        np.testing.assert_allclose(found.statistics.covariance, alone.statistics.covariance, rtol=1e-10)
+        assert found.statistics.accuracy == alone.statistics.accuracy
+    assert sorted(index for source in sources for index in source.loaded) == list(range(50))
+
+
+def test_a_reference_is_measured_once_for_what_it_depends_on(network, tmp_path, monkeypatch):
+    def loaded(**changes):
+        source = Source(50, seed=0)
+        source.digest = changes.pop("digest", "d")
+        network.digest = changes.pop("network", "n")
+        measure_images(source, network, tmp_path, **REAL | changes)
+        return len(source.loaded)
+
+    assert loaded() == 50
+    assert loaded(batch_size=13) == 0
+    assert loaded(seed=3) == 0  # all of them are taken, whatever the seed
+    assert loaded(digest="other") == loaded(network="other") == loaded(image_size=3) == 50
+    assert loaded(images=20) == 20
+    monkeypatch.setattr(module, "version", lambda package: "another")
+    assert loaded() == 50
+
+
+def test_what_was_interrupted_goes_on(network, tmp_path):
+    whole = measure_images(Source(50, seed=0), network, tmp_path / "whole", **REAL)
+    source = Source(50, seed=0)
+    load = source.load
+
+    def fail(index):
+        if index == 30:
+            raise KeyboardInterrupt
+        return load(index)
+
+    source.load = fail
+    with pytest.raises(KeyboardInterrupt):
+        measure_images(source, network, tmp_path / "x", **REAL)
+    again, seen = Source(50, seed=0), []
+    found = measure_images(again, network, tmp_path / "x", on_images=seen.append, **REAL)
+    assert sorted(again.loaded) == list(range(28, 50))
+    assert seen == [35, 42, 49, 50, 50]
+    assert np.array_equal(found.statistics.covariance, whole.statistics.covariance)
+
+
+def test_another_run_that_measures_the_same_is_waited_for(network, tmp_path, capsys):
+    entered, go = threading.Event(), threading.Event()
+    first, second = Source(50, seed=0), Source(50, seed=0)
+    load = first.load
+
+    def slowly(index):
+        entered.set()
+        go.wait(30)
+        return load(index)
+
+    first.load = slowly
+    threads = [
+        threading.Thread(target=measure_images, args=(source, network, tmp_path), kwargs=REAL)
+        for source in (first, second)
+    ]
+    threads[0].start()
+    assert entered.wait(30)
+    threads[1].start()
+    while "waiting for another run" not in capsys.readouterr().out:
+        assert threads[1].is_alive()
+    go.set()
+    for thread in threads:
+        thread.join()
+    assert (len(first.loaded), len(second.loaded)) == (50, 0)
+
+
+@pytest.mark.parametrize("keys", [("mu", "sigma"), ("ref_mu", "ref_sigma")])
+def test_reference_from_npz(tmp_path, keys):
+    mu, sigma = np.arange(3.0, dtype=np.float32), np.eye(3)
+    np.savez(tmp_path / "ref.npz", **dict(zip(keys, (mu, sigma), strict=True)))
+    found = load_statistics(tmp_path / "ref.npz", 3)
+    np.testing.assert_array_equal(found.statistics.mean, mu)
+    np.testing.assert_array_equal(found.statistics.covariance, sigma)
+    assert found.statistics.mean.dtype == np.float64 and found.features is None
+
+
+def test_reference_that_does_not_fit(tmp_path):
+    path = tmp_path / "ref.npz"
+
+    def complaint(dimension=3):
+        with pytest.raises(UserError) as error:
+            load_statistics(path, dimension)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "no such file" in complaint()
+    np.savez(path, mu=np.zeros(3), cov=np.eye(3))
+    assert "mu, cov" in complaint() and "ref_sigma" in complaint()
+    np.savez(path, mu=np.zeros(3), sigma=np.eye(3))
+    assert "2048" in complaint(2048)
+    np.savez(path, mu=np.zeros(3), sigma=np.diag([1, np.nan, 1]))
+    assert "not finite" in complaint()
+    np.savez(path, mu=np.zeros(3), sigma=np.triu(np.ones((3, 3))))
+    assert "not symmetric" in complaint()
+    path.write_bytes(path.read_bytes()[:200])
+    assert "cut short" in complaint()
+
+
+def test_too_few_images(network, tmp_path):
+    with pytest.raises(UserError, match=r"7 real images of the split train.*more than 7"):
+        measure_images(Source(7, seed=0), network, tmp_path, **REAL)
+
+
+def test_a_folder_is_read_with_the_centre_crop(network, tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (12, 4, 6, 3), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        path = tmp_path / "images" / str(i % 2) / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    (tmp_path / "images/notes.txt").touch()
+    images = open_reference(str(tmp_path / "images"), "digits", None, 10)
+    assert isinstance(images, ImageFiles) and len(images) == 12
+    found = measure_images(images, network, tmp_path / "cache", **REAL)
+    order = [*range(0, 12, 2), *range(1, 12, 2)]
+    np.testing.assert_allclose(found.features[:], flat(pixels[order, :, 1:5]))
+    assert found.statistics.accuracy is None  # nobody has said what they show
+    before = images.digest
+    (tmp_path / "images/0/00.png").rename(tmp_path / "images/0/99.png")
+    assert open_reference(str(tmp_path / "images"), "digits", None, 10).digest != before
+
+
+def test_what_a_reference_may_be(tmp_path):
+    assert len(open_reference("held_out", "digits", None, 10)) == len(
+        open_images("digits", None, "held_out", 10)
+    )
+    for name, wanted in (
+        ("a/b.npz", "no such file"),
+        ("a/b", "no such folder"),
+        (f"{tmp_path}/", "no images"),
+    ):
+        with pytest.raises(UserError, match=wanted):
+            open_reference(name, "digits", None, 10)
+
+
+def test_self_test(network, tmp_path):
+    reference = measure_images(Source(60, seed=1), network, tmp_path, **REAL)
+    found = self_test(reference, seed=0)
+    assert abs(found["same"]) < 1e-5
+    assert found["shift"]["measured"] == pytest.approx(
+        np.trace(reference.statistics.covariance) / 100, rel=1e-6
+    )
+    pixels = flat(Source(60, seed=1).images)
+    # sum of squares, less the part of the mean that the unbiased covariance takes for its own
+    expected = 0.01 * ((pixels**2).sum() / 60 + np.trace(np.cov(pixels, rowvar=False)) / 60)
+    assert found["scale"]["measured"] == pytest.approx(expected, rel=1e-6)
+    assert found["halves"] > 0
+
+
+def test_halves_are_two_halves(network, tmp_path):
+    reference = measure_images(Source(60, seed=1), network, tmp_path, **REAL)
+    chosen = np.zeros(60, bool)
+    chosen[module.numpy_generator(5, "fid/halves").permutation(60)[:30]] = True
+    a, b = (reference.features[:][part].astype(np.float64) for part in (chosen, ~chosen))
+    sigma = [np.cov(x, rowvar=False) for x in (a, b)]
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(sigma[0]) + np.trace(sigma[1])
+    expected -= 2 * trace_by_eigenvalues(*sigma)
+    assert self_test(reference, seed=5)["halves"] == pytest.approx(expected, rel=1e-6)
+    assert self_test(reference, seed=6)["halves"] != pytest.approx(expected, rel=1e-3)
+
+
+def test_halves_of_too_few_images_or_of_statistics_are_unknown(network, tmp_path):
+    few = measure_images(Source(15, seed=1), network, tmp_path, **REAL)
+    assert self_test(few, seed=0)["halves"] is None
+    statistics = Reference("x.npz", "", FeatureStatistics(np.zeros(3), np.eye(3)))
+    assert self_test(statistics, seed=0)["halves"] is None
+
+
+def test_a_covariance_that_is_none_fails_the_self_test():
+    sigma = np.array([[1.0, 2.0], [2.0, 1.0]])  # symmetric, with a negative eigenvalue
+    with pytest.raises(UserError, match=r"self-test of the reference x\.npz: 'same' gives"):
+        self_test(Reference("x.npz", "", FeatureStatistics(np.zeros(2), sigma)), seed=0)
+
+
+def test_peers_wait_where_their_tensors_are():
+    seen = []
+    Peers(all_reduce_sum=seen.append, device="meta").wait()
+    assert seen[0].device == torch.device("meta")
