@@ -1,25 +1,38 @@
-"""The release's weights (JAX; `Goodeat/drifting` on the Hugging Face hub) as models of ours.
+"""Weights of others as models of ours: the release's (JAX), and the prior's encoders (PyTorch).
 
-A folder of the release holds `metadata.json` and `ema_params.msgpack`, a tree of arrays in Flax's encoding.
-Nothing in them is executed. Every array must find its place in a model of the size that the metadata tells,
-with the same shape, and every place its array.
+A folder of the release (`Goodeat/drifting` on the Hugging Face hub) holds `metadata.json` and
+`ema_params.msgpack`, a tree of arrays in Flax's encoding; the prior's `ckpt_final.pt` is read with
+`weights_only`. Nothing in them is executed. Every array must find its place in a model of the size that the
+metadata tells, with the same shape, and every place its array.
 """
 
+import dataclasses
 import json
 import mmap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import msgpack
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from drift.errors import UserError
 from drift.files import check_writable
+from drift.hub import download
 from drift.models.generator import Generator, GeneratorConfig, RMSNorm
 from drift.models.io import PretrainedModel, make_config
 from drift.models.mae import LatentMAE, MAEConfig
+from drift.models.prior_mae import PriorMAE, PriorMAEConfig
+
+HUB_ID = "Goodeat/drifting"
+RELEASES = {
+    **dict.fromkeys(("latent_L_sota", "latent_B_sota", "pixel_L_sota", "pixel_B_sota", "ablation"), "gen"),
+    **dict.fromkeys(("mae_latent_640", "mae_latent_256", "mae_pixel_640"), "mae"),
+}
+"""Names of the release's models on the hub, and of which kind they are."""
 
 _WAY_OUT = "fetch it again from the hub"
 
@@ -48,6 +61,7 @@ _GENERATOR_KEYS = {
     "noise_coords": "style_codebooks",
     "noise_classes": "style_entries",
 }
+_PRIOR_MAE_KEYS = {"in_ch": "in_channels", "base_width": "base_channels", "blocks_per_stage": "layers"}
 _GENERATOR_IGNORED = {"use_bf16", "attn_fp32", "use_remat"}
 
 
@@ -68,6 +82,102 @@ def import_release(source: str | Path, destination: str | Path) -> LatentMAE | G
         raise UserError(f"{params_path.parent}: {error}") from None
     model.save_pretrained(destination)
     return model
+
+
+def download_release(name: str, revision: str | None = None) -> Path:
+    """The folder of the release's model `name` (one of `RELEASES`), downloaded if the hub's cache lacks it.
+
+    Raises `UserError` if it cannot be had.
+    """
+    folder = f"models/{RELEASES[name]}/jax/{name}"
+    root = download(
+        HUB_ID,
+        revision,
+        [f"{folder}/*"],
+        what=f"{name}: {HUB_ID}",
+        way_out=f"get {folder}/ of it where there is a network, and name the local folder instead",
+    )
+    return root / folder
+
+
+def import_prior_mae(checkpoint: str | Path, destination: str | Path) -> PriorMAE:
+    """Write the EMA weights of the prior's MAE `checkpoint` (`ckpt_final.pt`) as a folder of ours.
+
+    Returns the model, which `LatentMAE.from_pretrained` loads from there. Raises `UserError` if the file is
+    missing, damaged or another's, if it does not hold exactly the parameters of its `mae_cfg`, or if
+    `destination` cannot be written.
+    """
+    checkpoint = Path(checkpoint)
+    content = _load_checkpoint(checkpoint)
+    try:
+        config, shadow = dict(content["mae_cfg"]), dict(content["ema"]["shadow"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{checkpoint}: has no mae_cfg and ema.shadow, so it is not an MAE checkpoint of the prior; name "
+            "its ckpt_final.pt"
+        ) from None
+    check_writable(destination)
+    try:
+        model = convert_prior_mae(shadow, config)
+    except UserError as error:
+        raise UserError(f"{checkpoint}: {error}") from None
+    model.save_pretrained(destination)
+    return model
+
+
+def convert_prior_mae(shadow: Mapping[str, Tensor], mae_cfg: Mapping[str, Any]) -> PriorMAE:
+    """A PriorMAE in evaluation mode from the prior's `mae_cfg` and its weights by name.
+
+    Raises `UserError` naming the first key or weight that does not fit.
+    """
+    values = _translate(mae_cfg, _PRIOR_MAE_KEYS, {"conv1_stride": 1}, set(), "mae_cfg")
+    defaults = dataclasses.asdict(PriorMAEConfig())
+    layers = values["layers"]
+    values["layers"] = list(layers) if isinstance(layers, tuple) else layers
+    model = PriorMAE.uninitialized(make_config(PriorMAEConfig, {**_as_json(defaults), **values}))
+    encoder, decoder = model.encoder, model.decoder
+    modules: dict[str, nn.Module] = {
+        "encoder.conv1": encoder.stem.conv,
+        "encoder.gn1": encoder.stem.norm,
+        "decoder.init.0": decoder.bridge.conv,
+        "decoder.init.1": decoder.bridge.norm,
+        "decoder.out": decoder.head,
+    }
+    for s, blocks in enumerate(encoder.stages, start=1):
+        for b, block in enumerate(blocks):
+            path = f"encoder.stage{s}.{b}"
+            modules[f"{path}.conv1"], modules[f"{path}.gn1"] = block.conv1, block.norm1
+            modules[f"{path}.conv2"], modules[f"{path}.gn2"] = block.conv2, block.norm2
+            if block.shortcut is not None:
+                modules[f"{path}.down.0"], modules[f"{path}.down.1"] = block.shortcut
+    for number, up in zip((3, 2, 1), decoder.ups, strict=True):
+        modules[f"decoder.up{number}.conv1"], modules[f"decoder.up{number}.gn1"] = up.proj.conv, up.proj.norm
+        modules[f"decoder.up{number}.conv2"] = up.refine.conv
+        modules[f"decoder.up{number}.gn2"] = up.refine.norm
+    views = {f"{path}.{name}": value for path, m in modules.items() for name, value in m.named_parameters()}
+    _fill(model, views, {name: value.float().numpy() for name, value in shadow.items()}, "mae_cfg")
+    return model.eval()
+
+
+def _load_checkpoint(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file; name the prior's ckpt_final.pt")
+    try:
+        # Mapped, since the optimizer's state in it is twice as large as the weights that are read
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UnpicklingError:
+        raise UserError(
+            f"{path}: damaged, or holds objects that only executing code from it would load, which is not "
+            "done; get a fresh copy, or save its 'ema' and 'mae_cfg' alone where you trust it"
+        ) from None
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: damaged, or no checkpoint ({reason}); get a fresh copy") from None
+    return content if isinstance(content, Mapping) else {}
+
+
+def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
 def convert_mae(params: Mapping[str, np.ndarray], model_config: Mapping[str, Any]) -> LatentMAE:
@@ -184,20 +294,23 @@ def _read_metadata(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _translate(
-    model_config: Mapping[str, Any], keys: Mapping[str, str], required: Mapping[str, Any], ignored: set[str]
+    model_config: Mapping[str, Any],
+    keys: Mapping[str, str],
+    required: Mapping[str, Any],
+    ignored: set[str],
+    name: str = "model_config",
 ) -> dict[str, Any]:
-    """The values of the release's `model_config` under our names."""
+    """The values of another's config, which has the name `name` there, under our names."""
     needed = keys.keys() | required.keys()
     for key in sorted(model_config.keys() - needed - ignored):
         raise UserError(
-            f"model_config has the unknown key {key}, which may change the model; "
-            "take it out of metadata.json if it does not"
+            f"{name} has the unknown key {key}, which may change the model; take it out there if it does not"
         )
     for key in sorted(needed - model_config.keys()):
-        raise UserError(f"model_config lacks the key {key}; {_WAY_OUT}")
+        raise UserError(f"{name} lacks the key {key}; {_WAY_OUT}")
     for key, value in required.items():
         if model_config[key] != value:
-            raise UserError(f"model_config has {key} = {model_config[key]!r}; only {value!r} can be imported")
+            raise UserError(f"{name} has {key} = {model_config[key]!r}; only {value!r} can be imported")
     return {ours: model_config[theirs] for theirs, ours in keys.items()}
 
 
@@ -221,15 +334,20 @@ def _views(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     return views
 
 
-def _fill(model: PretrainedModel, views: Mapping[str, Tensor], params: Mapping[str, np.ndarray]) -> None:
+def _fill(
+    model: PretrainedModel,
+    views: Mapping[str, Tensor],
+    params: Mapping[str, np.ndarray],
+    config: str = "model_config",
+) -> None:
     """Write `params` through `views` of the parameters of `model`, each exactly once."""
     assert sum(view.numel() for view in views.values()) == sum(p.numel() for p in model.parameters())
     for path in sorted(views.keys() | params.keys()):
         found, wanted = (list(side[path].shape) if path in side else "absent" for side in (params, views))
         if found != wanted:
             raise UserError(
-                f"parameter {path} is {found} where model_config makes it {wanted}; metadata.json and "
-                f"weights are not of one model: {_WAY_OUT}"
+                f"parameter {path} is {found} where {config} makes it {wanted}; they are not of one model: "
+                f"{_WAY_OUT}"
             )
         if not np.issubdtype(params[path].dtype, np.floating):
             raise UserError(

@@ -4,12 +4,15 @@ SIGTERM and SIGINT (Ctrl-C): finish the step, write a checkpoint, end with code 
 SIGUSR1: write a checkpoint and go on.
 """
 
+import ctypes
 import signal
+import sys
 from types import FrameType, TracebackType
 from typing import NamedTuple
 
 STOP = (signal.SIGTERM, signal.SIGINT)
 SAVE = signal.SIGUSR1
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Asked(NamedTuple):
@@ -47,3 +50,9 @@ class Signals:
         """What has come in; a request to save is forgotten by being looked at, one to stop is not."""
         asked, self._save = Asked(self._stop, self._save), False
         return asked
+
+
+def when_parent_ends(number: int = signal.SIGTERM) -> None:
+    """Let the kernel send this process a signal once the one that has started it is gone (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)

@@ -1,9 +1,10 @@
-"""mae: latents of the augmented view -> the frozen feature encoder of the drifting loss.
+"""mae: latents -> the frozen feature encoder of the drifting loss, trained or taken from `mae.source`.
 
     python -m stages.mae --latents artifacts/latents/augmented --out artifacts/mae
 
 Writes OUT/config.json, model.safetensors (EMA weights), settings.yaml and logs.jsonl, and for DVC's plots the
-training curve and the error on held-out images. A run that was killed goes on from its last checkpoint.
+training curve and the error on held-out images. A run that was killed goes on from its last checkpoint. With
+`mae.source`, nothing is trained: the encoder there becomes OUT, and its error on the latents is measured.
 """
 
 import sys
@@ -11,19 +12,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from drift.data.latents import LatentStore
-from drift.files import check_writable
+from drift.files import check_writable, sha256
 from drift.launch import join, run_stage, spawn, stage_parser, wanted_processes
 from drift.params import load_settings
 from drift.training.export import export_run
 from drift.training.inputs import check_latents
-from drift.training.mae import HELD_OUT_COLUMNS, PLOT_COLUMNS, mae_config, train_mae
+from drift.training.mae import (
+    HELD_OUT_COLUMNS,
+    PLOT_COLUMNS,
+    adopt_encoder,
+    mae_config,
+    open_encoder,
+    train_mae,
+)
 from drift.work import Work
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = stage_parser(__doc__)
-    parser.add_argument("--latents", type=Path, required=True, help="folder of the augmented latents")
+    parser.add_argument("--latents", type=Path, required=True, help="folder of the latents")
     parser.add_argument("--out", type=Path, required=True, help="folder of the MAE")
     parser.add_argument("--plot", type=Path, default=Path("plots/mae_training.csv"))
     parser.add_argument("--held-out-plot", type=Path, default=Path("plots/mae_held_out.csv"))
@@ -35,33 +43,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in (args.plot, args.held_out_plot):
         check_writable(path.parent)
     store = LatentStore.open(args.latents)
-    check_latents(store, settings, "augmented")
-    mae_config(settings.mae, store)
+    check_latents(store, settings, settings.mae.view)
+    plots = {args.plot: PLOT_COLUMNS, args.held_out_plot: HELD_OUT_COLUMNS}
+    decides = {"seed": settings.seed, "latents": store.digest}
+    source = settings.mae.source
+    if source is None:
+        mae_config(settings.mae, store)
+        decides["mae"] = settings.mae.model_dump(mode="json")
+    else:
+        encoder = open_encoder(source, store)
+        files = {name: sha256(Path(source, name)) for name in ("config.json", "model.safetensors")}
+        decides["mae"] = {"source": source, **files}
     code = spawn("stages.mae", argv, wanted_processes(args.nproc, hardware.processes))
     if code is not None:
         return code
 
-    decides = {
-        "seed": settings.seed,
-        "mae": settings.mae.model_dump(mode="json"),
-        "latents": store.digest,
-    }
     with (
         join(hardware.time_limit) as ranks,
         Work("mae", decides, fresh=args.fresh, first=ranks.first) as work,
     ):
         ranks.barrier()
-        model, emas = train_mae(
-            store,
-            settings.mae,
-            seed=settings.seed,
-            hardware=hardware,
-            ranks=ranks,
-            folder=work.folder,
-        )
-        if ranks.first:
-            plots = {args.plot: PLOT_COLUMNS, args.held_out_plot: HELD_OUT_COLUMNS}
-            export = export_run(model, emas, work.folder, plots)
+        common = {"seed": settings.seed, "hardware": hardware, "ranks": ranks, "folder": work.folder}
+        if source is None:
+            model, emas = train_mae(store, settings.mae, **common)
+            export = export_run(model, emas, work.folder, plots) if ranks.first else None
+        else:
+            export = adopt_encoder(encoder, Path(source), store, settings.mae, plots, **common)
+        if export is not None:
             work.publish(export, args.out, precision=hardware.precision)
     return 0
 

@@ -5,8 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+from imports import ROOT
 
 from drift import cli
 from drift.errors import UserError
@@ -116,8 +119,32 @@ def test_a_mistake_of_the_user_is_one_line_and_a_bug_keeps_its_traceback(monkeyp
         fail(ZeroDivisionError())
 
 
+def test_fid_selftest_tells_what_it_found_and_refuses_what_is_wrong(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("DRIFT_WORK_DIR", str(tmp_path / "work"))
+    arguments = ["fid-selftest", "--params", "presets/digits.yaml"]
+    assert cli.main(arguments) == 0
+    lines = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
+    assert "360 images" in lines["reference"]
+    assert abs(float(lines["itself"].split(",")[0])) < 1e-6
+    for name in ("moved", "scaled"):
+        measured, expected = lines[name].split(", expected ")
+        assert float(measured) == pytest.approx(float(expected), rel=1e-6)
+    assert float(lines["floor"]) > 0
+
+    broken = np.eye(64)
+    broken[0, 1] = broken[1, 0] = 3
+    np.savez(tmp_path / "broken.npz", mu=np.zeros(64), sigma=broken)
+    settings = Path("presets/digits.yaml").read_text()
+    settings = settings.replace("reference: held_out", f"reference: {tmp_path}/broken.npz")
+    (tmp_path / "params.yaml").write_text(settings.replace("[kid, inception_score, precision_recall]", "[]"))
+    assert cli.main(["fid-selftest", "--params", str(tmp_path / "params.yaml")]) == 2
+    assert "broken.npz: 'same' gives" in capsys.readouterr().err
+
+
 def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(["--help"])
     assert caught.value.code == 0
-    assert all(name in capsys.readouterr().out for name in cli._COMMANDS)
+    said = capsys.readouterr().out
+    assert all(name in said for name in cli._COMMANDS)

@@ -189,12 +189,17 @@ class LatentReader:
         Raises `UserError` as `LatentStore.read` does.
         """
         fetched = torch.from_numpy(indices) if self._held is not None else self._store.read(indices)
-        return fetched.pin_memory() if self._device.type == "cuda" else fetched
+        return pinned(fetched, self._device)
 
     def place(self, fetched: torch.Tensor) -> torch.Tensor:
         """Latents of what was fetched on the device: float32 `[*indices.shape, C, H, W]`."""
         fetched = fetched.to(self._device, non_blocking=True)
         return (fetched if self._held is None else self._held[fetched]).float()
+
+
+def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor in memory from which it gets to `device` while both go on with their work."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def write_latents(

@@ -32,6 +32,16 @@ class PretrainedModel(nn.Module):
         super().__init__()
         self.config = config
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.parameters()).dtype
+
     def save_pretrained(self, folder: str | Path, weights: str = "model") -> None:
         """Write `config.json` and `<weights>.safetensors` into `folder`, which is made if it is missing.
 
@@ -57,10 +67,15 @@ class PretrainedModel(nn.Module):
                 f"{folder}: there is no such folder; name the folder of a {cls.__name__}, which a stage or "
                 "save_pretrained has written"
             )
-        config = _read_config(folder / CONFIG_FILE, cls)
-        model = cls.uninitialized(config)
+        found, config = _read_config(folder / CONFIG_FILE, cls)
+        model = found.uninitialized(config)
         model.load_state_dict(_read_weights(folder / f"{weights}.safetensors", model.state_dict()))
         return model.eval()
+
+    @classmethod
+    def variants(cls) -> dict[str, type[Self]]:
+        """The classes that `from_pretrained` may give, by the name that their `config.json` has."""
+        return {cls.__name__: cls}
 
     @classmethod
     def uninitialized(cls, config: Any) -> Self:
@@ -103,17 +118,19 @@ def _fits(value: Any, hint: Any) -> bool:
     return type(value) in ((int, float) if hint is float else (hint,))
 
 
-def _read_config(path: Path, cls: type[PretrainedModel]) -> Any:
+def _read_config(path: Path, cls: type[PretrainedModel]) -> tuple[type[PretrainedModel], Any]:
+    """The variant of `cls` that a config is of, and the config."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {_WAY_OUT}") from None
     except ValueError as error:
         raise UserError(f"{path}: damaged, not JSON ({error}); {_WAY_OUT}") from None
-    if not isinstance(values, dict) or values.pop("model", None) != cls.__name__:
+    found = cls.variants().get(values.pop("model", None)) if isinstance(values, dict) else None
+    if found is None:
         raise UserError(f"{path}: not the config of a {cls.__name__}; name the folder of one")
     try:
-        return make_config(cls.config_class, values)
+        return found, make_config(found.config_class, values)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from drift.errors import UserError
+from drift.hub import download
 from drift.torchvision_shim import ensure_torchvision
 
 if TYPE_CHECKING:
@@ -119,8 +120,14 @@ class VAE(nn.Module):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents `[B, C, h, w]` -> float32 images around [-1, 1], `[B, 3, H, W]`; see `to_uint8`."""
-        z = latents.to(self.device, torch.float32) / self.scaling_factor + self.shift_factor
-        return self.model.decode(z).sample
+        return decode_latents(self.model, latents)
+
+
+def decode_latents(model: "AutoencoderKL", latents: Tensor) -> Tensor:
+    """Latents `[B, C, h, w]` -> images around [-1, 1], `[B, 3, H, W]`, in the precision of `model`."""
+    config = model.config
+    z = latents.to(model.device, torch.float32) / config.scaling_factor + (config.shift_factor or 0.0)
+    return model.decode(z.to(model.dtype)).sample
 
 
 def known_scaling_factor(source: str | Path, revision: str | None = None) -> float | None:
@@ -145,19 +152,14 @@ def known_scaling_factor(source: str | Path, revision: str | None = None) -> flo
 
 def _download(source: str, revision: str | None) -> Path:
     """The folder of the hub's cache that holds the VAE `source`, downloaded if it is not there."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        # Not diffusers' own downloader, which retries for half a minute where there is no network
-        folder = snapshot_download(source, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE])
-    except Exception as error:  # of any type: the hub's client lets through those of its HTTP library
-        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-        at = f" at revision {revision}" if revision else ""
-        raise UserError(
-            f"VAE {source}: is not a local folder, and cannot be had from the Hugging Face hub{at} "
-            f"({reason}); put its {CONFIG_FILE} and {WEIGHTS_FILE} into a folder and name that"
-        ) from None
-    return Path(folder)
+    # Not by diffusers' own downloader, which retries for half a minute where there is no network
+    return download(
+        source,
+        revision,
+        [CONFIG_FILE, WEIGHTS_FILE],
+        what=f"VAE {source}: is not a local folder, and",
+        way_out=f"put its {CONFIG_FILE} and {WEIGHTS_FILE} into a folder and name that",
+    )
 
 
 def _load(source: str, folder: Path) -> "AutoencoderKL":
