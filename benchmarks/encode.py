@@ -3,16 +3,15 @@
     python -m benchmarks.encode [--images ROOT] [--vae FOLDER] [--device cuda] [--json benchmarks/encode.json]
 
 "both" is `encode_view` from start to finish, files included; "decode" is the same with a network that does
-nothing; "VAE" is the network on pictures that lie in memory, after a first batch whose extra time is the
-warm-up. The share is that of "both" in the slower of the two: 1 where they overlap fully, less where they
-compete for cores or the run is too short for its start. Images are the first of ROOT/train, or without
---images synthetic ones of ImageNet's usual size.
+nothing; "VAE" is the network on pictures that lie in its device's memory, after a first batch whose extra
+time is the warm-up. "of VAE" is the ratio of "both" to the network alone; "of slower" that to the slower of
+the two: 1 where they overlap fully, less where they compete for cores or the run is too short for its start.
+Images are the first of ROOT/train, or without --images synthetic ones of ImageNet's usual size.
 """
 
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -24,6 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.timing import call_seconds, machine
 from drift.data.images import FolderImages
 from drift.encoding import encode_view
 from drift.models.vae import VAE
@@ -93,17 +93,14 @@ def encode_rate(source: Images, vae: VAE | NoNetwork, workers: int, args: argpar
 
 def vae_rate(vae: VAE, per_image: int, args: argparse.Namespace) -> tuple[float, float]:
     """Images per second of the network, and the seconds that the first batch takes longer than others."""
-    pictures = torch.randint(256, (args.batch, args.image_size, args.image_size, 3), dtype=torch.uint8)
-    seconds = []
-    for _ in range(1 + VAE_BATCHES):
-        start = time.perf_counter()
-        vae.moments(pictures)[0].cpu()
-        seconds.append(time.perf_counter() - start)
+    shape = (args.batch, args.image_size, args.image_size, 3)
+    pictures = torch.randint(256, shape, dtype=torch.uint8, device=vae.device)
+    seconds = call_seconds(lambda: vae.moments(pictures), vae.device, 1 + VAE_BATCHES)
     steady = statistics.median(seconds[1:])
     return args.batch / per_image / steady, seconds[0] - steady
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -117,12 +114,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="hardware.encode_batch")
     parser.add_argument("--workers", type=int, nargs="+", help="counts (0, 1, 2, 4 ... up to the cores)")
     parser.add_argument("--json", type=Path, help="where to write all figures")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     cores = os.cpu_count() or 1
     workers = args.workers or [0, *(2**n for n in range(cores.bit_length()) if 2**n <= cores)]
-    cpu = args.device == "cpu"
-    machine = platform.processor() or platform.machine() if cpu else torch.cuda.get_device_name(args.device)
+    facts = machine(torch.device(args.device))
     vae = VAE.from_pretrained(args.vae, device=args.device)
     with ExitStack() as stack:
         if args.images is None:
@@ -131,24 +127,24 @@ def main() -> None:
         source = Images(args.images, args.count)
         sizes = [Path(source.name(index)).stat().st_size for index in range(len(source))]
         print(
-            f"{machine}, {cores} cores, torch {torch.__version__}; {len(source)} files of "
+            f"{facts['device']}, {cores} cores, torch {facts['torch']}; {len(source)} files of "
             f"{statistics.mean(sizes) / 1000:.0f} KB, {args.view} at {args.image_size}, batch {args.batch}"
         )
         network, warm_up = vae_rate(vae, args.crops if args.view == "augmented" else 1, args)
         print(f"VAE alone {network:.1f} images/s; its first batch takes {warm_up:.2f} s longer")
-        print(f"{'workers':>7} {'decode':>12} {'both':>12} {'share':>6}")
+        print(f"{'workers':>7} {'decode':>13} {'both':>12} {'of VAE':>7} {'of slower':>9}")
         rows = []
         for count in workers:
             decode = encode_rate(source, NoNetwork(vae), count, args)
             both = encode_rate(source, vae, count, args)
-            row = {"workers": count, "decode": decode, "both": both, "share": both / min(decode, network)}
+            row = {"workers": count, "decode": decode, "both": both}
+            row |= {"of_vae": both / network, "share": both / min(decode, network)}
             rows.append(row)
-            print(f"{count:7} {decode:8.1f} im/s {both:7.1f} im/s {row['share']:6.2f}", flush=True)
+            print(f"{count:7} {decode:8.1f} im/s {both:7.1f} im/s {row['of_vae']:7.2f} {row['share']:9.2f}",
+                  flush=True)  # fmt: skip
     if args.json:
         content = {
-            "device": machine,
-            "cores": cores,
-            "torch": torch.__version__,
+            **facts,
             "vae": args.vae,
             "images": len(source),
             "mean_bytes": statistics.mean(sizes),
@@ -159,6 +155,7 @@ def main() -> None:
             "vae_warm_up_s": warm_up,
             "rows": rows,
         }
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(content, indent=1) + "\n")
         print(f"wrote {args.json}")
 

@@ -1,11 +1,13 @@
 """Speed and memory of the drifting loss against a plain one, at the shapes of a real step.
 
-    python -m benchmarks.field [--json benchmarks/field.json] [--classes 64] [--device cuda]
+    python -m benchmarks.field [--json benchmarks/field.json] [--classes 64] [--device cuda] [--impl triton]
 
 `literal` is Algorithm 2 of the paper for each class and location in turn, `vectorised` the same code for all
 locations of a class at once, both with the release's conventions; "time" is that of the value and the
-gradient, "extra" the peak of the memory beyond the inputs. All figures of a table come from one run; read the
-ratios, not the seconds. On a CPU the number of classes is scaled down to keep a row to seconds.
+gradient, "extra" the peak of the memory beyond the inputs. With `--impl triton`, `ours` is the Triton kernel,
+and `reference`, the same loss in PyTorch, is one more to compare it with. All figures of a table come from
+one run; read the ratios, not the seconds. On a CPU the number of classes is scaled down to keep a row to
+seconds.
 """
 
 import argparse
@@ -89,11 +91,19 @@ def vectorised(*inputs: Tensor) -> Tensor:
     return plain_loss(*inputs, literal=False)
 
 
-def ours(*inputs: Tensor) -> Tensor:
+def reference(*inputs: Tensor) -> Tensor:
     return drifting_loss(*inputs, FieldSettings())[0]
 
 
-IMPLEMENTATIONS: dict[str, Loss] = {"ours": ours, "vectorised": vectorised, "literal": literal}
+def in_triton(*inputs: Tensor) -> Tensor:
+    return drifting_loss(*inputs, FieldSettings(), impl="triton")[0]
+
+
+IMPLEMENTATIONS: dict[str, dict[str, Loss]] = {
+    "reference": {"ours": reference, "vectorised": vectorised, "literal": literal},
+    "triton": {"ours": in_triton, "reference": reference, "vectorised": vectorised, "literal": literal},
+}
+"""By `--impl`."""
 
 
 def draw(classes: int, locations: int, channels: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -128,16 +138,15 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def extra_bytes(name: str, classes: int, locations: int, channels: int, device: str) -> int:
+def extra_bytes(loss: Loss, classes: int, locations: int, channels: int, device: str) -> int:
     """Peak memory of one value and gradient beyond the inputs, in a process of its own on a CPU."""
     if device != "cpu":
-        return _extra_bytes(name, classes, locations, channels, device)
+        return _extra_bytes(loss, classes, locations, channels, device)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_extra_bytes, (name, classes, locations, channels, device))
+        return pool.apply(_extra_bytes, (loss, classes, locations, channels, device))
 
 
-def _extra_bytes(name: str, classes: int, locations: int, channels: int, device: str) -> int:
-    loss = IMPLEMENTATIONS[name]
+def _extra_bytes(loss: Loss, classes: int, locations: int, channels: int, device: str) -> int:
     value_and_gradient(loss, draw(1, 1, 8, device))  # libraries loaded, threads started
     inputs = draw(classes, locations, channels, device)
     if device != "cpu":
@@ -157,28 +166,29 @@ def _status(key: str) -> int:
     return int(value) * 1024
 
 
-def measure(locations: int, channels: int, classes: int, repeats: int, device: str, skip: set[str]) -> dict:
+def measure(
+    losses: dict[str, Loss], locations: int, channels: int, classes: int, repeats: int, device: str
+) -> dict:
     """One row of the table."""
     row = {"locations": locations, "channels": channels, "classes": classes}
-    names = [name for name in IMPLEMENTATIONS if name not in skip]
     inputs = draw(classes, locations, channels, device)
-    results = {name: value_and_gradient(IMPLEMENTATIONS[name], inputs) for name in names}  # and warm up
-    for name in names:
+    results = {name: value_and_gradient(loss, inputs) for name, loss in losses.items()}  # and warm up
+    for name in losses:
         for quantity, mine, theirs in zip(("value", "gradient"), results["ours"], results[name], strict=True):
             error = float((mine - theirs).norm() / theirs.norm())
             assert error < 1e-3, f"{name} at {row}: {quantity} differs by {error:.1e}"
     del results
-    times = {name: [] for name in names}
+    times = {name: [] for name in losses}
     for _ in range(repeats):  # in turn, so that a slow moment hits them all
-        for name in names:
-            times[name].append(seconds(IMPLEMENTATIONS[name], inputs))
+        for name, loss in losses.items():
+            times[name].append(seconds(loss, inputs))
     del inputs
     row["seconds"] = {name: statistics.median(t) for name, t in times.items()}
     row["extra_mib"] = {
-        name: extra_bytes(name, classes, locations, channels, device) / 2**20 for name in names
+        name: extra_bytes(loss, classes, locations, channels, device) / 2**20 for name, loss in losses.items()
     }
-    row["speedup"] = {n: row["seconds"][n] / row["seconds"]["ours"] for n in names if n != "ours"}
-    row["memory"] = {n: row["extra_mib"]["ours"] / row["extra_mib"][n] for n in names if n != "ours"}
+    row["speedup"] = {n: row["seconds"][n] / row["seconds"]["ours"] for n in losses if n != "ours"}
+    row["memory"] = {n: row["extra_mib"]["ours"] / row["extra_mib"][n] for n in losses if n != "ours"}
     return row
 
 
@@ -190,22 +200,29 @@ def main() -> None:
     parser.add_argument("--classes", type=int, help="classes per row; on a CPU as many as keep it to seconds")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--skip-literal", action="store_true", help="leave out the loop over locations")
+    parser.add_argument("--impl", choices=IMPLEMENTATIONS, default="reference", help="what is ours")
     parser.add_argument("--json", type=Path, help="where to write all figures")
     args = parser.parse_args()
 
     cpu = args.device == "cpu"
+    if args.impl == "triton" and cpu:
+        parser.error("--impl triton: allowed with --device cuda; the speed of an interpreter means nothing")
+    losses = {
+        name: loss
+        for name, loss in IMPLEMENTATIONS[args.impl].items()
+        if name != "literal" or not args.skip_literal
+    }
     machine = platform.processor() or platform.machine() if cpu else torch.cuda.get_device_name(args.device)
     print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}; N {N}, P {P}, U {U}")
     print(f"{'locations':>9} {'channels':>8} {'classes':>7} {'ours':>10} {'extra':>10}   "
-          "vectorised: time, memory   literal: time, memory")  # fmt: skip
+          + "   ".join(f"{name}: time, memory" for name in losses if name != "ours"))  # fmt: skip
     rows = []
     for locations, channels in SHAPES:
         # On a CPU so many that x has 2^24 numbers
         classes = args.classes or (
             max(1, min(CLASSES, 2**24 // (N * locations * channels))) if cpu else CLASSES
         )
-        skip = {"literal"} if args.skip_literal else set()
-        row = measure(locations, channels, classes, args.repeats, args.device, skip)
+        row = measure(losses, locations, channels, classes, args.repeats, args.device)
         rows.append(row)
         ratios = "".join(f"      {row['speedup'][n]:9.2f}x {row['memory'][n]:9.2f}" for n in row["speedup"])
         print(f"{locations:9} {channels:8} {classes:7} {row['seconds']['ours'] * 1e3:7.1f} ms "
@@ -214,6 +231,7 @@ def main() -> None:
     print("geometric mean of the speed-up: " + ", ".join(f"{n} {m:.2f}x" for n, m in means.items()))
     if args.json:
         content = {
+            "impl": args.impl,
             "device": machine,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,

@@ -6,7 +6,6 @@ Under an existing torchrun `spawn` does nothing, so `torchrun --nnodes ... -m st
 """
 
 import argparse
-import ctypes
 import errno
 import json
 import logging
@@ -26,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from drift.errors import PeerLost, Stopped, UserError
-from drift.signals import SAVE, STOP
+from drift.signals import SAVE, STOP, when_parent_ends
 from drift.sums import pairwise_sum
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 USER_ERROR, _PEER_LOST = 2, 3  # exit codes
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _SPAWNED = "DRIFT_SPAWNED"  # environment variable, for processes that `spawn` starts, with its process number
 _KILLED_BY = {
     "SIGKILL": "by hand, or by the kernel for want of memory",
@@ -236,7 +234,7 @@ def join(time_limit: float) -> Iterator[Ranks]:
         return
     if _SPAWNED in os.environ:
         # It has a session of its own, so a SIGKILL of the starter's process group would leave it at work
-        _when_parent_ends(signal.SIGKILL)
+        when_parent_ends(signal.SIGKILL)
         if os.getppid() != int(os.environ[_SPAWNED]):  # gone before that
             sys.exit(_PEER_LOST)
     local_rank, limit = int(os.environ["LOCAL_RANK"]), timedelta(minutes=time_limit)
@@ -252,12 +250,6 @@ def join(time_limit: float) -> Iterator[Ranks]:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device, control)
     finally:
         dist.destroy_process_group()
-
-
-def _when_parent_ends(number: int) -> None:
-    """Let the kernel send this process a signal once the one that has started it is gone."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def stage_parser(description: str | None) -> argparse.ArgumentParser:
@@ -284,7 +276,7 @@ def run_stage(main: Callable[[], int | None], *, memory: str = "the batch") -> N
     `memory` says what to make smaller; with 128 and its number for a signal. Bugs keep their traceback.
     """
     if "DVC_STAGE" in os.environ and _SPAWNED not in os.environ:
-        _when_parent_ends(signal.SIGTERM)  # a DVC that is killed tells its command nothing
+        when_parent_ends(signal.SIGTERM)  # a DVC that is killed tells its command nothing
     try:
         code = main() or 0
     except UserError as error:

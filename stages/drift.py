@@ -3,8 +3,8 @@
     python -m stages.drift --latents artifacts/latents/center --mae artifacts/mae --out artifacts/generator
 
 Writes OUT/config.json, model.safetensors (the first EMA; `ema_<decay>.safetensors` for the others),
-settings.yaml and logs.jsonl, and the training curve for DVC's plots. A run that was killed goes on from its
-last checkpoint.
+classes.json (their names), settings.yaml and logs.jsonl, and the training curve for DVC's plots. A run that
+was killed goes on from its last checkpoint.
 """
 
 import sys
@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from drift.data.latents import LatentStore
-from drift.files import check_writable, sha256
+from drift.files import check_writable, sha256, write_json
 from drift.launch import join, run_stage, spawn, stage_parser, wanted_processes
+from drift.models.generator import CLASSES_FILE
 from drift.models.mae import LatentMAE
 from drift.params import FIELD_KEYS, load_settings
 from drift.training.drift import plot_columns, train_generator
@@ -48,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         **{key: content[key] for key in FIELD_KEYS},
         "drift": content["drift"],
         "latents": store.digest,
+        "vae": settings.encode.vae,  # that of the latents, which decodes what the generator makes
+        "vae_revision": settings.encode.vae_revision,
         "mae": {name: sha256(args.mae / name) for name in ("config.json", "model.safetensors")},
     }
     with (
@@ -67,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         if ranks.first:
             export = export_run(model, emas, work.folder, {args.plot: plot_columns(settings.field())})
+            write_json(export / CLASSES_FILE, store.class_names)
             work.publish(export, args.out, precision=hardware.precision)
     return 0
 

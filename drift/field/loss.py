@@ -18,7 +18,7 @@ from drift.errors import UserError
 from drift.field.distance import GUARDS, feature_scale
 from drift.field.guidance import unconditional_weight
 from drift.field.problems import Chunk, Coefficients, FeatureSet, Measured
-from drift.field.settings import FieldSettings, contradiction
+from drift.field.settings import FieldImpl, FieldSettings, beyond_triton, contradiction
 
 Reduce = Callable[[Tensor], Tensor]
 """Sums a 1-D float32 tensor over the processes that share the classes of a step."""
@@ -27,6 +27,8 @@ CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 2 * 2**30}
 """Memory for one chunk: on a CPU what stays in its caches, on a GPU what keeps it busy."""
 KEEP_BYTES = {"cpu": 4 * 2**30, "cuda": 16 * 2**30}
 """Memory for what one pass over the chunks keeps for the next; beyond it, chunks are computed again."""
+AUTO_IS_TRITON = False
+"""Whether `auto` takes the Triton kernel where it can: not before it was measured to be the faster one."""
 
 
 def drifting_loss(
@@ -40,6 +42,7 @@ def drifting_loss(
     reduce: Reduce | None = None,
     chunk_bytes: int | None = None,
     keep_bytes: int | None = None,
+    impl: FieldImpl = "reference",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The drifting loss of one feature set, and what it tells about the field (paper Alg. 1, A.6).
 
@@ -63,6 +66,8 @@ def drifting_loss(
             averaged over processes (equal shares assumed) are those of one process with all classes.
         chunk_bytes, keep_bytes: memory bounds, see `CHUNK_BYTES` and `KEEP_BYTES`; they change the result
             by rounding only.
+        impl: `triton` is another way to the same numbers, up to rounding, for the settings that
+            `beyond_triton` lets pass; it has no use for those bounds. See also `takes_triton`.
 
     Returns:
         The loss and detached statistics, all over classes and locations: `loss`; `scale`, the feature scale
@@ -72,13 +77,56 @@ def drifting_loss(
         of the plan from what they should be (for `split` that of the worse plan).
 
     Raises:
-        UserError: two knobs contradict each other.
+        UserError: two knobs contradict each other, or `impl` is `triton` where that cannot be.
         ValueError: `negatives` is given without `settings.negatives: second_batch`, or missing with it.
     """
     passes = FieldPasses(
-        x, pos, uncond, omega, settings, negatives=negatives, chunk_bytes=chunk_bytes, keep_bytes=keep_bytes
+        x,
+        pos,
+        uncond,
+        omega,
+        settings,
+        negatives=negatives,
+        chunk_bytes=chunk_bytes,
+        keep_bytes=keep_bytes,
+        impl=impl,
     )
     return passes.all(reduce or (lambda sums: sums))
+
+
+def takes_triton(
+    impl: FieldImpl,
+    settings: FieldSettings,
+    device: torch.device,
+    *,
+    generated: int,
+    positives: int,
+    unconditional: int,
+) -> bool:
+    """Whether the Triton kernel is to compute such a field; tensors need not be there yet.
+
+    Raises:
+        UserError: `impl` is `triton`, and the kernel does not do this, or not here.
+    """
+    if impl == "reference" or (impl == "auto" and not AUTO_IS_TRITON):
+        return False
+    obstacle = beyond_triton(
+        settings, generated=generated, positives=positives, unconditional=unconditional
+    ) or _no_triton(device)
+    if obstacle and impl == "triton":
+        raise UserError(f"field_impl = triton: {obstacle}; set hardware.field_impl to reference")
+    return not obstacle
+
+
+def _no_triton(device: torch.device) -> str | None:
+    """Why the kernel does not run here, in part of a line."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton cannot be imported ({error})"
+    if device.type == "cuda" or triton.knobs.runtime.interpret:
+        return None
+    return f"the Triton kernel needs a CUDA device, this is {device.type}"
 
 
 class Fields(NamedTuple):
@@ -111,6 +159,7 @@ class FieldPasses:
         negatives: Tensor | None = None,
         chunk_bytes: int | None = None,
         keep_bytes: int | None = None,
+        impl: FieldImpl = "reference",
     ):
         if complaint := contradiction(settings):
             raise UserError(complaint)
@@ -137,10 +186,17 @@ class FieldPasses:
                 self._guards.squared_distance,
             )
         self._temps, self._fields = len(settings.temps), features.fields
+        self._chunks: list[_Kept] = []
+        self._triton = None
+        n, p = x.shape[1], pos.shape[1]
+        if takes_triton(impl, settings, x.device, generated=n, positives=p, unconditional=u):
+            from drift.field.triton_kernel import TritonPasses
+
+            self._triton = TritonPasses(features)
+            return
         if chunk_bytes is None:
             chunk_bytes = CHUNK_BYTES.get(self._device, CHUNK_BYTES["cuda"])
         room = KEEP_BYTES.get(self._device, KEEP_BYTES["cuda"]) if keep_bytes is None else keep_bytes
-        self._chunks = []
         for chunk in features.chunks(max(1, chunk_bytes // features.working_bytes)):
             room -= chunk.problems * features.kept_bytes
             self._chunks.append(_Kept(chunk, keep=room >= 0))
@@ -163,6 +219,8 @@ class FieldPasses:
         if self.settings.vanilla:
             return sums
         with self._in_float32():
+            if self._triton is not None:
+                return self._triton.distance_sums()
             for kept in self._chunks:
                 measured = kept.chunk.measure()
                 sums[:, kept.chunk.classes] += kept.chunk.distance_sums(measured.distances)
@@ -195,9 +253,11 @@ class FieldPasses:
         """
         with self._in_float32():
             drift = torch.empty_like(self.x)  # half the memory where the gradient is half precise
-            factors = factors.expand(len(self.x), self._fields)
+            factors = factors.expand(len(self.x), self._fields) / scale[:, None]
+            if self._triton is not None:
+                self._triton.write(drift, scale, factors)
             for kept in self._chunks:
-                kept.chunk.write(drift, kept.take(scale), factors / scale[:, None])
+                kept.chunk.write(drift, kept.take(scale), factors)
             if value is None:
                 value = torch.linalg.vector_norm(drift, dtype=torch.float32).square() / self._numel
             slope = (-2 / (scale * self._numel))[:, None, None, None]
@@ -228,6 +288,8 @@ class FieldPasses:
         classes, t = len(self.x), self._fields
         products = self.x.new_zeros(classes, t, t, dtype=torch.float32)
         neighbours, marginal_errors = self.x.new_zeros(2, t, dtype=torch.float32)
+        if self._triton is not None:
+            products, neighbours = self._triton.fields(scale)
         for kept in self._chunks:
             measured = kept.measure()
             coefficients = kept.chunk.coefficients(measured.distances, scale)

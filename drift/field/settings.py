@@ -1,6 +1,12 @@
 """The knobs of the drifting field, as one frozen object that knows nothing of files."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
+
+FieldImpl = Literal["auto", "reference", "triton"]
+"""What computes the field: `drift/field/problems.py` or `drift/field/triton_kernel.py`."""
+TRITON_VECTORS = {"generated": 64, "positives": 64, "unconditional": 32}
+"""The most for each class that the Triton kernel takes: with more, a problem does not fit on the chip."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,4 +77,25 @@ def contradiction(settings: FieldSettings) -> str | None:
             "drift_unit_vec is true with dist_metric l2_sq: unit displacements are the gradient of l2 only; "
             "use dist_metric l2 or drift_unit_vec false"
         )
+    return None
+
+
+def beyond_triton(
+    settings: FieldSettings, *, generated: int, positives: int, unconditional: int
+) -> str | None:
+    """One line about the first thing that the Triton kernel does not do; None if it does it all."""
+    for key, done in (
+        ("coupling", ("partial_two_sided", "row")),
+        ("drift_form", ("alg2_joint",)),
+        ("alg2_impl", ("logspace",)),
+        ("negatives", ("self",)),
+        ("drift_unit_vec", (False,)),
+    ):
+        if (value := getattr(settings, key)) not in done:
+            allowed = " or ".join(str(v).lower() for v in done)
+            return f"the Triton kernel does not do {key} {str(value).lower()}: allowed: {allowed}"
+    counts = {"generated": generated, "positives": positives, "unconditional": unconditional}
+    for key, most in TRITON_VECTORS.items():
+        if counts[key] > most:
+            return f"the Triton kernel does not do {counts[key]} {key} per class: allowed: at most {most}"
     return None

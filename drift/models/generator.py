@@ -15,6 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from drift.errors import UserError
 from drift.models.io import PretrainedModel, require_at_least
 
+CLASSES_FILE = "classes.json"
+"""Class names in the order of the labels, in the folder of a trained generator."""
+
 _EPS = 1e-6  # release: of every RMSNorm
 _MAX_PERIOD = 10_000.0  # release: of the omega sinusoid and of RoPE
 _OMEGA_FREQUENCIES = 128  # release: 256 sinusoids, half of them cosines
@@ -97,7 +100,7 @@ class OmegaEmbedder(nn.Module):
     def forward(self, omega: Tensor) -> Tensor:  # [B]
         angles = omega.float()[:, None] * _frequencies(_OMEGA_FREQUENCIES, omega.device)
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=1)
-        return _OMEGA_SCALE * self.norm(self.mlp(sinusoids))  # [B, D]
+        return _OMEGA_SCALE * self.norm(self.mlp(sinusoids.to(self.norm.weight.dtype)))  # [B, D]
 
 
 class StyleEmbedder(nn.Module):
@@ -278,7 +281,7 @@ class Generator(PretrainedModel):
         cond = self.class_embedding(labels) + self.omega_embedder(omega)
         if self.style_embedder is not None:
             cond = cond + self.style_embedder(style_indices)
-        return cond
+        return cond.to(self.dtype)
 
     def context(self, cond: Tensor) -> Tensor:
         """In-context conditioning tokens `[B, context_tokens, D]` from `cond [B, D]`."""

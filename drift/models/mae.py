@@ -61,10 +61,10 @@ class MAEConfig:
 class ConvNormReLU(nn.Module):
     """3x3 convolution, GroupNorm, ReLU."""
 
-    def __init__(self, in_channels: int, out_channels: int, norm_groups: int):
+    def __init__(self, in_channels: int, out_channels: int, norm_groups: int, eps: float = _EPS):
         super().__init__()
         self.conv = _conv3x3(in_channels, out_channels)
-        self.norm = _group_norm(out_channels, norm_groups)
+        self.norm = _group_norm(out_channels, norm_groups, eps)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.norm(self.conv(x)))
@@ -73,17 +73,17 @@ class ConvNormReLU(nn.Module):
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut, which is a 1x1 convolution where the shape changes."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, norm_groups: int):
+    def __init__(self, in_channels: int, out_channels: int, stride: int, norm_groups: int, eps: float = _EPS):
         super().__init__()
         self.conv1 = _conv3x3(in_channels, out_channels, stride)
-        self.norm1 = _group_norm(out_channels, norm_groups)
+        self.norm1 = _group_norm(out_channels, norm_groups, eps)
         self.conv2 = _conv3x3(out_channels, out_channels)
-        self.norm2 = _group_norm(out_channels, norm_groups)
+        self.norm2 = _group_norm(out_channels, norm_groups, eps)
         self.shortcut = None
         if stride != 1 or in_channels != out_channels:
             self.shortcut = nn.Sequential(
                 nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
-                _group_norm(out_channels, norm_groups),
+                _group_norm(out_channels, norm_groups, eps),
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -182,6 +182,13 @@ class LatentMAE(PretrainedModel):
         self.classifier = nn.Linear(8 * config.base_channels, config.num_classes)
         self.initialize_weights()
 
+    @classmethod
+    def variants(cls) -> dict[str, type["LatentMAE"]]:
+        """This class, and that of the prior's encoder."""
+        from drift.models.prior_mae import PriorMAE
+
+        return {"LatentMAE": LatentMAE, "PriorMAE": PriorMAE}
+
     def initialize_weights(self) -> None:
         """Flax's defaults, as the release trains: LeCun-normal kernels, zero biases, norms at identity."""
         for module in self.modules():
@@ -264,8 +271,8 @@ def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
 
 
-def _group_norm(channels: int, norm_groups: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(norm_groups, channels), channels, eps=_EPS)
+def _group_norm(channels: int, norm_groups: int, eps: float = _EPS) -> nn.GroupNorm:
+    return nn.GroupNorm(min(norm_groups, channels), channels, eps=eps)
 
 
 def _lecun_normal_(weight: Tensor) -> None:

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drift.data.latents import LatentReader, LatentStore
+from drift.data.latents import LatentReader, LatentStore, pinned
 from drift.data.queue import DirectSampling, SampleQueue, choose_classes
+from drift.field.loss import takes_triton
 from drift.field.settings import FieldSettings
 from drift.launch import Ranks
 from drift.models.ema import EMA
@@ -23,6 +24,7 @@ from drift.models.generator import Generator, GeneratorConfig
 from drift.models.mae import LatentMAE
 from drift.params import Drift, Hardware
 from drift.seeds import derive_seed, torch_generator
+from drift.training.compile import Compiled
 from drift.training.log import Tree
 from drift.training.loop import Backward, autocast, parts, train
 from drift.training.objective import Samples, drift_objective, mean_statistics, step_sums
@@ -87,36 +89,48 @@ def train_generator(
     """Train a Generator on `store` in the features of `encoder`, going on from `folder` if it can.
 
     Returns the generator and one EMA per decay of `options.ema_decays`. Raises `UserError` if the classes of
-    a step do not split over the processes, or a class has too few samples.
+    a step do not split over the processes, a class has too few samples, or the field cannot be computed by
+    `hardware.field_impl`.
     """
     mine = ranks.share(options.classes_per_step, "drift.classes_per_step")  # of the Nc class slots
     slots = range(mine.start, mine.stop)
+    takes_triton(
+        hardware.field_impl,
+        field,
+        ranks.device,
+        generated=options.generated,
+        positives=options.positives,
+        unconditional=options.unconditional,
+    )
     torch.manual_seed(derive_seed(seed, "drift/init"))
     config = generator_config(options, store)
     model = Generator(config).to(ranks.device)
     model.activation_checkpointing = hardware.activation_checkpointing
-    network = torch.compile(model) if hardware.compile else model
-    encoder = encoder.to(ranks.device).eval().requires_grad_(False)
+    network = Compiled(model, "generator") if hardware.compile else model
+    frozen = FrozenEncoder(encoder, ranks.device, compile=hardware.compile)
     reader = LatentReader(store, ranks.device, on_device=hardware.latents_on_device)
     real = RealSamples(store, options, seed)
     reduce = ranks.sum if ranks.world_size > 1 else None
     objective_options = {
         "drop_duplicates": options.duplicate_features == "drop",
         "feature_batch": hardware.feature_batch,
+        "field_impl": hardware.field_impl,
     }
     n = options.generated
     sample_shape = (config.in_channels, config.input_size, config.input_size)
 
-    def draw(what: str, step: int, part: slice) -> tuple[Tensor, Tensor]:
-        """Noise `[Nc N, C, H, W]` and style indices `[Nc N, S]`; each slot has its own generator."""
+    drawn = ("drift/noise", "drift/negatives") if field.negatives == "second_batch" else ("drift/noise",)
+
+    def draw(what: str, step: int) -> tuple[Tensor, Tensor]:
+        """Noise `[Nc, N, C, H, W]` and style indices `[Nc, N, S]`; each slot has its own generator."""
         noise, style = [], []
-        for slot in slots[part]:
+        for slot in slots:
             generator = torch_generator(seed, what, step, slot)
             noise.append(torch.randn(n, *sample_shape, generator=generator))
             style.append(
                 torch.randint(config.style_entries, (n, config.style_codebooks), generator=generator)
             )
-        return torch.cat(noise).to(ranks.device), torch.cat(style).to(ranks.device)
+        return pinned(torch.stack(noise), ranks.device), pinned(torch.stack(style), ranks.device)
 
     def prepare(step: int) -> _Batch:
         classes, of_class, of_any = real.draw(step, slots)
@@ -129,23 +143,27 @@ def train_generator(
             generator=torch_generator(seed, "drift/omega", step),
         )
         return _Batch(
-            torch.as_tensor(classes[mine]), omega[mine], reader.fetch(of_class), reader.fetch(of_any)
+            torch.as_tensor(classes[mine]),
+            omega[mine],
+            reader.fetch(of_class),
+            reader.fetch(of_any),
+            {what: draw(what, step) for what in drawn},
         )
 
-    def generate(what: str, step: int, batch: _Batch, part: slice) -> Tensor:
+    def generate(what: str, batch: _Batch, part: slice) -> Tensor:
         """Samples of the classes of a part `[Nc, N, C, H, W]`."""
-        noise, style = draw(what, step, part)
+        noise, style = (x[part].flatten(0, 1).to(ranks.device, non_blocking=True) for x in batch.drawn[what])
         labels, omega = (x[part].to(ranks.device).repeat_interleave(n) for x in (batch.classes, batch.omega))
         with autocast(ranks, hardware.precision):
             return network(noise, labels, omega, style).unflatten(0, (-1, n))
 
-    def samples(step: int, batch: _Batch, part: slice) -> Samples:
+    def samples(batch: _Batch, part: slice) -> Samples:
         negatives = None
         if field.negatives == "second_batch":
             with torch.no_grad():
-                negatives = generate("drift/negatives", step, batch, part)
+                negatives = generate("drift/negatives", batch, part)
         return Samples(
-            generate("drift/noise", step, batch, part),
+            generate("drift/noise", batch, part),
             reader.place(batch.positives[part]),
             reader.place(batch.unconditional[part]),
             batch.omega[part].to(ranks.device),
@@ -157,16 +175,16 @@ def train_generator(
         sums = None
         if len(passes) > 1 and field.normalization_scope == "batch":
             with torch.no_grad():
-                given = [samples(step, batch, part) for part in passes]
+                given = [samples(batch, part) for part in passes]
             with autocast(ranks, hardware.precision):
-                sums = step_sums(given, encoder, field, reduce=reduce, **objective_options)
+                sums = step_sums(given, frozen, field, reduce=reduce, **objective_options)
         gathered, shares = [], []
         for part in passes:
-            *inputs, negatives = samples(step, batch, part)
+            *inputs, negatives = samples(batch, part)
             with autocast(ranks, hardware.precision):
                 loss, statistics = drift_objective(
                     *inputs,
-                    encoder,
+                    frozen,
                     field,
                     negatives=negatives,
                     reduce=reduce,
@@ -208,6 +226,23 @@ class _Batch(NamedTuple):
     """`[Nc, P, ...]`"""
     unconditional: Tensor
     """`[Nc, U, ...]`"""
+    drawn: Mapping[str, tuple[Tensor, Tensor]]
+    """By what it is for, noise `[Nc, N, C, H, W]` and style indices `[Nc, N, S]`."""
+
+
+class FrozenEncoder:
+    """A feature encoder that learns nothing, on a device, in the memory layout that suits it."""
+
+    def __init__(self, encoder: LatentMAE, device: torch.device, *, compile: bool):
+        self._encoder = encoder.to(device).eval().requires_grad_(False)
+        self._compiled = Compiled(encoder.encode, "encoder") if compile else None
+        if compile and device.type == "cuda":
+            # Uncompiled, every GroupNorm would copy its input back to the other layout
+            encoder.to(memory_format=torch.channels_last)
+
+    def encode(self, latents: Tensor, drop_duplicates: bool = False) -> dict[str, Tensor]:
+        """As that of `LatentMAE`."""
+        return (self._compiled or self._encoder.encode)(latents, drop_duplicates=drop_duplicates)
 
 
 class RealSamples:

@@ -1,6 +1,8 @@
 """Training of the latent-MAE (paper A.3): masked reconstruction, then a short phase with a class loss."""
 
-from collections.abc import Mapping
+import json
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +13,23 @@ from torch.func import functional_call
 
 from drift.data.latents import LatentReader, LatentStore
 from drift.data.queue import batch_rows, held_out_rows
+from drift.errors import UserError
 from drift.launch import Ranks
 from drift.models.ema import EMA
+from drift.models.io import CONFIG_FILE
 from drift.models.mae import LatentMAE, MAEConfig, draw_mask
 from drift.params import Hardware, Mae
+from drift.progress import read_log
 from drift.seeds import derive_seed, torch_generator
 from drift.sums import PairwiseSum
-from drift.training.log import Tree
-from drift.training.loop import Backward, autocast, parts, train
+from drift.training.compile import Compiled
+from drift.training.log import Tree, write_plot
+from drift.training.loop import LOG_FILE, Backward, autocast, parts, train
+from drift.work import SETTINGS_FILE
 
 PLOT_COLUMNS = ("loss", "reconstruction", "accuracy", "grad_norm", "lr")
 HELD_OUT_COLUMNS = ("held_out",)
+SOURCE_IMAGES = 1000
 
 
 def mae_config(options: Mae, store: LatentStore) -> MAEConfig:
@@ -61,7 +69,7 @@ def train_mae(
     training = np.setdiff1d(np.arange(len(store)), held_out, assume_unique=True)
     torch.manual_seed(derive_seed(seed, "mae/init"))
     model = LatentMAE(mae_config(options, store)).to(ranks.device)
-    network = torch.compile(model) if hardware.compile else model
+    network = Compiled(model, "MAE") if hardware.compile else model
     grid = model.mask_grid(*store.shape[2:])
 
     def masks(*what: int | str, count: int) -> Tensor:
@@ -89,18 +97,11 @@ def train_mae(
         means = ranks.sum(*sums.total()) / options.batch_size
         return dict(zip(("loss", "reconstruction", "accuracy"), means, strict=True))
 
-    @torch.no_grad()
     def evaluate(weights: Mapping[str, Tensor]) -> Tree:
-        """Each held-out row has the same mask every time and whichever process sees it."""
-        mine = held_out[ranks.rank :: ranks.world_size]
-        total = torch.zeros((), device=ranks.device)
-        for part in parts(len(mine), hardware.mae_micro_batch or options.batch_size):
-            latents = reader.place(reader.fetch(mine[part]))
-            mask = torch.cat([masks("mae/held_out", int(row), count=1) for row in mine[part]])
-            with autocast(ranks, hardware.precision):
-                per_sample, _ = functional_call(model, dict(weights), (latents, mask.to(ranks.device)))
-            total += per_sample.sum()
-        return {"held_out": ranks.sum(total) / len(held_out)}
+        error = masked_error(
+            model, weights, reader, held_out, options, seed=seed, hardware=hardware, ranks=ranks
+        )
+        return {"held_out": error}
 
     emas = train(
         model,
@@ -117,3 +118,95 @@ def train_mae(
         evaluate_every=options.evaluate_every,
     )
     return model, emas
+
+
+@torch.no_grad()
+def masked_error(
+    model: LatentMAE,
+    weights: Mapping[str, Tensor],
+    reader: LatentReader,
+    rows: np.ndarray,
+    options: Mae,
+    *,
+    seed: int,
+    hardware: Hardware,
+    ranks: Ranks,
+) -> Tensor:
+    """Mean masked L2 per element, a scalar, of `rows` of the latents, by `model` with `weights`.
+
+    Each row has the same mask every time and whichever process sees it.
+    """
+    mine = rows[ranks.rank :: ranks.world_size]
+    total = torch.zeros((), device=ranks.device)
+    for part in parts(len(mine), hardware.mae_micro_batch or options.batch_size):
+        latents = reader.place(reader.fetch(mine[part]))
+        grid = model.mask_grid(*latents.shape[2:])
+        masks = [
+            draw_mask((1, *grid), options.mask_ratio, torch_generator(seed, "mae/held_out", int(row)))
+            for row in mine[part]
+        ]
+        with autocast(ranks, hardware.precision):
+            per_sample, _ = functional_call(
+                model, dict(weights), (latents, torch.cat(masks).to(ranks.device))
+            )
+        total += per_sample.sum()
+    return ranks.sum(total) / len(rows)
+
+
+def open_encoder(source: str, store: LatentStore) -> LatentMAE:
+    """The encoder in the folder `source`, which must be one for the latents of `store`.
+
+    Raises `UserError` if it is not there, damaged, or one for other latents.
+    """
+    if not Path(source, CONFIG_FILE).is_file():
+        raise UserError(
+            f"mae.source = {source}: there is no {CONFIG_FILE} in it; name the folder of an encoder that the "
+            "stage mae, drift import-release or drift import-prior has written"
+        )
+    model = LatentMAE.from_pretrained(source)
+    if model.config.in_channels != store.shape[1]:
+        raise UserError(
+            f"mae.source = {source}: an encoder of {model.config.in_channels} channels, but the latents in "
+            f"{store.folder} have {store.shape[1]}; name another"
+        )
+    return model
+
+
+def adopt_encoder(
+    model: LatentMAE,
+    source: Path,
+    store: LatentStore,
+    options: Mae,
+    plots: Mapping[Path, Sequence[str]],
+    *,
+    seed: int,
+    hardware: Hardware,
+    ranks: Ranks,
+    folder: Path,
+) -> Path | None:
+    """Write `folder/export` as `export_run` does, with `model` from `source` in the place of a trained one.
+
+    The log is that of the source with one line more: the error on held-out images (on `SOURCE_IMAGES`, where
+    the settings hold none out), which tells whether the encoder knows such latents. What the source says of
+    its making is kept in `source.yaml`. Returns the folder; None on every process but the first.
+    """
+    count = min(options.held_out or SOURCE_IMAGES, len(store) // store.per_image - 1)
+    rows = held_out_rows(len(store), store.per_image, count, seed)
+    model = model.to(ranks.device)
+    reader = LatentReader(store, ranks.device, on_device=False)
+    weights = model.state_dict()
+    error = masked_error(model, weights, reader, rows, options, seed=seed, hardware=hardware, ranks=ranks)
+    if not ranks.first:
+        return None
+    print(f"mae: masked error of {source} on {len(rows)} latents: {float(error):.4g}", flush=True)
+    export = folder / "export"
+    shutil.rmtree(export, ignore_errors=True)
+    model.save_pretrained(export)
+    if (made_by := source / SETTINGS_FILE).exists():
+        shutil.copyfile(made_by, export / "source.yaml")
+    log = read_log(source / LOG_FILE) if (source / LOG_FILE).exists() else []
+    lines = [*log, {"step": log[-1]["step"] if log else 0, "held_out": float(error)}]
+    (export / LOG_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for plot, columns in plots.items():
+        write_plot(export / LOG_FILE, plot, columns)
+    return export

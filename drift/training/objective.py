@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from drift.field.loss import FieldPasses, Reduce
-from drift.field.settings import FieldSettings
+from drift.field.settings import FieldImpl, FieldSettings
 from drift.sums import PairwiseSum
 
 Statistics = dict[str, dict[str, Tensor]]
@@ -55,6 +55,7 @@ def drift_objective(
     reduce: Reduce | None = None,
     drop_duplicates: bool = False,
     feature_batch: int | None = None,
+    field_impl: FieldImpl = "reference",
     sums: StepSums | None = None,
 ) -> tuple[Tensor, Statistics]:
     """Sum over feature sets of the drifting loss (paper A.5, A.6).
@@ -75,6 +76,7 @@ def drift_objective(
             release keeps them, so that those count twice.
         feature_batch: generated samples whose activations in the encoder are kept at once; beyond them, they
             are computed again in the backward pass, as many at a time. None keeps all.
+        field_impl: what computes the field, `impl` of `drifting_loss`.
         sums: `step_sums` of the step of which these are some classes.
 
     Returns:
@@ -86,7 +88,9 @@ def drift_objective(
     """
     samples = Samples(generated, positives, unconditional, omega, negatives)
     losses, statistics = [], {}
-    for name, passes in _feature_passes(samples, encoder, settings, drop_duplicates, feature_batch):
+    for name, passes in _feature_passes(
+        samples, encoder, settings, drop_duplicates, feature_batch, field_impl
+    ):
         if sums is None:
             loss, statistics[name] = passes.all(reduce or (lambda sums: sums))
         else:
@@ -106,6 +110,7 @@ def step_sums(
     reduce: Reduce | None = None,
     drop_duplicates: bool = False,
     feature_batch: int | None = None,
+    field_impl: FieldImpl = "reference",
 ) -> StepSums:
     """What `drift_objective` of each part of a step needs of all of them; for `normalization_scope: batch`.
 
@@ -119,7 +124,7 @@ def step_sums(
             answers = {
                 name: ask(name, passes)
                 for name, passes in _feature_passes(
-                    part, encoder, settings, drop_duplicates, feature_batch, 0
+                    part, encoder, settings, drop_duplicates, feature_batch, field_impl, keep_bytes=0
                 )
             }
             sums.add([torch.stack(list(answers.values()))])
@@ -156,6 +161,7 @@ def _feature_passes(
     settings: FieldSettings,
     drop_duplicates: bool,
     feature_batch: int | None,
+    field_impl: FieldImpl,
     keep_bytes: int | None = None,
 ) -> Iterator[tuple[str, FieldPasses]]:
     """Every feature set by name with its drift problems; one that was looked at makes room for the next."""
@@ -179,7 +185,16 @@ def _feature_passes(
         negatives = repelling[0] if repelling else None
         yield (
             name,
-            FieldPasses(x, pos, uncond, samples.omega, settings, negatives=negatives, keep_bytes=keep_bytes),
+            FieldPasses(
+                x,
+                pos,
+                uncond,
+                samples.omega,
+                settings,
+                negatives=negatives,
+                keep_bytes=keep_bytes,
+                impl=field_impl,
+            ),
         )
 
 

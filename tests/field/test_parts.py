@@ -11,7 +11,7 @@ CLASSES = 5
 CUTS = {"singles": [1] * 5, "uneven": [2, 3]}
 
 
-def in_parts(inputs, sizes, settings, reduce=lambda sums: sums):
+def in_parts(inputs, sizes, settings, reduce=lambda sums: sums, impl="reference"):
     """Loss, gradient and statistics from three rounds over the parts, each with passes made anew."""
     x = inputs[0].clone().requires_grad_()
     parts = list(zip(*(t.split(sizes) for t in (x, *inputs[1:])), strict=True))
@@ -19,7 +19,9 @@ def in_parts(inputs, sizes, settings, reduce=lambda sums: sums):
     def passes():
         for part, pos, uncond, omega, second in parts:
             negatives = second if settings.negatives == "second_batch" else None
-            yield FieldPasses(part, pos, uncond, omega, settings, negatives=negatives, keep_bytes=0)
+            yield FieldPasses(
+                part, pos, uncond, omega, settings, negatives=negatives, keep_bytes=0, impl=impl
+            )
 
     distances = reduce(sum(p.distance_sums().sum(dim=1) for p in passes()))
     total = reduce(sum(p.field_sums(p.scale(distances)) for p in passes()))

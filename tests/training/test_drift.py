@@ -199,3 +199,17 @@ def test_a_run_that_draws_directly_goes_on_to_the_same_bits(store, encoder, tmp_
     assert torch.equal(weights(whole), weights(resumed))
     queued, _ = train(store, encoder, FieldSettings(), tmp_path / "queued")
     assert not torch.equal(weights(whole), weights(queued))
+
+
+@pytest.mark.large
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler, which torch.compile needs on a CPU")
+def test_compiled_networks_train_alike(store, encoder, tmp_path, capsys):
+    models = [
+        train(store, encoder, FieldSettings(), tmp_path / str(compile), compile=compile)[0]
+        for compile in (False, True)
+    ]
+    assert "has failed" not in capsys.readouterr().out
+    torch.testing.assert_close(weights(models[1]), weights(models[0]), rtol=1e-3, atol=1e-4)
+    logs = [read_log(tmp_path / name / "logs.jsonl") for name in ("False", "True")]
+    for plain, compiled in zip(*logs, strict=True):
+        assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-4)
