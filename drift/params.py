@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from drift.errors import UserError
-from drift.field.settings import FieldSettings, contradiction
+from drift.field.settings import FieldImpl, FieldSettings, beyond_triton, contradiction
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 CountOrZero = Annotated[int, Field(strict=True, ge=0)]
@@ -90,6 +90,10 @@ class Optimizer(Section):
 
 
 class Mae(Optimizer):
+    source: Text | None
+    """Folder of an encoder to take as it is, from here or imported, instead of training one; null trains."""
+    view: Literal["center", "augmented"]
+    """The view that the MAE trains on: `augmented` (paper). With a `source`, `center` will do."""
     width: Count
     """Channels of the stem and the first stage; later stages have 2, 4 and 8 times as many."""
     layers: tuple[Count, Count, Count, Count]
@@ -188,22 +192,51 @@ class Drift(Optimizer):
 
 class Fid(Section):
     features: Text
-    """`inception` (clean-fid's), or the folder of an image classifier of this project."""
+    """`inception` (clean-fid's), a TorchScript file, or the folder of an image classifier of this project."""
+    inception: Text | None
+    """A copy of Inception's weights for `mode`; null is where clean-fid keeps it, downloaded if need be."""
     mode: Literal["clean", "legacy_tensorflow", "legacy_pytorch"]
     """How clean-fid resizes and which Inception it uses."""
     reference: Text
-    """A split of the dataset, or an `.npz` of statistics (`mu` and `sigma`, or `ref_mu` and `ref_sigma`)."""
+    """A split of the dataset, a folder of images (a path with a slash), or an `.npz` of statistics (`mu` and
+    `sigma`, or `ref_mu` and `ref_sigma`)."""
+    labels: Text
+    """`balanced`: sample i is of class i modulo `data.classes`; or a split, for the labels of its images."""
     images: Count
     """Generated images per omega."""
     floor_images: CountOrZero
-    """Real training images that are measured like generated ones; 0 leaves the floor out."""
+    """Real training images that are measured like generated ones; 0 leaves them out."""
     omegas: Annotated[tuple[Omega, ...], Field(min_length=1)]
-    ema_decay: Decay
-    """Which of the generator's EMA copies is measured."""
+    ema_decays: Annotated[tuple[Decay, ...], Field(min_length=1)]
+    """Which of the generator's EMA copies are measured; the first makes the pictures."""
+    metrics: tuple[Literal["kid", "inception_score", "precision_recall"], ...]
+    """Beside the Fréchet distance."""
+    precision_recall_images: Count
+    """Images of each side for precision and recall; the time grows with the square."""
     picture_omega: Omega
     picture_classes: Count
-    """Rows of `plots/samples.png`: the first so many classes."""
+    """Rows of `plots/samples.png` and `plots/omega.png`: the first so many classes."""
     picture_columns: Count
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        for key in ("omegas", "ema_decays", "metrics"):
+            values = getattr(self, key)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{key} = {list(values)}: allowed: each once")
+        if self.inception is not None and self.features != "inception":
+            raise ValueError(
+                f"inception = {self.inception}: allowed: null, where features is not inception "
+                f"({self.features})"
+            )
+        if self.reference.endswith(".npz"):
+            for metric in ("kid", "precision_recall"):
+                if metric in self.metrics:
+                    raise ValueError(
+                        f"metrics = {list(self.metrics)}: allowed: without {metric}, which compares single "
+                        f"images, where reference is a file of statistics ({self.reference})"
+                    )
+        return self
 
 
 class Hardware(Section):
@@ -213,6 +246,11 @@ class Hardware(Section):
     """Autocast type of the networks; the field is float32 always. float16 scales the loss."""
     compile: Switch
     """torch.compile for the networks."""
+    field_impl: FieldImpl
+    """What computes the field: `reference`, in PyTorch; `triton`, one kernel for a whole drift problem, the
+    same numbers but for rounding, on a CUDA device with Triton and for some settings only (any other is
+    refused); `auto`, for now always `reference`. `triton` has not been measured on a GPU: compare them by
+    `python -m benchmarks.field --device cuda --impl triton`."""
     mae_micro_batch: Count | None
     """Latents in one forward and backward pass of the MAE, per process; null is all of a step's."""
     classes_per_pass: Count | None
@@ -236,7 +274,11 @@ class Hardware(Section):
     encode_batch: Count
     """Images that the VAE encodes at once, per process."""
     sample_batch: Count
-    """Images that are generated, decoded and measured at once, per process."""
+    """Images that are generated and measured at once, per process: a multiple of 32 wastes nothing."""
+    decode_batch: Count
+    """Latents that the VAE decodes at once, per process; halved where the device runs out of memory."""
+    png_folder: Text | None
+    """Where fid keeps the samples as PNG files, in a folder per omega; null keeps none."""
     log_every: Count
     """Steps between two lines of `logs.jsonl`."""
     checkpoint_every: Count
@@ -287,6 +329,8 @@ class Settings(Section):
     negatives: Literal["self", "second_batch"]
     """What repels generated samples: they themselves, or a second batch of the same class (arXiv 2605.11755),
     which costs another forward pass of generator and encoder."""
+    views: Annotated[tuple[Literal["center", "augmented"], ...], Field(min_length=1)]
+    """The views that encode makes: `center` for the generator, `augmented` for the training of the MAE."""
     data: Data
     encode: Encode
     mae: Mae
@@ -300,6 +344,11 @@ class Settings(Section):
             raise ValueError(complaint)
         self._require_a_difference()
         self._require_feasible_marginals()
+        if self.hardware.field_impl == "triton":
+            self._require_what_triton_does()
+        for needed, by in (("center", "the generator trains"), (self.mae.view, "mae.view")):
+            if needed not in self.views:
+                raise ValueError(f"views = {list(self.views)}: allowed: with {needed} ({by})")
         if self.data.dataset == "folder" and self.data.root is None:
             raise ValueError("data.root = null: allowed: a folder, where data.dataset is folder")
         for key in ("crop_scale", "crop_ratio"):
@@ -313,10 +362,10 @@ class Settings(Section):
                 f"drift.classes_per_step = {self.drift.classes_per_step}: "
                 f"allowed: at most data.classes ({self.data.classes})"
             )
-        if self.fid.ema_decay not in self.drift.ema_decays:
+        if missing := [decay for decay in self.fid.ema_decays if decay not in self.drift.ema_decays]:
             raise ValueError(
-                f"fid.ema_decay = {self.fid.ema_decay}: "
-                f"allowed: one of drift.ema_decays ({', '.join(map(str, self.drift.ema_decays))})"
+                f"fid.ema_decays = {list(self.fid.ema_decays)}: allowed: those of drift.ema_decays "
+                f"({', '.join(map(str, self.drift.ema_decays))}), without {missing[0]}"
             )
         if self.fid.picture_classes > self.data.classes:
             raise ValueError(
@@ -347,6 +396,17 @@ class Settings(Section):
                 "nothing and cannot have a uniform marginal; set sinkhorn_marginal to weighted_cols, or "
                 "omega_min above 1 and no_guidance_fraction to 0"
             )
+
+    def _require_what_triton_does(self) -> None:
+        drift = self.drift
+        obstacle = beyond_triton(
+            self.field(),
+            generated=drift.generated,
+            positives=drift.positives,
+            unconditional=drift.unconditional,
+        )
+        if obstacle:
+            raise ValueError(f"hardware.field_impl = triton: {obstacle}; set it to auto or reference")
 
     def field(self) -> FieldSettings:
         """The knobs of the drifting field."""

@@ -102,7 +102,8 @@ def test_presets_hold_the_published_settings(name):
 
 def test_field_settings_take_every_top_level_knob():
     settings = load_settings(ROOT / "presets" / "digits.yaml")
-    knobs = set(type(settings).model_fields) - {"seed", "data", "encode", "mae", "drift", "fid", "hardware"}
+    sections = {"views", "data", "encode", "mae", "drift", "fid", "hardware"}
+    knobs = set(type(settings).model_fields) - {"seed"} - sections
     assert knobs == set(FIELD_KEYS)
 
 
@@ -122,6 +123,10 @@ def test_settings_are_frozen():
         ({"coupling": "sinkhron"}, ["coupling", "'sinkhron'", "row", "partial_two_sided", "sinkhorn"]),
         ({"temps": [0.02, -0.05]}, ["temps.1", "-0.05", "above 0"]),
         ({"temps": []}, ["temps", "at least 1"]),
+        ({"views": ["augmented"]}, ["views = ['augmented']", "center"]),
+        ({"views": ["center"]}, ["views = ['center']", "augmented (mae.view)"]),
+        ({"views": ["centre"]}, ["views", "centre"]),
+        ({"mae__view": "both"}, ["mae.view", "both"]),
         ({"drift__classes_per_step": 11}, ["drift.classes_per_step = 11", "data.classes (10)"]),
         ({"drift__positives": 0}, ["drift.positives", "1 or more"]),
         ({"drift__positives": 129}, ["drift.positives = 129", "queue_per_class (128)"]),
@@ -137,7 +142,11 @@ def test_settings_are_frozen():
         ({"mask_self_neg": 1}, ["mask_self_neg", "true or false"]),
         ({"data__dataset": "folder"}, ["data.root = null", "folder"]),
         ({"encode__crop_scale": [0.9, 0.2]}, ["encode.crop_scale", "smaller number first"]),
-        ({"fid__ema_decay": 0.9}, ["fid.ema_decay = 0.9", "0.995"]),
+        ({"fid__ema_decays": [0.9]}, ["fid.ema_decays = [0.9]", "0.995"]),
+        ({"fid__omegas": [1.0, 1]}, ["omegas = [1.0, 1.0]", "each once"]),
+        ({"fid__inception": "x.pt"}, ["inception = x.pt", "features is not inception"]),
+        ({"fid__reference": "a/b.npz"}, ["metrics = ", "without kid", "a/b.npz"]),
+        ({"fid__metrics": ["fid"]}, ["fid.metrics.0", "precision_recall"]),
         ({"fid__omegas": [0.5]}, ["fid.omegas.0", "0.5", "1 or more"]),
         ({"seed": -1}, ["seed", "-1", "0 or more"]),
         ({"drift": 3}, ["drift = 3", "section"]),

@@ -17,6 +17,7 @@ PLUMBING = {
     for name in (
         "errors.py",
         "files.py",
+        "hub.py",
         "launch.py",
         "params.py",
         "progress.py",
@@ -35,7 +36,7 @@ def code_deps(stage: str) -> set[Path]:
         if dep.startswith(("drift/", "stages/")):
             path = ROOT / dep
             assert path.exists(), f"{stage}: {dep} is gone"
-            found = path.rglob("*.py") if path.is_dir() else [path]
+            found = path.rglob("*.py") if path.is_dir() else [path] if path.suffix == ".py" else []
             files |= {file.relative_to(ROOT) for file in found}
     return files
 
@@ -82,8 +83,10 @@ def test_metrics_and_plots_are_in_git_and_artifacts_in_the_cache():
     assert set(outputs("plots")) == {
         "plots/drift_training.csv",
         "plots/fid_sweep.csv",
+        "plots/fid_sweep.json",
         "plots/mae_held_out.csv",
         "plots/mae_training.csv",
+        "plots/omega.png",
         "plots/samples.png",
     }
     in_git = outputs("metrics") | outputs("plots")

@@ -14,7 +14,9 @@ import time
 import numpy as np
 import psutil
 import pytest
+from imports import ROOT
 from PIL import Image
+from ruamel.yaml import YAML
 from safetensors.numpy import load_file
 
 from drift.training.log import read_log
@@ -35,14 +37,18 @@ def test_one_command_runs_all_stages(finished):
     assert sorted(finished.first_run[:-3]) == ["encode@augmented", "encode@center"]
     latents = np.load(finished.folder / "artifacts/latents/center/train_latents.npy", mmap_mode="r")
     assert latents.shape == (1437, 4, 4, 4) and latents.dtype == np.float16
-    for artifact in ("mae", "generator"):
+    for artifact, more in (("mae", set()), ("generator", {"classes.json"})):
         files = {path.name for path in (finished.folder / "artifacts" / artifact).iterdir()}
-        assert files == {"config.json", "model.safetensors", "settings.yaml", "logs.jsonl"}
+        assert files == {"config.json", "model.safetensors", "settings.yaml", "logs.jsonl"} | more
     result = json.loads((finished.folder / "metrics/fid.json").read_text())
     assert [entry["omega"] for entry in result["sweep"]] == [1.0, 2.0]
     assert result["best"] in result["sweep"] and result["floor"] > 0
     assert all(0 <= entry["accuracy"] <= 1 for entry in result["sweep"])
-    assert Image.open(finished.folder / "plots/samples.png").mode == "RGB"
+    for name in ("samples", "omega"):
+        assert Image.open(finished.folder / f"plots/{name}.png").mode == "RGB"
+    assert f"{result['best']['fid']:.2f}" in (finished.folder / "reports/index.html").read_text()
+    summary = json.loads((finished.folder / "plots/fid_sweep.json").read_text())
+    assert [entry["fid"] for entry in summary["results"]] == [entry["fid"] for entry in result["sweep"]]
     log = (finished.folder / "artifacts/mae/logs.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in log]
     assert steps == list(range(6))
@@ -51,7 +57,17 @@ def test_one_command_runs_all_stages(finished):
 def test_plots_and_experiments_can_be_shown(finished):
     finished.run("dvc", "plots", "show", "--out", "shown")
     page = (finished.folder / "shown" / "index.html").read_text()
-    for axis in ("fid", "accuracy", "drift_rms", "neighbours", "loss", "reconstruction"):
+    for axis in (
+        "fid",
+        "kid",
+        "inception_score",
+        "recall",
+        "accuracy",
+        "drift_rms",
+        "neighbours",
+        "loss",
+        "reconstruction",
+    ):
         assert f'"title": "{axis}"' in page
     assert "plots_samples.png" in page
 
@@ -116,6 +132,83 @@ def test_two_processes_compute_what_one_does(finished, stage):
         ):
             for name in line.keys() - {"time", "steps_per_s", "feature_sets", "unit"}:
                 assert line[name] == pytest.approx(expected[name], rel=1e-5), name
+
+
+def test_an_imported_encoder_is_the_output_of_mae_and_leaves_dvc_content(finished):
+    """And needs no augmented latents, which are the larger part of encode."""
+    checkpoint = ROOT / "tests/golden/prior_mae/ckpt_final.pt"
+    augmented = finished.folder / "artifacts/latents/augmented"
+    augmented.rename(augmented.with_name("elsewhere"))
+    done = finished.run(
+        sys.executable, "-m", "drift.cli", "adopt", "mae", str(checkpoint), "--to", "other/prior"
+    )
+    assert "wrote params.yaml: views = ['center']" in done.stdout and "wrote dvc.lock" in done.stdout
+    assert finished.repro() == ["drift", "fid"]
+    assert "up to date" in finished.run("dvc", "status").stdout
+    assert finished.repro() == []
+    augmented.with_name("elsewhere").rename(augmented)
+    weights_of = {name: weights(finished, name) for name in ("other/prior", "artifacts/mae")}
+    for name, tensor in weights_of["other/prior"].items():
+        assert np.array_equal(weights_of["artifacts/mae"][name], tensor)
+    made_by = YAML(typ="safe", pure=True).load(finished.folder / "artifacts/mae/settings.yaml")
+    assert made_by["decides"]["mae"]["source"] == "other/prior"
+    [line] = read_log(finished.folder / "artifacts/mae/logs.jsonl")
+    assert line["held_out"] > 0
+    finished.settings(mae={"source": "other/nobody"})
+    center = ("mae", "--latents", "artifacts/latents/center", "--out", "other/x")
+    refused(finished.stage(*center, check=False), "other/nobody")
+    finished.settings(views=["center", "augmented"], mae={"source": None, "view": "augmented"})
+    assert finished.repro() == []  # all of it is in the run cache
+
+
+def test_fid_measures_the_same_images_for_any_processes_and_batches(finished):
+    """Reference and samples to the pixel, and the numbers but for the order of sums."""
+    finished.settings(fid={"images": 90, "labels": "held_out"})
+    results = []
+    for processes, batch in ((1, 64), (1, 7), (2, 64), (2, 7)):
+        name = f"other/fid-{processes}-{batch}"
+        finished.settings(hardware={"sample_batch": batch, "png_folder": f"{name}/png"})
+        command = [sys.executable, "-m", "stages.fid", "--generator", "artifacts/generator"]
+        command += ["--out", f"{name}/fid.json", "--plots", name, "--report", f"{name}/index.html"]
+        finished.run(*command, "--nproc", str(processes), DRIFT_WORK_DIR=f"{name}/work")
+        results.append(finished.folder / name)
+    for omega in ("1", "2"):
+        files = [sorted((folder / f"png/gen_omega_{omega}").glob("*.png")) for folder in results]
+        assert [len(listing) for listing in files] == [90] * 4
+        for same in zip(*files, strict=True):
+            pixels = [np.asarray(Image.open(path)) for path in same]
+            assert all(np.array_equal(other, pixels[0]) for other in pixels)
+    numbers = [json.loads((folder / "fid.json").read_text()) for folder in results]
+    whole, *others = numbers
+    assert whole["protocol"]["labels"] == "held_out"
+    for other in others:
+        for entry, expected in zip(other["sweep"], whole["sweep"], strict=True):
+            for key in entry.keys() - {"dir"}:
+                assert entry[key] == pytest.approx(expected[key], rel=1e-6), key
+        for key in ("floor", "training", "classifier_accuracy_real"):
+            assert other[key] == pytest.approx(whole[key], rel=1e-6)
+    assert (results[0] / "samples.png").read_bytes() == (results[3] / "samples.png").read_bytes()
+    finished.settings(
+        fid={"images": 80, "labels": "balanced"}, hardware={"sample_batch": 128, "png_folder": None}
+    )
+
+
+def test_fid_compares_with_statistics_and_refuses_what_they_cannot_give(finished):
+    features = np.random.default_rng(0).standard_normal((200, 64))
+    statistics = {"ref_mu": features.mean(0), "ref_sigma": np.cov(features, rowvar=False)}
+    np.savez(finished.folder / "other/real.npz", **statistics)
+    finished.settings(fid={"reference": "other/real.npz"})
+    command = ("fid", "--generator", "artifacts/generator", "--out", "other/npz.json", "--plots", "other/npz")
+    refused(finished.stage(*command, "--report", "other/npz.html", check=False), "kid", "other/real.npz")
+    finished.settings(fid={"metrics": ["inception_score"]})
+    finished.stage(*command, "--report", "other/npz.html")
+    result = json.loads((finished.folder / "other/npz.json").read_text())
+    assert result["floor"] is None and result["best"]["fid"] > 0
+    assert result["best"].keys() == {
+        "omega", "ema_decay", "fid", "inception_score", "inception_score_std", "accuracy"
+    }  # fmt: skip
+    metrics = ["kid", "inception_score", "precision_recall"]
+    finished.settings(fid={"reference": "held_out", "metrics": metrics})
 
 
 def start_and_wait_for_a_checkpoint(project, *command, stage="drift"):
