@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -17,6 +18,8 @@ from drift.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
+
+_PARSING = threading.Lock()
 
 
 @contextmanager
@@ -99,8 +102,9 @@ def sync(path: str | Path) -> None:
 class RowFile:
     """Rows of a `.npy` file, read and overwritten in place, by any number of threads and processes.
 
-    The header is parsed once, when the file is opened: NumPy has Python's compiler do that, and Python 3.11's
-    fails at times when two threads are at it (`SystemError: AST constructor recursion depth mismatch`).
+    The header is parsed once, when the file is opened, and by one thread at a time: NumPy has Python's
+    compiler do that, which in Python up to 3.11.7 fails at times when two threads are at it (`SystemError:
+    AST constructor recursion depth mismatch`, CPython issue 106905).
 
     Not a memory map, which would be killed by a full disk (SIGBUS), whose pages would count as this process's
     memory, and which, on a network filesystem, would write whole pages over the neighbouring rows of another
@@ -111,7 +115,8 @@ class RowFile:
         """Raises `OSError` or `ValueError` if there is no such file or it is no `.npy` file."""
         import numpy as np
 
-        stored = np.load(path, mmap_mode="r")
+        with _PARSING:
+            stored = np.load(path, mmap_mode="r")
         self.path = Path(path)
         self.shape: tuple[int, ...] = stored.shape
         self.dtype: np.dtype = stored.dtype

@@ -1,7 +1,10 @@
 import errno
+import gc
 import hashlib
 import json
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -149,3 +152,25 @@ def test_rows_need_no_compiler_once_they_are_open(tmp_path, monkeypatch):
     monkeypatch.setattr("ast.parse", lambda *_, **__: pytest.fail("a header is parsed"))
     rows.write(1, np.ones((2, 2)))
     assert rows.read().sum() == 4
+
+
+def test_two_threads_may_open_rows_at_once(tmp_path):
+    """Collections that give way to other threads make that fail within a second on Python 3.11.7."""
+    np.save(tmp_path / "a.npy", np.zeros((4, 2)))
+
+    def give_way(*_):
+        time.sleep(0)
+
+    def open_often(_):
+        return [files.RowFile(tmp_path / "a.npy").shape for _ in range(100)]
+
+    before = gc.get_threshold()
+    gc.callbacks.append(give_way)
+    gc.set_threshold(10)
+    try:
+        with ThreadPoolExecutor(16) as pool:
+            shapes = {shape for found in pool.map(open_often, range(16)) for shape in found}
+    finally:
+        gc.set_threshold(*before)
+        gc.callbacks.remove(give_way)
+    assert shapes == {(4, 2)}
