@@ -145,7 +145,7 @@ def test_values_and_the_newest_checkpoint(tmp_path):
         {**training_line(1, 1), "loss": 0.5, "reconstruction": 0.125},
     ]
     folder = leave(tmp_path, "mae", "a", lines)
-    for step in (900, 1200, 1000):
+    for step in (900, 1000, 1200):
         save_checkpoint(folder, step, {"x": torch.zeros(1)})
     told = "  loss 0.5  reconstruction 0.125  held_out 0.3  checkpoint 1,200  logged 2 h ago"
     assert told in described(tmp_path, NOW + 2 * 3600)

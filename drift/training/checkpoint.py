@@ -1,8 +1,8 @@
 """Checkpoints of a training run: written whole or not at all, the two newest and every so many steps' kept.
 
 A checkpoint is a folder `step-00001000/` with every tensor in `tensors.safetensors` and the small rest of
-the state in `state.json`. It is written under a temporary name, flushed to the disk and renamed, so a kill
-at any moment leaves the previous one intact.
+the state, and that file's SHA-256, in `state.json`. It is written under a temporary name, flushed to the disk
+and renamed, so a kill at any moment leaves the previous one intact.
 """
 
 import json
@@ -19,12 +19,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from drift.errors import UserError
-from drift.files import sync
+from drift.files import sha256, sync
 from drift.launch import Ranks
 
 KEPT = 2
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors tells of the system's errors
 _NAME = re.compile(r"step-(\d{8})")
+_TENSORS = "tensors.safetensors"
 
 
 @dataclass(frozen=True)
@@ -67,15 +68,17 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint of `step` into `folder` and drop all but the newest two.
 
-    Those of a multiple of `keep_every` steps stay, unless it is 0.
+    Those of a multiple of `keep_every` steps stay, unless it is 0. Those of later steps go: the run was to
+    go on from them and could not.
     """
     folder.mkdir(parents=True, exist_ok=True)
     final, draft = folder / f"step-{step:08d}", folder / f"tmp-{step:08d}"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
     try:
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, draft / "tensors.safetensors")
-        (draft / "state.json").write_text(json.dumps({"step": step, **(state or {})}, sort_keys=True))
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, draft / _TENSORS)
+        content = {"step": step, "sha256": sha256(draft / _TENSORS), **(state or {})}
+        (draft / "state.json").write_text(json.dumps(content, sort_keys=True))
         for path in (*draft.iterdir(), draft):
             sync(path)
     except (OSError, SafetensorError) as error:
@@ -89,8 +92,10 @@ def save_checkpoint(
     shutil.rmtree(final, ignore_errors=True)
     os.replace(draft, final)
     sync(folder)
-    for old_step, old in _found(folder)[KEPT:]:
-        if not keep_every or old_step % keep_every:
+    found = _found(folder)
+    newest = [path for found_step, path in found if found_step <= step][:KEPT]
+    for old_step, old in found:
+        if old_step > step or (old not in newest and (not keep_every or old_step % keep_every)):
             shutil.rmtree(old)
     return final
 
@@ -100,14 +105,19 @@ def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> Checkpo
 
     A damaged one is reported on screen and passed over.
     """
-    for step, path in _found(folder):
+    found = _found(folder)
+    for step, path in found:
         try:
             state = json.loads((path / "state.json").read_text())
-            tensors = load_file(path / "tensors.safetensors", device=str(device))
-        except (OSError, ValueError, SafetensorError) as error:
+            if sha256(path / _TENSORS) != state["sha256"]:
+                raise ValueError(f"{_TENSORS} is not what was written")
+            tensors = load_file(path / _TENSORS, device=str(device))
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             print(f"{path}: damaged ({error}); trying the one before", flush=True)
             continue
         return Checkpoint(step, tensors, state, path)
+    if found:
+        print(f"{folder}: no checkpoint there is whole; starting from step 0", flush=True)
     return None
 
 

@@ -303,15 +303,15 @@ def refused(done, *wanted):
 
 def test_a_checkpoint_of_another_shape_is_refused(finished):
     def newest():
-        (path,) = finished.folder.glob(".work/drift/*/step-00000004/tensors.safetensors")
+        (path,) = finished.folder.glob(".work/drift/*/step-00000004")
         return path
 
     finished.settings(drift={"steps": 4, "warmup_steps": 2})
     finished.stage("drift", *DRIFT, "--out", "other/wide")
-    wide = newest().read_bytes()
+    wide = shutil.copytree(newest(), finished.folder / "other/wide-checkpoint")
     finished.settings(drift={"hidden": 8})
     finished.stage("drift", *DRIFT, "--out", "other/narrow")
-    newest().write_bytes(wide)
+    shutil.copytree(wide, newest(), dirs_exist_ok=True)
     done = finished.stage("drift", *DRIFT, "--out", "other/never", check=False)
     refused(done, "step-00000004", "model.", "--fresh")
     assert not (finished.folder / "other/never").exists()

@@ -39,7 +39,7 @@ def test_no_checkpoint(tmp_path):
     assert load_checkpoint(tmp_path / "absent") is None
 
 
-@pytest.mark.parametrize("damage", ["truncate", "empty", "missing", "state"])
+@pytest.mark.parametrize("damage", ["truncate", "empty", "missing", "state", "bit"])
 def test_a_damaged_one_is_reported_and_passed_over(tmp_path, capsys, damage):
     save_checkpoint(tmp_path, 10, tensors(10), {})
     newest = save_checkpoint(tmp_path, 20, tensors(20), {})
@@ -50,10 +50,28 @@ def test_a_damaged_one_is_reported_and_passed_over(tmp_path, capsys, damage):
         os.truncate(file, 0)
     elif damage == "missing":
         file.unlink()
+    elif damage == "bit":  # of a weight: the file is as long and its header as before
+        content = bytearray(file.read_bytes())
+        content[-50] ^= 1
+        file.write_bytes(content)
     else:
         (newest / "state.json").write_text('{"step"')
     assert load_checkpoint(tmp_path).step == 10
-    assert str(newest) in capsys.readouterr().out
+    assert f"{newest}: damaged (" in capsys.readouterr().out
+
+
+def test_damaged_ones_are_not_kept_in_the_place_of_whole_ones(tmp_path, capsys):
+    for step in (10, 20, 30, 40):
+        save_checkpoint(tmp_path, step, tensors(step), keep_every=10)
+    for step in (30, 40):
+        os.truncate(tmp_path / f"step-{step:08d}" / "tensors.safetensors", 100)
+    assert load_checkpoint(tmp_path).step == 20
+    save_checkpoint(tmp_path, 25, tensors(25))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000020", "step-00000025"]
+    for path in tmp_path.iterdir():
+        (path / "state.json").unlink()
+    assert load_checkpoint(tmp_path) is None
+    assert "no checkpoint there is whole; starting from step 0" in capsys.readouterr().out
 
 
 def test_a_write_that_was_cut_off_is_not_a_checkpoint(tmp_path):
