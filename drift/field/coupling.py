@@ -41,7 +41,7 @@ def partial_two_sided(logits: Tensor) -> Tensor:
     row_max, column_max = logits.amax(dim=-1, keepdim=True), logits.amax(dim=-2, keepdim=True)
     top = torch.maximum(row_max.amax(dim=-2, keepdim=True), column_max.amax(dim=-1, keepdim=True))
     bottom = torch.minimum(row_max.amin(dim=-2, keepdim=True), column_max.amin(dim=-1, keepdim=True))
-    if logits.is_cuda or (top - bottom).max() > MAXIMA_RANGE:
+    if logits.device.type != "cpu" or (top - bottom).max() > MAXIMA_RANGE:
         potentials = logits.logsumexp(dim=-1, keepdim=True) + logits.logsumexp(dim=-2, keepdim=True)
         return (logits - potentials.div_(2)).exp_()
     rows, columns = ((maxima - (top + bottom) / 2).div_(2) for maxima in (row_max, column_max))

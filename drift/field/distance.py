@@ -4,6 +4,7 @@ Shapes: B drift problems, N generated vectors and M targets in each, C channels.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,11 @@ GUARDS = {
     "class": Guards(0.0, 1e-6, 1e-12),  # prior
 }
 """By `normalization_scope`, as each reference has them."""
+
+
+def on_device(values: Sequence[float], like: Tensor) -> Tensor:
+    """Numbers as float32 `[len(values)]` beside `like`; `torch.tensor` would make the host wait for a GPU."""
+    return torch.stack([like.new_full((), value, dtype=torch.float32) for value in values])
 
 
 def squared_distances(queries: Tensor, targets: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from drift.errors import UserError
-from drift.field.distance import GUARDS, feature_scale
+from drift.field.distance import GUARDS, feature_scale, on_device
 from drift.field.guidance import unconditional_weight
 from drift.field.problems import Chunk, Coefficients, FeatureSet, Measured
 from drift.field.settings import FieldImpl, FieldSettings, beyond_triton, contradiction
@@ -171,7 +171,7 @@ class FieldPasses:
         self.x, self.settings = x, settings
         self._device = x.device.type
         self._guards = GUARDS[settings.normalization_scope]
-        self._numel = x.new_tensor(x.numel(), dtype=torch.float32)
+        self._numel = x.new_full((), x.numel(), dtype=torch.float32)
         with self._in_float32():
             u = uncond.shape[1]
             repelling = x.shape[1] - 1 if negatives is None else negatives.shape[1]
@@ -317,7 +317,7 @@ class FieldPasses:
         elif settings.drift_tau_scale:
             # |d log K / d d| = 1 / (tau sqrt(C)), and twice d more of it for squares
             power = 2 if settings.dist_metric == "l2_sq" else 1
-            factors = power / (mean_squares.new_tensor(settings.temps) * math.sqrt(self.x.shape[-1]))
+            factors = power / (on_device(settings.temps, mean_squares) * math.sqrt(self.x.shape[-1]))
             factors = factors.expand_as(mean_squares)
         else:
             factors = torch.ones_like(mean_squares)
@@ -328,7 +328,7 @@ class FieldPasses:
         if self.settings.normalization_scope == "class":
             loss = _loss(self._class_factors(fields), fields.products)
         products = fields.products.sum(dim=0).flatten()
-        scalars = torch.stack([self._numel, loss, scale.sum(), scale.new_tensor(len(scale))])
+        scalars = torch.stack([self._numel, loss, scale.sum(), scale.new_full((), len(scale))])
         return torch.cat([scalars, products, fields.neighbours, fields.marginal_errors])
 
     def _unpacked(self, sums: Tensor) -> "_Totals":

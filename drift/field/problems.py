@@ -16,6 +16,7 @@ from drift.field.coupling import COUPLINGS, REMOVED, normalised_rows, sinkhorn
 from drift.field.distance import (
     distances,
     gram_matrix,
+    on_device,
     squared_distances,
     squared_distances_from_gram,
     weighted_sums,
@@ -203,9 +204,8 @@ class Chunk:
         settings = self.of.settings
         if settings.mask_self_neg and self.of.self_pairs and settings.coupling != "sinkhorn":
             d.diagonal(dim1=1, dim2=2).fill_(math.inf)
-        widths = self.per_problem(scale * math.sqrt(self.of.x.shape[-1]))[:, None] * d.new_tensor(
-            settings.temps
-        )
+        roots = self.per_problem(scale * math.sqrt(self.of.x.shape[-1]))
+        widths = roots[:, None] * on_device(settings.temps, d)
         logits = d[:, None] * (-1 / widths)[:, :, None, None]
         if settings.sinkhorn_agg_kernel:
             return logits.logsumexp(dim=1, keepdim=True) - math.log(len(settings.temps))

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from drift.field.coupling import REMOVED
+from drift.field.distance import on_device
 from drift.field.form import TINY
 from drift.field.guidance import target_weights
 from drift.field.problems import FeatureSet
@@ -40,7 +41,7 @@ class TritonPasses:
         if settings.uncond_weighting == "logit":
             factor, addend = (features.weight > 0).float(), features.weight.log().clamp_min(REMOVED)
         self._guidance = factor.contiguous(), addend.contiguous()
-        self._temps = features.x.new_tensor(settings.temps, dtype=torch.float32)
+        self._temps = on_device(settings.temps, features.x)
         vectors = features.x, features.uncond, features.pos
         self._vectors = (
             *((v, v.stride(), v.shape[1]) for v in vectors),

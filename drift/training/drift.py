@@ -143,17 +143,20 @@ def train_generator(
             generator=torch_generator(seed, "drift/omega", step),
         )
         return _Batch(
-            torch.as_tensor(classes[mine]),
-            omega[mine],
+            pinned(torch.as_tensor(classes[mine]), ranks.device),
+            pinned(omega[mine], ranks.device),
             reader.fetch(of_class),
             reader.fetch(of_any),
             {what: draw(what, step) for what in drawn},
         )
 
+    def place(drawn: Tensor) -> Tensor:
+        return drawn.to(ranks.device, non_blocking=True)
+
     def generate(what: str, batch: _Batch, part: slice) -> Tensor:
         """Samples of the classes of a part `[Nc, N, C, H, W]`."""
-        noise, style = (x[part].flatten(0, 1).to(ranks.device, non_blocking=True) for x in batch.drawn[what])
-        labels, omega = (x[part].to(ranks.device).repeat_interleave(n) for x in (batch.classes, batch.omega))
+        noise, style = (place(x[part].flatten(0, 1)) for x in batch.drawn[what])
+        labels, omega = (place(x[part]).repeat_interleave(n) for x in (batch.classes, batch.omega))
         with autocast(ranks, hardware.precision):
             return network(noise, labels, omega, style).unflatten(0, (-1, n))
 
@@ -166,7 +169,7 @@ def train_generator(
             generate("drift/noise", batch, part),
             reader.place(batch.positives[part]),
             reader.place(batch.unconditional[part]),
-            batch.omega[part].to(ranks.device),
+            place(batch.omega[part]),
             negatives,
         )
 

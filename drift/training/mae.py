@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from drift.data.latents import LatentReader, LatentStore
+from drift.data.latents import LatentReader, LatentStore, pinned
 from drift.data.queue import batch_rows, held_out_rows
 from drift.errors import UserError
 from drift.launch import Ranks
@@ -79,16 +79,17 @@ def train_mae(
         """Latents as they are fetched, labels and masks of this process's share of a batch."""
         rows = training[batch_rows(step, options.batch_size, len(training), seed)[mine]]
         mask = masks("mae/mask", step, count=options.batch_size)[mine]
-        return reader.fetch(rows), torch.from_numpy(store.labels[rows]), mask
+        labels = torch.from_numpy(store.labels[rows])
+        return reader.fetch(rows), pinned(labels, ranks.device), pinned(mask, ranks.device)
 
     def compute(step: int, batch: tuple[Tensor, Tensor, Tensor], backward: Backward) -> Tree:
         latents, labels, mask = batch
         share = class_share(step, options)
         sums = PairwiseSum()
         for part in parts(len(labels), hardware.mae_micro_batch):
-            wanted = labels[part].to(ranks.device)
+            wanted, hidden = (x[part].to(ranks.device, non_blocking=True) for x in (labels, mask))
             with autocast(ranks, hardware.precision):
-                per_sample, logits = network(reader.place(latents[part]), mask[part].to(ranks.device))
+                per_sample, logits = network(reader.place(latents[part]), hidden)
                 reconstruction, entropy = per_sample.mean(), F.cross_entropy(logits, wanted)
             loss = share * entropy + (1 - share) * reconstruction
             backward(len(wanted) * loss)
