@@ -1,9 +1,9 @@
 """Images -> latents of one view: a loop that may be killed at any moment and shared by several processes.
 
-The images are cut into blocks of consecutive ones, which the processes take in turns. The rows of a block
-are on the disk before its images are marked as done, so whoever comes next goes on with the blocks that
-have unmarked images. What is written depends neither on the cut nor on the processes, beyond the rounding
-of the VAE's convolutions in batches of another size.
+The images are cut into blocks of consecutive ones. The rows of a block are on the disk before its images are
+marked as done, and the processes take in turns the blocks that have unmarked images, so whoever comes next
+goes on with what is left. What is written depends neither on the cut nor on the processes, beyond the
+rounding of the VAE's convolutions in batches of another size.
 
 Decoding, network and disk work at the same time: helper processes decode the blocks to come, and a thread
 writes those that the network has done with.
@@ -95,9 +95,10 @@ def encode_view(
         if rank == 0:
             files.prepare(source, pictures.per_image, vae.latent_shape(image_size))
         meet(0)
-        blocks = _blocks(len(source), max(1, batch_size // pictures.per_image))[rank::world_size]
-        marks = files.marks()
+        blocks, marks = _blocks(len(source), max(1, batch_size // pictures.per_image)), files.marks()
+        meet(0)  # all have read the marks before one changes them
         blocks = [block for block in blocks if (marks[block.start : block.stop] == _TO_DO).any()]
+        blocks = blocks[rank::world_size]
         with _progress(
             files, view, len(source), blocks, world_size, shown=progress, logged=rank == 0
         ) as written:

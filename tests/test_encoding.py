@@ -255,12 +255,10 @@ def encode_in_threads(root, folder, world_size, vae=None, of_rank=lambda rank: {
                 encode,
                 root,
                 folder,
-                vae or PoolingVAE(spread=0.1),
                 rank=rank,
                 world_size=world_size,
                 meet=meet,
-                **settings,
-                **of_rank(rank),
+                **{"vae": vae or PoolingVAE(spread=0.1), **settings, **of_rank(rank)},
             )
             for rank in range(world_size)
         ]
@@ -312,6 +310,20 @@ def test_a_killed_run_goes_on_with_other_batches_and_ranks(root, tmp_path):
     expected = contents(encode(root, tmp_path / "run", vae, **AUGMENTED))
     ranks = encode_in_threads(root, tmp_path / "killed-3", 2, **AUGMENTED, batch_size=9)
     assert all(contents(rank.result()) == expected for rank in ranks)
+
+
+def test_what_is_left_of_a_killed_run_is_shared_evenly(root, tmp_path):
+    """Of eleven blocks five are left, those of the second of two processes."""
+    whole = encode(root, tmp_path / "run", PoolingVAE(spread=0.1), **AUGMENTED)
+    expected = contents(whole)
+    (whole / "train_meta.json").unlink()
+    np.save(whole / "images_done.npy", np.array([1, 0] * 5 + [1], np.uint8))
+    vaes = [PoolingVAE(spread=0.1) for _ in range(2)]
+    ranks = encode_in_threads(
+        root, tmp_path / "run", 2, of_rank=lambda rank: {"vae": vaes[rank]}, **AUGMENTED, batch_size=3
+    )
+    assert all(contents(rank.result()) == expected for rank in ranks)
+    assert sorted(len(vae.batches) for vae in vaes) == [2, 3]
 
 
 def test_a_finished_run_is_not_run_again(root, tmp_path):
