@@ -37,6 +37,7 @@ _SPAWNED = "DRIFT_SPAWNED"  # environment variable, for processes that `spawn` s
 _KILLED_BY = {
     "SIGKILL": "by hand, or by the kernel for want of memory",
     "SIGBUS": "a file that it had mapped is gone or has become shorter",
+    "SIGTERM": "before it had begun, or after its last step",
 }
 
 
@@ -272,8 +273,9 @@ def _positive(text: str) -> int:
 def run_stage(main: Callable[[], int | None], *, memory: str = "the batch") -> None:
     """Run a stage's or command's `main` and exit.
 
-    With 0; after one line with 2 for a mistake of the user, a full disk, or a device out of memory, for which
-    `memory` says what to make smaller; with 128 and its number for a signal. Bugs keep their traceback.
+    With 0; after one line with 2 for a mistake of the user, a full disk, or a device (a CPU as well) out of
+    memory, for which `memory` says what to make smaller; with 128 and its number for a signal. Bugs keep
+    their traceback.
     """
     if "DVC_STAGE" in os.environ and _SPAWNED not in os.environ:
         when_parent_ends(signal.SIGTERM)  # a DVC that is killed tells its command nothing
@@ -288,8 +290,13 @@ def run_stage(main: Callable[[], int | None], *, memory: str = "the batch") -> N
     except PeerLost as lost:
         print(lost, file=sys.stderr)
         code = _PEER_LOST
-    except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
+    except KeyboardInterrupt:  # before the first step or after the last
+        code = 128 + signal.SIGINT
+    except (RuntimeError, MemoryError) as error:
+        of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not of_memory and "DefaultCPUAllocator" not in str(error):
+            raise
+        reason = str(error).splitlines()[0].rpartition("DefaultCPUAllocator: ")[2]
         code = _user_error(f"out of memory ({reason}); lower {memory} and run again: what was saved is whole")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

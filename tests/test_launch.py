@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import psutil
 import pytest
 import torch
+from imports import ROOT
 
 from drift.errors import UserError
 from drift.launch import Ranks, run_stage, stage_parser, wanted_processes
@@ -123,6 +125,22 @@ def test_run_stage_lets_bugs_through():
         run_stage(lambda: 1 / 0)
 
 
+def test_ctrl_c_before_the_first_step_ends_quietly(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as caught:
+        run_stage(main)
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_a_request_to_save_before_the_first_step_is_passed_over():
+    program = "import os, signal, stages; os.kill(os.getpid(), signal.SIGUSR1); print('alive')"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "alive\n"
+
+
 def test_shares_cover_everything_once():
     parts = [list(range(12))[Ranks(r, 3, torch.device("cpu")).share(12, "x")] for r in range(3)]
     assert [i for part in parts for i in part] == list(range(12))
@@ -144,6 +162,12 @@ def test_nproc_must_be_a_positive_number(text, capsys):
     assert text in capsys.readouterr().err
 
 
+def allocate(too_much):
+    with pytest.raises((RuntimeError, MemoryError)) as caught:
+        too_much()
+    return caught.value
+
+
 @pytest.mark.parametrize(
     ("error", "line"),
     [
@@ -155,8 +179,10 @@ def test_nproc_must_be_a_positive_number(text, capsys):
             torch.OutOfMemoryError("CUDA out of memory.\nmore"),
             "error: out of memory (CUDA out of memory.); lower x",
         ),
+        (allocate(lambda: torch.empty(2**60)), "error: out of memory (can't allocate memory: you tried to"),
+        (allocate(lambda: np.empty(2**57)), "error: out of memory (Unable to allocate 1.00 EiB"),
     ],
-    ids=["disk", "device"],
+    ids=["disk", "device", "torch", "numpy"],
 )
 def test_running_out_is_one_line_with_the_way_out(capsys, error, line):
     def main():
