@@ -285,8 +285,9 @@ def _progress(
         print(f"encode {view}: going on, {done} of {images} images are done", flush=True)
     log = ProgressLog(files.log, steps=images, unit="img") if logged else None
     share = f" (1/{world_size} of the images)" if world_size > 1 else ""
+    images_left = sum(map(len, blocks))
     with tqdm(
-        total=sum(map(len, blocks)), desc=f"encode {view}{share}", unit="img", disable=not shown
+        total=images_left, desc=f"encode {view}{share}", unit="img", disable=not shown, mininterval=1.0
     ) as bar:
 
         def written(block: range) -> None:
