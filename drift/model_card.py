@@ -14,7 +14,8 @@ import drift
 from drift.errors import UserError
 from drift.evaluation.report import format_report
 from drift.files import check_writable, replace_folder, sha256
-from drift.pipeline import DriftPipeline
+from drift.models.io import CONFIG_FILE
+from drift.pipeline import INDEX_FILE, DriftPipeline
 from drift.work import SETTINGS_FILE
 
 CARD_FILE = "README.md"
@@ -184,8 +185,11 @@ def _read_metrics(path: Path, source: Path, weights: str) -> dict[str, Any]:
         raise UserError(
             f"{path}: damaged, or not of the stage fid; run fid again, or add --no-metrics"
         ) from None
-    needed = source / f"{weights}.safetensors"
-    if needed.is_file() and not {sha256(source / "config.json"), sha256(needed)} <= set(of):
+    folder = source / "generator" if (source / INDEX_FILE).is_file() else source
+    needed = folder / f"{weights}.safetensors"
+    if not source.is_dir():
+        raise UserError(f"{source}: no local folder, so {path} cannot be told to be of it; add --no-metrics")
+    if needed.is_file() and not {sha256(folder / CONFIG_FILE), sha256(needed)} <= set(of):
         raise UserError(
             f"{path}: these are the metrics of another generator than {needed}; run fid on this one, or add "
             "--no-metrics"

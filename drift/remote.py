@@ -112,8 +112,10 @@ def check_remote(rclone: str, remote: str, run: Callable[..., subprocess.Complet
         raise UserError(f"rclone cannot tell its remotes: {last_line(listed.stderr)}")
     known = sorted(line.rstrip(":") for line in listed.stdout.split("\n") if line)
     if name not in known:
-        names = ", ".join(known) if known else "none"
-        raise UserError(f"{name}: rclone knows no remote of that name, but {names}; rclone config adds one")
+        names = f"it knows {', '.join(known)}" if known else "it knows none at all"
+        raise UserError(
+            f"{name}: rclone knows no remote of that name ({names}); rclone config adds one (docs/sharing.md)"
+        )
 
 
 def run_dvc(command: Sequence[str], remote: str | None = None, port: int | None = None) -> int:

@@ -15,8 +15,12 @@ def fetch_revision(path: str | Path, revision: str) -> Path:
     """A copy of the folder `path`, which DVC tracks, as of `revision` of this repository.
 
     It is made by `dvc get`, from DVC's cache or remote, and kept in the work folder under the commit's name.
-    Raises `UserError` if there is no such revision, or DVC cannot get the folder.
+    Raises `UserError` if `path` is not below the current folder, there is no such revision, or DVC cannot get
+    the folder.
     """
+    path, given = Path(os.path.relpath(path)), path
+    if path.parts[:1] in ((), ("..",)):
+        raise UserError(f"{given} as of {revision}: is not below {Path.cwd()}; change into the project")
     found = subprocess.run(
         ["git", "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}"],
         capture_output=True,
@@ -25,7 +29,6 @@ def fetch_revision(path: str | Path, revision: str) -> Path:
     commit = found.stdout.strip()
     if found.returncode or not commit:
         commit = _experiment(revision)
-    path = Path(path)
     kept = work_root() / "revisions" / commit[:16] / path
     if kept.is_dir():
         return kept

@@ -229,7 +229,7 @@ def test_latents_come_from_an_rclone_remote(here, source, settings, tmp_path, mo
     adopt_latents("secret:a/latents", "center", settings, here / "out")
     assert LatentStore.open(here / "out").meta["sha256"] == file_hashes(source)
     wrong = lambda place: complaint(lambda: adopt_latents(place, "center", settings, here / "new"))  # noqa: E731
-    assert "sekret: rclone knows no remote of that name, but secret;" in wrong("sekret:a")
+    assert "sekret: rclone knows no remote of that name (it knows secret);" in wrong("sekret:a")
     assert "secret:b: rclone copy ended with code 3" in wrong("secret:b")
     subprocess.run([find_rclone(), "delete", "secret:a/latents", "--include", "*_labels.npy"], check=True)
     assert wrong("secret:a/latents").startswith("secret:a/latents/train_labels.npy: is missing; ")
@@ -254,6 +254,15 @@ def test_dvc_takes_it_for_the_result_of_the_stage(tmp_path, source, monkeypatch)
     refused = project.run(*drift, "center", check=False)
     assert refused.returncode == 2
     assert refused.stderr == "error: artifacts/latents/center: exists already; --force replaces it\n"
+
+
+@pytest.mark.parametrize("what", [["latents", "x", "--view", "center"], ["mae", "x", "--to", "y"]])
+def test_other_settings_than_those_of_dvc_are_not_committed(here, capsys, what):
+    shutil.copyfile(ROOT / "presets/digits.yaml", "other.yaml")
+    assert cli.main(["adopt", *what, "--params", "other.yaml"]) == 2
+    assert "error: --params other.yaml: DVC goes by params.yaml; copy it" in capsys.readouterr().err
+    assert cli.main(["adopt", *what, "--params", "other.yaml", "--no-commit"]) == 2
+    assert "no such folder" in capsys.readouterr().err  # of the source, which is looked for then
 
 
 def test_a_commit_that_fails_is_told(here, capfd):

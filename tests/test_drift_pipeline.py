@@ -273,6 +273,13 @@ def test_metrics_of_another_generator_do_not_get_into_a_card(folder, tmp_path):
     metrics = metrics_of(other, tmp_path / "fid.json")
     told = complaint(lambda: export_pipeline(folder, tmp_path / "out", name="x", metrics=metrics))
     assert str(metrics) in told and "another generator" in told
+    own = metrics_of(folder, tmp_path / "own.json")
+    export_pipeline(folder, tmp_path / "pipeline", name="x")
+    for source in (tmp_path / "pipeline", "someone/generator"):  # of a pipeline; on the hub
+        told = complaint(lambda: export_pipeline(source, tmp_path / "out", name="x", metrics=metrics))  # noqa: B023
+        assert str(metrics) in told and "--no-metrics" in told
+    export_pipeline(tmp_path / "pipeline", tmp_path / "again", name="x", metrics=own)
+    assert "3.14" in (tmp_path / "again/README.md").read_text()
     metrics.write_text("{}")
     assert str(metrics) in complaint(
         lambda: export_pipeline(folder, tmp_path / "out", name="x", metrics=metrics)
@@ -323,6 +330,7 @@ def test_sample_writes_files(folder, pipe, tmp_path):
         (["--classes", "3"], "the classes are 0 to 2"),
         (["--count", "0"], "--count 0"),
         (["--omega", "0"], "--omega 0"),
+        (["--omega", "nan"], "--omega nan"),
         (["--out", "grid.jpg"], "grid.jpg"),
         (["--weights", "ema_0.5"], "ema_0.5"),
         (["--device", "abacus"], "abacus"),
@@ -372,11 +380,29 @@ def test_samples_of_a_revision(tmp_path, monkeypatch, capsys):
     assert not np.array_equal(now, before)
     [kept] = (tmp_path / ".work/revisions").glob("*/artifacts/generator")
     assert all(torch.equal(load_file(kept / "model.safetensors")[name], first[name]) for name in first)
+    absolute = str(tmp_path / "artifacts/generator")
+    assert cli.main([*common, absolute, "--rev", "one", "--out", "absolute.png"]) == 0
+    assert np.array_equal(np.asarray(Image.open("absolute.png")), before)
     capsys.readouterr()
+    for outside in ("../generator", str(tmp_path.parent), "."):
+        assert cli.main([*common, outside, "--rev", "one", "--out", "x.png"]) == 2
+        assert f"{outside} as of one: is not below {tmp_path}" in capsys.readouterr().err
     assert cli.main([*common, "--rev", "three", "--out", "x.png"]) == 2
     assert "three" in capsys.readouterr().err
     assert cli.main([*common, "other", "--rev", "one", "--out", "x.png"]) == 2
     assert "other as of one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["sample"], ["export", "out"]])
+def test_the_hub_is_not_asked_for_a_generator_that_is_not_trained_yet(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("drift.pipeline.download", lambda *_, **__: pytest.fail("asked the hub"))
+    assert cli.main([*command, *(["--no-metrics"] if command[0] == "export" else [])]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(
+        "error: artifacts/generator: there is none; dvc repro trains it, dvc pull fetches it"
+    )
+    assert not list(tmp_path.glob("out*/*"))
 
 
 def test_a_revision_outside_of_git_is_refused(tmp_path, monkeypatch):

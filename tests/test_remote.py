@@ -299,7 +299,7 @@ def said(capsys, *arguments: str) -> str:
     [
         ([], "a dvc command is needed after --, not nothing; say: drift remote -- dvc pull"),
         (["--", "git", "pull"], "a dvc command is needed after --, not git pull"),
-        (["--remote", "stor:x", "--", "dvc", "pull"], "no remote of that name, but secret, store; rclone"),
+        (["--remote", "stor:x", "--", "dvc", "pull"], "no remote of that name (it knows secret, store); rc"),
         (["--remote", "store", "--", "dvc", "pull"], "store: is no rclone remote; write NAME:PATH"),
         (["--remote", "store:none", "--", "dvc", "pull"], "store:none: there is no such folder; correct the"),
         (["--remote", "store:x", "--", "dvc", "pull", "-r", "a"], "name two places; leave one away"),

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from drift.commands.command import Run
+from drift.errors import UserError
 
 
 def add(parser: argparse.ArgumentParser) -> Run:
@@ -68,6 +69,7 @@ Exit code 2 after "error: ..." for what is refused; nothing is replaced then."""
         from drift.adopt import adopt_latents, commit
         from drift.params import load_settings
 
+        _check_params(args)
         out, stage = Path("artifacts/latents") / args.view, f"encode@{args.view}"
         for line in adopt_latents(args.source, args.view, load_settings(args.params), out, force=args.force):
             print(line)
@@ -107,6 +109,7 @@ examples:
         from drift.commands.import_release import settings_line
         from drift.params import load_settings
 
+        _check_params(args)
         load_settings(args.params)
         model = adopt_mae(args.source, args.to, force=args.force)
         print(f"PriorMAE of width {model.config.base_channels}: wrote {args.to}")
@@ -119,3 +122,9 @@ examples:
         print("wrote dvc.lock: mae has taken the encoder; dvc push hands it on")
 
     parser.set_defaults(adopt=adopt)
+
+
+def _check_params(args: argparse.Namespace) -> None:
+    """DVC would record the settings of params.yaml for what was checked against others."""
+    if not args.no_commit and args.params.resolve() != Path("params.yaml").resolve():
+        raise UserError(f"--params {args.params}: DVC goes by params.yaml; copy it there, or add --no-commit")

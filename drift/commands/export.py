@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from drift.commands.command import Run
+from drift.commands.command import GENERATOR, Run, generator_source
 
 
 def add(parser: argparse.ArgumentParser) -> Run:
@@ -20,9 +20,7 @@ examples:
   drift export outputs/b2 --generator artifacts/generator --vae-by-reference
   drift export outputs/old --rev experiment-1 --no-metrics"""
     parser.add_argument("destination", metavar="FOLDER", type=Path, help="where to write; must not exist yet")
-    parser.add_argument(
-        "--generator", metavar="SOURCE", default="artifacts/generator", help="(artifacts/generator)"
-    )
+    parser.add_argument("--generator", metavar="SOURCE", default=GENERATOR, help=f"({GENERATOR})")
     parser.add_argument("--rev", metavar="REVISION", help="take SOURCE as of this Git revision, by DVC")
     parser.add_argument("--weights", default="model", metavar="NAME", help="model, or ema_<decay> (model)")
     parser.add_argument("--vae", metavar="VAE", help="folder or hub id, where SOURCE names none or another")
@@ -42,13 +40,8 @@ examples:
     def run(args: argparse.Namespace) -> None:
         from drift.model_card import export_pipeline
 
-        source = args.generator
-        if args.rev is not None:
-            from drift.revisions import fetch_revision
-
-            source = fetch_revision(source, args.rev)
         files = export_pipeline(
-            source,
+            generator_source(args.generator, args.rev),
             args.destination,
             weights=args.weights,
             vae=args.vae,

@@ -1,9 +1,10 @@
 """drift sample"""
 
 import argparse
+import math
 from pathlib import Path
 
-from drift.commands.command import Run
+from drift.commands.command import GENERATOR, Run, generator_source
 from drift.errors import UserError
 
 
@@ -25,9 +26,7 @@ examples:
   drift sample outputs/exported --classes "golden retriever" 360 --omega 1.5
   drift sample imported/latent_L --vae stabilityai/sd-vae-ft-mse --classes 207
   drift sample --files --out outputs/png --count 100       a file per sample"""
-    parser.add_argument(
-        "source", metavar="SOURCE", nargs="?", default="artifacts/generator", help="(artifacts/generator)"
-    )
+    parser.add_argument("source", metavar="SOURCE", nargs="?", default=GENERATOR, help=f"({GENERATOR})")
     parser.add_argument("--classes", nargs="+", metavar="CLASS", help="numbers or names (the first ten)")
     parser.add_argument("--omega", type=float, default=1.0, help="CFG strength; 1 is none (1)")
     parser.add_argument("--seed", type=int, default=0, help="(0)")
@@ -49,7 +48,7 @@ examples:
     def run(args: argparse.Namespace) -> None:
         if args.count < 1:
             raise UserError(f"--count {args.count}: give a number of at least 1")
-        if args.omega <= 0:
+        if not 0 < args.omega < math.inf:
             raise UserError(f"--omega {args.omega:g}: give a number above 0; 1 is no guidance")
         if args.out is not None and not args.files and args.out.suffix.lower() != ".png":
             raise UserError(f"--out {args.out}: the picture's name must end in .png (or ask for --files)")
@@ -65,11 +64,7 @@ examples:
 
         out = args.out or Path("outputs/samples" if args.files else "outputs/samples.png")
         check_writable(out if args.files else out.parent)
-        source = args.source
-        if args.rev is not None:
-            from drift.revisions import fetch_revision
-
-            source = fetch_revision(source, args.rev)
+        source = generator_source(args.source, args.rev)
         try:
             device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
             torch.empty(0, device=device)
