@@ -99,6 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             fid.features, fid.mode, ranks.device, workers=hardware.workers, inception=fid.inception
         )
         require_enough(fid.images, network, "generated images per omega (fid.images)")
+        floor_images = min(fid.floor_images, len(training))
+        if floor_images:
+            require_enough(floor_images, network, "real training images (fid.floor_images; 0 takes none)")
         check_metrics(fid.metrics, network, reference_images is not None)
         decode = ImageDecoder(vae.to(ranks.device), hardware.decode_batch)
         on_device = lru_cache(maxsize=1)(lambda decay: load(decay).to(ranks.device).eval())
@@ -116,7 +119,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             "reference": sha256(fid.reference) if reference_images is None else reference_images.digest,
         }
         peers = Peers(ranks.rank, ranks.world_size, ranks.sum, ranks.device)
-        floor_images = min(fid.floor_images, len(training))
         real = (0 if reference_images is None else len(reference_images)) + floor_images
         with Work("fid", decides, fresh=args.fresh, first=ranks.first) as work:
             ranks.barrier()
@@ -183,6 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 precision_recall_images=fid.precision_recall_images,
                 work=work.folder,
                 png=None if hardware.png_folder is None else Path(hardware.png_folder),
+                run=work.folder.name,
                 writers=hardware.workers,
                 peers=peers,
                 finished=tuple(finished),

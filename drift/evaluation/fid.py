@@ -77,6 +77,7 @@ def evaluate_sweep(
     work: Path,
     precision_recall_images: int = 10_000,
     png: Path | None = None,
+    run: str = "",
     writers: int = 1,
     peers: Peers = Peers(),  # noqa: B008 (frozen)
     finished: Sequence[Entry] = (),
@@ -87,7 +88,8 @@ def evaluate_sweep(
 
     Returns the entries, the same on every process, by EMA decay and then by omega. `work` is the folder of
     the features while they are needed. `png` is where PNG files of the samples are kept, in folders
-    `gen_omega_<w>/`, by `writers` threads; None keeps none.
+    `gen_omega_<w>/`, by `writers` threads; None keeps none. `run` names what decides the samples: what
+    another run has left in these folders is removed.
 
     `finished` has the entries of an interrupted sweep, which are not measured again unless their PNG files
     are missing; `on_entry` sees each new one, and `on_images` after each batch how many samples of the whole
@@ -104,6 +106,9 @@ def evaluate_sweep(
                 folder = None
                 if png is not None:
                     folder = PngFolder(png / png_folder_name(omega, decay, len(ema_decays) > 1), pool)
+                    if peers.first:
+                        folder.claim(run)
+                    peers.wait()
                 entry = known.get((decay, omega))
                 if entry is None or (folder is not None and not folder.finished):
                     before = len(sweep) * len(samples)

@@ -1,6 +1,7 @@
 """Samples as PNG files, written by threads while the next ones are made."""
 
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -10,10 +11,12 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from drift.files import check_writable, write_json
+from drift.files import atomic_write, check_writable, write_json
 
 FILE = "fid.json"
 """What is in a folder of PNG files beside them, once all are there: what was measured on them."""
+_RUN = ".run"  # says whose the files are
+_IMAGE = re.compile(r"\d{6,}\.png")
 
 
 class PngFolder:
@@ -28,6 +31,22 @@ class PngFolder:
     @property
     def finished(self) -> bool:
         return (self.folder / FILE).exists()
+
+    def claim(self, run: str) -> None:
+        """Make the folder that of `run`: what another run has left there is removed, and that is told.
+
+        Or else the images of one generator would stand in for those of another, or beside them.
+        """
+        mark = self.folder / _RUN
+        if mark.exists() and mark.read_text() == run:
+            return
+        others = [path for path in self.folder.iterdir() if path.name == FILE or _IMAGE.fullmatch(path.name)]
+        if others:
+            print(f"{self.folder}: removing {len(others)} files of another run", flush=True)
+        for path in others:
+            path.unlink()
+        with atomic_write(mark) as file:
+            file.write(run.encode())
 
     def add(self, indices: Sequence[int], images: Tensor) -> None:
         """Begin to write images uint8 `[B, H, W, 3]`."""

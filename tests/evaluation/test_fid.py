@@ -195,6 +195,32 @@ def test_an_interrupted_sweep_goes_on_at_the_next_sample(network, reference, tmp
     assert len(made) == 16  # the numbers were known, the files were not there
 
 
+def test_images_of_another_run_never_stand_in_for_these(network, reference, tmp_path):
+    """A sweep is interrupted, another one uses its folder, and it goes on."""
+
+    class Brighter(Painter):
+        def __call__(self, *arguments):
+            return super().__call__(*arguments) + 0.1
+
+    def some(run, load, **changes):
+        return sweep(
+            network,
+            reference,
+            tmp_path / run,
+            run=run,
+            load=load,
+            omegas=[1.5],
+            png=tmp_path / "png",
+            **changes,
+        )
+
+    (entry,) = some("a", lambda decay: Painter())
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "png/gen_omega_1.5").glob("*.png")}
+    some("b", lambda decay: Brighter(), images=90)
+    assert some("a", lambda decay: Painter(), finished=[entry]) == [entry]
+    assert {p.name: p.read_bytes() for p in (tmp_path / "png/gen_omega_1.5").glob("*.png")} == expected
+
+
 def test_the_samples_of_the_whole_sweep_are_counted(network, reference, tmp_path):
     """Of 3 strengths, the first is known already; the last batch of a process may be a smaller one."""
     for world_size in (1, 3):

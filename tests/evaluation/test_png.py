@@ -43,6 +43,22 @@ def test_what_a_thread_meets_is_raised(tmp_path, images):
             PngFolder(tmp_path / "file/x", pool)
 
 
+def test_files_of_another_run_are_removed(tmp_path, images, capsys):
+    with ThreadPoolExecutor(1) as pool:
+        folder = PngFolder(tmp_path, pool)
+        folder.claim("a")
+        folder.add(range(5), images)
+        folder.wait()
+        folder.finish({"fid": 1.0})
+        (tmp_path / "notes.txt").touch()
+        PngFolder(tmp_path, pool).claim("a")
+        assert folder.finished and not len(folder.missing(5)) and not capsys.readouterr().out
+        PngFolder(tmp_path, pool).claim("b")
+        assert not folder.finished and len(folder.missing(5)) == 5
+        assert "removing 6 files" in capsys.readouterr().out
+        assert (tmp_path / "notes.txt").exists()
+
+
 def test_names():
     assert png_folder_name(1.0, 0.999, several=False) == "gen_omega_1"
     assert png_folder_name(1.25, None, several=False) == "gen_omega_1.25"
