@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from zipfile import is_zipfile
+from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
 import torch
@@ -98,8 +98,8 @@ def open_reference(name: str, dataset: str, root: str | None, classes: int) -> I
 def load_statistics(path: str | Path, dimension: int) -> Reference:
     """A reference from an `.npz` with `mu` `[D]` and `sigma` `[D, D]`, or `ref_mu` and `ref_sigma`.
 
-    Raises `UserError` if the file is missing or cut short, has neither pair, D is not `dimension`, or
-    `sigma` is no covariance.
+    Raises `UserError` if the file is missing or cut short, has neither pair of
+    floats, D is not `dimension`, or `sigma` is no covariance.
     """
     path = Path(path)
     if not path.is_file():
@@ -111,7 +111,15 @@ def load_statistics(path: str | Path, dimension: int) -> Reference:
         if keys is None:
             wanted = " or ".join(" and ".join(pair) for pair in _KEYS)
             raise UserError(f"{path}: has the arrays {', '.join(file)}; reference statistics are {wanted}")
-        mu, sigma = (file[key].astype(np.float64) for key in keys)
+        try:
+            mu, sigma = (np.asarray(file[key]) for key in keys)
+        except (ValueError, BadZipFile) as error:  # ValueError: pickled objects
+            raise UserError(
+                f"{path}: {keys[0]} or {keys[1]} cannot be read ({error}); get a fresh copy"
+            ) from None
+    if not all(np.issubdtype(array.dtype, np.floating) for array in (mu, sigma)):
+        raise UserError(f"{path}: {keys[0]} is {mu.dtype} and {keys[1]} {sigma.dtype}; both must be floats")
+    mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
     if mu.shape != (dimension,) or sigma.shape != (dimension, dimension):
         raise UserError(
             f"{path}: {keys[0]} {list(mu.shape)} and {keys[1]} {list(sigma.shape)} do not fit features of "

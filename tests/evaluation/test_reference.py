@@ -160,6 +160,15 @@ def test_reference_that_does_not_fit(tmp_path):
     assert "not symmetric" in complaint()
     path.write_bytes(path.read_bytes()[:200])
     assert "cut short" in complaint()
+    np.savez(path, mu=np.array([None, 1, 2], object), sigma=np.eye(3))
+    assert "cannot be read" in complaint()
+    np.savez(path, mu=np.zeros(3), sigma=np.eye(3) + 1j)
+    assert "sigma complex128" in complaint()
+    np.savez(path, mu=np.zeros(3), sigma=np.eye(3))
+    content = bytearray(path.read_bytes())
+    content[content.find(np.eye(3).tobytes()) + 8] ^= 1
+    path.write_bytes(content)
+    assert "Bad CRC-32" in complaint()
 
 
 def test_too_few_images(network, tmp_path):
