@@ -20,6 +20,8 @@ _CURVES = (
     ("accuracy", "Accuracy", "Share of samples in which the classifier reads the class that was asked for."),
 )
 
+_TICKS = {"axes.formatter.useoffset": False}  # numbers as they are, not their differences from another
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -140,7 +142,7 @@ def _svg(curve: Curve, prefix: str) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"svg.hashsalt": prefix, "svg.fonttype": "none", "font.size": 11}):
+    with matplotlib.rc_context({"svg.hashsalt": prefix, "svg.fonttype": "none", "font.size": 11, **_TICKS}):
         figure = Figure(figsize=(5.2, 3.2), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()

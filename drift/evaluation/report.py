@@ -51,7 +51,7 @@ def print_report(metrics: Path, files: Iterable[Path], png_folder: str | None = 
     """Print `metrics` as a table, then where it and the other files are."""
     print(f"\n{format_report(json.loads(metrics.read_text()))}\n")
     print("numbers:  ", metrics)
-    kinds = {".png": "picture:  ", ".html": "report:   "}
+    kinds = {".png": "picture:  ", ".html": "report:   ", ".json": "sweep:    "}
     for path in files:
         print(kinds.get(path.suffix, "curve:    "), path)
     if png_folder is not None:

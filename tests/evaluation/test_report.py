@@ -1,6 +1,9 @@
 """The table on screen says what the metrics file says."""
 
-from drift.evaluation.report import format_report
+import json
+from pathlib import Path
+
+from drift.evaluation.report import format_report, print_report
 
 RESULT = {
     "best": {"omega": 1.5, "fid": 2.0, "accuracy": 0.97},
@@ -35,6 +38,15 @@ def test_what_was_measured_beside_has_columns():
         "recall",
     ]
     assert "0.00123" in lines[2] and "0.999" in lines[2]
+
+
+def test_every_file_is_named_for_what_it_is(tmp_path, capsys):
+    (tmp_path / "fid.json").write_text(json.dumps(RESULT))
+    print_report(tmp_path / "fid.json", map(Path, ("a.csv", "a.json", "a.png", "a.html")), "png")
+    lines = capsys.readouterr().out.splitlines()[-6:]
+    assert [line.split()[0] for line in lines] == [
+        "numbers:", "curve:", "sweep:", "picture:", "report:", "images:"
+    ]  # fmt: skip
 
 
 def test_without_a_classifier_and_a_floor():
