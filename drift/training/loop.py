@@ -6,7 +6,7 @@ on from a checkpoint computes what the uninterrupted run would have, to the bit 
 
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -118,7 +118,11 @@ def train(
 
     log = RunLog(folder / LOG_FILE, what=what, steps=options.steps, start=start, active=ranks.first)
     first_bad = torch.full((), -1, dtype=torch.int64, device=ranks.device)
-    with Signals() as signals, Prefetch(prepare, start, options.steps, hardware.prefetch) as batches:
+    with (
+        closing(log),  # an error is told on a line of its own, not behind the bar
+        Signals() as signals,
+        Prefetch(prepare, start, options.steps, hardware.prefetch) as batches,
+    ):
         for step in range(start, options.steps):
             rate = learning_rate(
                 step,
@@ -163,14 +167,12 @@ def train(
                         keep_every=hardware.checkpoint_keep_every,
                     )
             if asked.stop and not last:
-                log.close()
                 ranks.barrier()
                 name = signal.Signals(asked.stop).name
                 told = (
                     f"{what}: {name} after step {step + 1} of {options.steps}; saved, run it again to go on"
                 )
                 raise Stopped(told if ranks.first else "", asked.stop)
-    log.close()
     ranks.barrier()
     return emas
 

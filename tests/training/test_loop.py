@@ -161,9 +161,11 @@ def test_each_ema_follows_its_decay(tmp_path):
         torch.testing.assert_close(emas[1].state_dict()[name], value)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_the_next_checkpoint(tmp_path):
-    with pytest.raises(FloatingPointError, match="step 4"):
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_next_checkpoint(tmp_path, capsys):
+    with pytest.raises(FloatingPointError, match="step 4") as caught:
         run(tmp_path, bad_at=4)
+    assert caught.tb  # which keeps the progress bar alive
+    assert capsys.readouterr().err.endswith("\n")  # what is told of it does not stand behind the bar
     checkpoint = load_checkpoint(tmp_path)
     assert checkpoint.step == 3
     assert all(tensor.isfinite().all() for tensor in checkpoint.tensors.values())
