@@ -75,7 +75,9 @@ def naive_drifting_loss(
         if settings.drift_tau_scale:
             raw *= (2 if settings.dist_metric == "l2_sq" else 1) / (tau * math.sqrt(channels))
         for group in sharing:
-            mean_square = raw[group].square().mean().clamp(min=1e-8 if release else 1e-12)
+            floor = 1e-8 if release else 1e-12  # of what has no unit
+            floor = floor / scale[group[0]] if settings.dist_metric == "l2_sq" else floor
+            mean_square = raw[group].square().mean().clamp(min=floor)
             total[group] += raw[group] / (mean_square.sqrt() if settings.normalize_drift_theta else 1)
 
     x.requires_grad_()

@@ -18,14 +18,14 @@ class Guards(NamedTuple):
     scale: float
     """Of S."""
     mean_square: float
-    """Of mean(V_tau^2)."""
+    """Of mean(V_tau^2); for `l2_sq` of S times that, which has no unit either."""
 
 
 GUARDS = {
     "batch": Guards(1e-8, 1e-3, 1e-8),  # release: a vector is 1e-4 from itself, lambda_tau >= 1e-4
     "class": Guards(0.0, 1e-6, 1e-12),  # prior
 }
-"""By `normalization_scope`, as each reference has them."""
+"""By `normalization_scope`, as each reference has them, but for that S of `l2_sq`."""
 
 
 def on_device(values: Sequence[float], like: Tensor) -> Tensor:

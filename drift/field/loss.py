@@ -209,7 +209,7 @@ class FieldPasses:
             scale = self.scale(sums if per_class else reduce(sums.sum(dim=1)))
             fields = self._fields_at(scale)
             total = reduce(self._packed(fields, scale))
-            factors = self._class_factors(fields) if per_class else self.factors(total)
+            factors = self._class_factors(fields, scale) if per_class else self.factors(total)
             value = _loss(factors, fields.products) / self._numel
         return self.loss(scale, factors, value), self.statistics(total)
 
@@ -244,7 +244,7 @@ class FieldPasses:
         """What every V_tau is multiplied by in V, from the total of `field_sums`: `[1, T]`."""
         totals = self._unpacked(sums)
         with self._in_float32():
-            return self._factors(totals.products / totals.numel)[None]
+            return self._factors(totals.products / totals.numel, totals.scale / totals.classes)[None]
 
     def loss(self, scale: Tensor, factors: Tensor, value: Tensor | None = None) -> Tensor:
         """The loss of these classes at S `[Nc]` and `factors` `[Nc or 1, T]`; see `drifting_loss`.
@@ -302,17 +302,19 @@ class FieldPasses:
                 kept.made = made
         return Fields(products / scale.square()[:, None, None], neighbours, marginal_errors)
 
-    def _class_factors(self, fields: Fields) -> Tensor:
-        return self._factors(fields.products * (len(self.x) / self._numel))  # [Nc, T]
+    def _class_factors(self, fields: Fields, scale: Tensor) -> Tensor:
+        return self._factors(fields.products * (len(self.x) / self._numel), scale)  # [Nc, T]
 
-    def _factors(self, mean_products: Tensor) -> Tensor:
-        """What every V_tau is multiplied by in V, from mean(V_tau V_tau') `[*, T, T]`: `[*, T]`."""
+    def _factors(self, mean_products: Tensor, scale: Tensor) -> Tensor:
+        """What V_tau is multiplied by in V, from mean(V_tau V_tau') `[*, T, T]` and S `[*]`: `[*, T]`."""
         settings = self.settings
         mean_squares = mean_products.diagonal(dim1=-2, dim2=-1)
         if settings.normalize_drift_theta:
             floor = self._guards.mean_square
             if settings.coupling == "sinkhorn" and settings.drift_form == "alg2_joint":
                 floor /= self.x.shape[1] ** 4  # rows of a plan hold 1/N, those of other couplings about 1
+            if settings.dist_metric == "l2_sq":
+                floor = floor / scale[..., None]  # V_tau is 1/length then
             factors = mean_squares.clamp_min(floor).rsqrt()
         elif settings.drift_tau_scale:
             # |d log K / d d| = 1 / (tau sqrt(C)), and twice d more of it for squares
@@ -326,7 +328,7 @@ class FieldPasses:
     def _packed(self, fields: Fields, scale: Tensor) -> Tensor:
         loss = self._numel.new_zeros(())
         if self.settings.normalization_scope == "class":
-            loss = _loss(self._class_factors(fields), fields.products)
+            loss = _loss(self._class_factors(fields, scale), fields.products)
         products = fields.products.sum(dim=0).flatten()
         scalars = torch.stack([self._numel, loss, scale.sum(), scale.new_full((), len(scale))])
         return torch.cat([scalars, products, fields.neighbours, fields.marginal_errors])

@@ -109,6 +109,14 @@ def test_order_of_samples_does_not_matter(kind, data, seed, channels, n, u):
         torch.testing.assert_close(permuted[name], values, rtol=1e-3, atol=1e-5)
 
 
+LENGTHS = {
+    ("class", "l2"): 1.0,  # S >= 1e-6
+    ("class", "l2_sq"): 10.0,
+    ("batch", "l2"): 1e5,  # S >= 1e-3; a distance of 1e-4 to oneself, which may not be masked at tau = 0.02
+    ("batch", "l2_sq"): 1e4,  # S^2 is a float at the other end
+}
+
+
 def agree_in_other_units(knobs, seed, channels, length, factor):
     x, pos, uncond, omega, second = draw(seed, channels=channels)
     x, pos, uncond, second = (length * t for t in (x, pos, uncond, second))
@@ -122,29 +130,17 @@ def agree_in_other_units(knobs, seed, channels, length, factor):
     torch.testing.assert_close(scaled["neighbours"], statistics["neighbours"], rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize(
-    "kind", [k for k in KINDS if k["dist_metric"] == "l2"], ids=lambda k: "-".join(k.values())
-)
+@pytest.mark.parametrize("scope", ["class", "batch"])
+@every_kind
 @given(data=st.data(), seed=SEEDS, channels=CHANNELS, exponent=st.floats(-4, 4))
 @some
-def test_units_of_the_features_do_not_matter(kind, data, seed, channels, exponent):
-    """The guards are absolute, by the release's conventions S >= 1e-3 and distances >= 1e-4.
-
-    Vectors are drawn so long that no factor brings them near: with a distance to oneself of 1e-4, not masked
-    at tau = 0.02, vectors of length 1 already are.
-    """
-    agree_in_other_units(data.draw(computable(**STEADY, **kind)), seed, channels, 1e6, 10**exponent)
-
-
-@pytest.mark.parametrize(
-    "kind", [k for k in KINDS if k["dist_metric"] == "l2_sq"], ids=lambda k: "-".join(k.values())
-)
-@given(data=st.data(), seed=SEEDS, channels=CHANNELS, exponent=st.floats(-1, 1))
-@some
-def test_units_of_the_features_do_not_matter_to_squared_distances(kind, data, seed, channels, exponent):
-    """The size of V_tau is that of y/S, here 1/||y||, so that lambda's guard is at the other end."""
-    knobs = data.draw(computable(normalization_scope="class", normalize_drift_theta=True, **SOFT, **kind))
-    agree_in_other_units(knobs, seed, channels, 1.0, 10**exponent)
+def test_units_of_the_features_do_not_matter(kind, scope, data, seed, channels, exponent):
+    """From vectors as long as it takes for no factor to bring S and distances near their absolute guards."""
+    fixed = STEADY | {"normalization_scope": scope}
+    if kind["dist_metric"] == "l2_sq":
+        fixed |= {"normalize_drift_theta": True}  # y/S is 1/length, and so is V if nothing divides it
+    knobs = data.draw(computable(**fixed, **kind))
+    agree_in_other_units(knobs, seed, channels, LENGTHS[scope, kind["dist_metric"]], 10**exponent)
 
 
 @pytest.mark.parametrize(("base", "guard", "length"), [("release", 1e-3, 1e-9), ("prior", 1e-6, 1e-14)])
