@@ -299,7 +299,7 @@ class Settings(Section):
     temps: Annotated[tuple[Positive, ...], Field(min_length=1)]
     """Kernel temperatures tau."""
     mask_self_neg: Switch
-    """Mask a generated sample out of its own negatives."""
+    """Mask a generated sample out of its own negatives; `sinkhorn` never does (prior)."""
     alg2_impl: Literal["logspace", "kernel"]
     """Softmaxes with each sum's own maximum, or exponentials first (prior), which may underflow."""
     sinkhorn_iters: Count

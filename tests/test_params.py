@@ -1,6 +1,7 @@
 """Settings: the presets are complete and right, and every mistake is one line that helps."""
 
 from pathlib import Path
+from typing import Literal, get_origin, get_type_hints
 
 import pytest
 from complaints import complaint
@@ -105,6 +106,8 @@ def test_field_settings_take_every_top_level_knob():
     sections = {"views", "data", "encode", "mae", "drift", "fid", "hardware"}
     knobs = set(type(settings).model_fields) - {"seed"} - sections
     assert knobs == set(FIELD_KEYS)
+    words = {key: kind for key, kind in get_type_hints(FieldSettings).items() if get_origin(kind) is Literal}
+    assert words == {key: type(settings).model_fields[key].annotation for key in words}
 
 
 def test_settings_are_frozen():

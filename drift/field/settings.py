@@ -1,7 +1,7 @@
 """The knobs of the drifting field, as one frozen object that knows nothing of files."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 FieldImpl = Literal["auto", "reference", "triton"]
 """What computes the field: `drift/field/problems.py` or `drift/field/triton_kernel.py`."""
@@ -13,29 +13,35 @@ TRITON_VECTORS = {"generated": 64, "positives": 64, "unconditional": 32}
 class FieldSettings:
     """How distances become a drift; the defaults are the release's.
 
-    The fields are named as the top-level keys of `params.yaml`; what each one does is told in
-    `drift/params.py`, where the values are checked.
+    The fields are named as the top-level keys of `params.yaml`; what each one does, and the range of each
+    number, is told in `drift/params.py`. Raises `ValueError` for a word that is none of the allowed ones.
     """
 
-    coupling: str = "partial_two_sided"
-    drift_form: str = "alg2_joint"
-    dist_metric: str = "l2"
+    coupling: Literal["row", "partial_two_sided", "sinkhorn"] = "partial_two_sided"
+    drift_form: Literal["alg2_joint", "split"] = "alg2_joint"
+    dist_metric: Literal["l2", "l2_sq"] = "l2"
     temps: tuple[float, ...] = (0.02, 0.05, 0.2)
     mask_self_neg: bool = True
-    alg2_impl: str = "logspace"
+    alg2_impl: Literal["logspace", "kernel"] = "logspace"
     sinkhorn_iters: int = 20
     sinkhorn_tolerance: float = 0.0
-    sinkhorn_marginal: str = "weighted_cols"
+    sinkhorn_marginal: Literal["none", "weighted_cols", "post_guidance"] = "weighted_cols"
     sinkhorn_agg_kernel: bool = False
     drift_unit_vec: bool = False
     drift_tau_scale: bool = False
     normalize_drift_theta: bool = True
-    normalization_scope: str = "batch"
-    uncond_weighting: str = "affinity"
+    normalization_scope: Literal["batch", "class"] = "batch"
+    uncond_weighting: Literal["affinity", "logit"] = "affinity"
     affinity_floor: float = 1e-6
     self_in_scale: bool = True
     vanilla: bool = False
-    negatives: str = "self"
+    negatives: Literal["self", "second_batch"] = "self"
+
+    def __post_init__(self):
+        for key, kind in get_type_hints(type(self)).items():
+            value, allowed = getattr(self, key), get_args(kind)
+            if allowed and isinstance(allowed[0], str) and value not in allowed:
+                raise ValueError(f"{key} = {value!r}: allowed: {', '.join(allowed[:-1])} or {allowed[-1]}")
 
     @classmethod
     def prior(cls, **changes) -> "FieldSettings":

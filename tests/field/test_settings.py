@@ -74,6 +74,16 @@ def test_prior_differs_from_release_where_the_method_says():
     }
 
 
+@pytest.mark.parametrize(
+    "key", ["coupling", "dist_metric", "sinkhorn_marginal", "uncond_weighting", "negatives"]
+)
+@pytest.mark.parametrize("make", [FieldSettings, FieldSettings.prior], ids=["release", "prior"])
+def test_misspelt_values_are_refused(make, key):
+    """Without `params.yaml` in between, where one of two branches would take them for the other value."""
+    with pytest.raises(ValueError, match=f"{key} = 'L2': allowed: .* or "):
+        make(**{key: "L2"})
+
+
 def test_settings_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         FieldSettings().coupling = "row"
