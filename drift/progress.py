@@ -40,8 +40,12 @@ class ProgressLog:
         self._append(json.dumps({**line, "time": round(time.time(), 3)}) + "\n")
 
     def _append(self, text: str) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(text)
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            error.filename = str(self.path)  # which only `open` sets
+            raise
 
 
 def done(line: Mapping[str, Any]) -> int:

@@ -102,6 +102,17 @@ def test_check_writable_makes_the_folder_and_leaves_nothing_in_it(tmp_path):
     assert names(tmp_path / "a" / "b") == []
 
 
+def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path, monkeypatch):
+    def refuse(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError) as caught, files.atomic_write(tmp_path / "a.bin"):
+        pass
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "a.bin"))
+    assert names(tmp_path) == []
+
+
 def test_check_writable_names_the_folder_and_the_reason(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file/sub: cannot be written \(Not a directory\)"):

@@ -1,6 +1,8 @@
 """Progress lines: how often, how fast, and what a kill does to them."""
 
+import errno
 import json
+from pathlib import Path
 
 import pytest
 
@@ -96,3 +98,11 @@ def test_the_end_of_a_huge_log_is_read_alone(tmp_path):
 
 def test_no_log_has_no_lines(tmp_path):
     assert read_log(tmp_path / "logs.jsonl") == read_log(tmp_path / "logs.jsonl", last=10) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device")
+def test_a_full_disk_is_told_with_the_name_of_the_log(tmp_path):
+    (tmp_path / "logs.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError) as caught:
+        ProgressLog(tmp_path / "logs.jsonl", steps=2, unit="step").reached(0)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "logs.jsonl"))
