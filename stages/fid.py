@@ -202,6 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     "classifier_accuracy_real": reference.statistics.accuracy,
                     "self_test": tested,
                     "protocol": {
+                        "image_size": data.image_size,
                         "labels": fid.labels,
                         "features": fid.features,
                         "features_sha256": network.digest,
@@ -213,6 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                         "floor_images": floor_images,
                         "precision_recall_images": fid.precision_recall_images,
                         "seed": settings.seed,
+                        "device": ranks.device.type,
                         "vae": settings.encode.vae,
                         "vae_sha256": vae.digest,
                         "generator": made_by["how"] if made_by else None,
