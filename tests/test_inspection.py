@@ -598,7 +598,7 @@ def test_weights_that_are_not_finite(world, settings, tmp_path):
 
 def test_features_below_the_guard_of_the_field():
     latents = 1e-4 * torch.from_numpy(normal(12)).float()
-    assert check(random_mae(), latents=latents)["global"].problem == "scale below the field's guard (0.001)"
+    assert check(random_mae(), latents=latents)["global"].problem == "smaller than the field's guard (0.001)"
     assert check(random_mae(), latents=latents, guard=1e-6)["global"].problem is None
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from configobj import ConfigObj
+from imports import ROOT
 
 from drift import cli, remote
 from drift.remote import find_rclone
@@ -417,3 +419,12 @@ def test_the_package_is_preferred_to_the_path(tmp_path, monkeypatch):
     assert find_rclone() == str(tmp_path / "package" / "rclone")
     shutil.rmtree(tmp_path / "package")
     assert find_rclone() == str(tmp_path / "path" / "rclone")
+
+
+def test_the_project_names_its_storage_without_secrets(monkeypatch):
+    config = ConfigObj(str(ROOT / ".dvc/config"))
+    remotes = {section: dict(values) for section, values in config.items() if section.startswith("remote")}
+    assert remotes and all(values.keys() == {"url"} for values in remotes.values())
+    assert "remote" not in config["core"]  # no default: dvc exp run would look it up
+    for file in (".dvc/config.local", ".dvc/cache/x"):
+        assert subprocess.run(["git", "check-ignore", "--quiet", file], cwd=ROOT).returncode == 0

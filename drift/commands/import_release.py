@@ -26,7 +26,8 @@ examples:
   drift import-release mae_latent_640 imported/mae_latent_640
   drift import-release latent_L_sota imported/latent_L
   drift sample imported/latent_L --vae stabilityai/sd-vae-ft-mse --classes 207
-  python -m stages.fid --generator imported/latent_L --out imported/fid.json
+  python -m stages.fid --generator imported/latent_L --out imported/fid.json \\
+      --plots imported/plots --report imported/report.html
 
 """
         + USE_OF_AN_ENCODER

@@ -104,7 +104,7 @@ def check_feature_sets(
             elif scale <= _CONSTANT * size:
                 problem = "the same for every sample"
             elif scale < guard:
-                problem = f"scale below the field's guard ({guard:g})"
+                problem = f"smaller than the field's guard ({guard:g})"
         checks.append(
             FeatureSetCheck(
                 name=name,
