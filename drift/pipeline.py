@@ -201,6 +201,9 @@ class DriftPipeline(DiffusionPipeline):
         has_vae = self.vae is not None and include_vae
         if has_vae:
             self.vae.save_pretrained(folder / "vae", safe_serialization=True)
+            config = json.loads((folder / "vae" / CONFIG_FILE).read_text(encoding="utf-8"))
+            config.pop("_name_or_path", None)  # where it was loaded from on this machine
+            write_json(folder / "vae" / CONFIG_FILE, config)
         index = {
             "_class_name": "DriftPipeline",
             "generator": ["drift.models", "Generator"],

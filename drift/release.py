@@ -74,12 +74,12 @@ def import_release(source: str | Path, destination: str | Path) -> LatentMAE | G
     source = Path(source)
     metadata_path, params_path = _find(source, "metadata.json"), _find(source, "ema_params.msgpack")
     kind, model_config = _read_metadata(metadata_path)
-    check_writable(destination)
     params = read_flax_msgpack(params_path)
     try:
         model = {"mae": convert_mae, "gen": convert_generator}[kind](params, model_config)
     except UserError as error:
         raise UserError(f"{params_path.parent}: {error}") from None
+    check_writable(destination)  # makes it, so not before there is something to write
     model.save_pretrained(destination)
     return model
 
@@ -116,11 +116,11 @@ def import_prior_mae(checkpoint: str | Path, destination: str | Path) -> PriorMA
             f"{checkpoint}: has no mae_cfg and ema.shadow, so it is not an MAE checkpoint of the prior; name "
             "its ckpt_final.pt"
         ) from None
-    check_writable(destination)
     try:
         model = convert_prior_mae(shadow, config)
     except UserError as error:
         raise UserError(f"{checkpoint}: {error}") from None
+    check_writable(destination)
     model.save_pretrained(destination)
     return model
 
@@ -171,7 +171,7 @@ def _load_checkpoint(path: Path) -> Mapping[str, Any]:
             "done; get a fresh copy, or save its 'ema' and 'mae_cfg' alone where you trust it"
         ) from None
     except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split()).partition(". ")[0]  # a paragraph of advice follows
         raise UserError(f"{path}: damaged, or no checkpoint ({reason}); get a fresh copy") from None
     return content if isinstance(content, Mapping) else {}
 

@@ -6,7 +6,6 @@ import signal
 # Before torch is loaded: see stages/__init__.py
 os.environ.setdefault("GOMP_SPINCOUNT", "1500")
 
-# Processes started by nohup or in the background of a script are born deaf to these, and so are their children;
-# tests send them to commands
+# Tests send these to commands, which would be deaf to them under nohup or in the background of a script
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

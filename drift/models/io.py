@@ -1,6 +1,7 @@
 """Models on disk: a folder with `config.json` and one safetensors file per copy of the weights."""
 
 import dataclasses
+import hashlib
 import json
 import typing
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from drift.errors import UserError
 from drift.files import atomic_write, write_json
 
 CONFIG_FILE = "config.json"
+_DIGEST = "sha256"
 _WAY_OUT = "make the folder again, or fetch it anew (dvc pull)"
 
 
@@ -46,14 +48,16 @@ class PretrainedModel(nn.Module):
         """Write `config.json` and `<weights>.safetensors` into `folder`, which is made if it is missing.
 
         Several copies of the weights, such as those of several EMA decays, share a folder under different
-        names. Equal models give equal bytes.
+        names. Equal models give equal bytes. The file holds a SHA-256 of its tensors, so that a changed bit
+        is found by `from_pretrained`.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / CONFIG_FILE, {"model": type(self).__name__, **dataclasses.asdict(self.config)})
         tensors = {name: tensor.contiguous().cpu() for name, tensor in self.state_dict().items()}
         with atomic_write(folder / f"{weights}.safetensors") as file:
-            file.write(save(tensors, metadata={"format": "pt"}))
+            # One key: safetensors writes several in an order that changes from call to call
+            file.write(save(tensors, metadata={_DIGEST: _digest(tensors)}))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, weights: str = "model") -> Self:
@@ -139,12 +143,15 @@ def _read_weights(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tenso
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            announced = (file.metadata() or {}).get(_DIGEST)  # files of others have none
     except FileNotFoundError:
         there = ", ".join(sorted(other.stem for other in path.parent.glob("*.safetensors"))) or "none"
         raise UserError(f"{path}: is missing; weights in that folder: {there}") from None
     except (SafetensorError, OSError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: damaged ({reason}); {_WAY_OUT}") from None
+    if announced is not None and announced != _digest(tensors):
+        raise UserError(f"{path}: damaged (the weights are not those that were written); {_WAY_OUT}")
     for name in sorted(tensors.keys() | expected.keys()):
         found, wanted = (_shape(side.get(name)) for side in (tensors, expected))
         if found != wanted:
@@ -153,6 +160,15 @@ def _read_weights(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tenso
                 f"one model; {_WAY_OUT}"
             )
     return tensors
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes of contiguous CPU tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _shape(tensor: Tensor | None) -> str:

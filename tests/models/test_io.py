@@ -47,6 +47,11 @@ def test_loading_draws_nothing(model, tmp_path):
 def test_equal_models_give_equal_bytes(model, tmp_path):
     model.save_pretrained(tmp_path / "a")
     type(model).from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    for _ in range(9):  # a hash table's order would show
+        model.save_pretrained(tmp_path / "b")
+        assert (tmp_path / "b/model.safetensors").read_bytes() == (
+            tmp_path / "a/model.safetensors"
+        ).read_bytes()
     files = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
     assert files.keys() == {"config.json", "model.safetensors"}
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()}
@@ -85,6 +90,16 @@ def test_truncated_weights(model, tmp_path, share):
     path.write_bytes(content[: int(share * len(content))])
     message = complaint(lambda: type(model).from_pretrained(tmp_path))
     assert str(path) in message and "damaged" in message
+
+
+def test_a_changed_bit_is_found(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    message = complaint(lambda: type(model).from_pretrained(tmp_path))
+    assert message.startswith(f"{path}: damaged (the weights are not those that were written)")
 
 
 def test_weights_of_another_shape(model, tmp_path):
