@@ -18,7 +18,13 @@ from drift.errors import UserError
 from drift.field.distance import GUARDS, feature_scale, on_device
 from drift.field.guidance import unconditional_weight
 from drift.field.problems import Chunk, Coefficients, FeatureSet, Measured
-from drift.field.settings import FieldImpl, FieldSettings, beyond_triton, contradiction
+from drift.field.settings import (
+    TRITON_SHARED_BYTES,
+    FieldImpl,
+    FieldSettings,
+    beyond_triton,
+    contradiction,
+)
 
 Reduce = Callable[[Tensor], Tensor]
 """Sums a 1-D float32 tensor over the processes that share the classes of a step."""
@@ -124,9 +130,20 @@ def _no_triton(device: torch.device) -> str | None:
         import triton
     except ImportError as error:
         return f"triton cannot be imported ({error})"
-    if device.type == "cuda" or triton.knobs.runtime.interpret:
+    if triton.knobs.runtime.interpret:
+        return None
+    if device.type == "cuda":
+        if (there := _shared_bytes(device)) < TRITON_SHARED_BYTES:
+            return (
+                f"the Triton kernel needs {TRITON_SHARED_BYTES} bytes of shared memory, this GPU has {there}"
+            )
         return None
     return f"the Triton kernel needs a CUDA device, this is {device.type}"
+
+
+def _shared_bytes(device: torch.device) -> int:
+    """The most shared memory that one program on a CUDA device may have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 class Fields(NamedTuple):

@@ -7,6 +7,9 @@ FieldImpl = Literal["auto", "reference", "triton"]
 """What computes the field: `drift/field/problems.py` or `drift/field/triton_kernel.py`."""
 TRITON_VECTORS = {"generated": 64, "positives": 64, "unconditional": 32}
 """The most for each class that the Triton kernel takes: with more, a problem does not fit on the chip."""
+TRITON_SHARED_BYTES = 108 * 1024 + 256
+"""Shared memory that the kernel needs at that size, as the compiler says; an A100 or H100 has it, a GPU of
+compute capability 8.6, 8.9 or 12.0 does not."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ import drift.field.loss
 from drift.errors import UserError
 from drift.field import FieldSettings, drifting_loss
 from drift.field.loss import takes_triton
-from drift.field.settings import TRITON_VECTORS, beyond_triton
+from drift.field.settings import TRITON_SHARED_BYTES, TRITON_VECTORS, beyond_triton
 from drift.params import load_settings
 from drift.training.objective import Samples, drift_objective, step_sums
 
@@ -180,14 +180,17 @@ def test_parts_equal_the_whole(triton):
 
 
 BUILD = """
+import sys
+
 import drift.field.triton_kernel as kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-strides = ("i32", "i32", "i32", "constexpr")
-types = {name: ("*fp32", strides, "i32") for name in ("x", "uncond", "pos")}
+capability, pointer, stride, ones = int(sys.argv[1]), *sys.argv[2:4], sys.argv[4:]
+strides = (stride, stride, stride, "constexpr")
+types = {name: (pointer, strides, "i32") for name in ("x", "uncond", "pos")}
 types |= dict.fromkeys(("L", "C", "T"), "i32") | dict.fromkeys(("squared_floor", "floor"), "fp32")
-types["drift_strides"] = strides
+types |= dict.fromkeys(ones, "constexpr") | {"drift": pointer, "drift_strides": strides}
 constants = dict(SQUARES=False, BN=64, BU=32, BP=64, BC=kernels.CHANNELS)
 constants |= dict(TWO_SIDED=True, MASK_SELF=True, WITH_SELF=True)
 for kernel in (kernels._distance_sums, kernels._fields, kernels._drift):
@@ -195,22 +198,30 @@ for kernel in (kernels._distance_sums, kernels._fields, kernels._drift):
     signature = {n: "constexpr" if n in constants else types.get(n, "*fp32") for n in names}
     known = {(names.index(n),): value for n, value in constants.items() if n in names}
     known |= {(names.index(n), 1, 3): 1 for n in ("x", "uncond", "pos")}
+    known |= {(names.index(n),): 1 for n in ones if n in names}
     if "drift_strides" in names:
         known[names.index("drift_strides"), 3] = 1
     built = compile(
-        ASTSource(kernel, signature, known), target=GPUTarget("cuda", 80, 32), options={"num_warps": 16}
+        ASTSource(kernel, signature, known),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": 16},
     )
     print(built.metadata.shared)
 """
 
 
 @has_triton
-def test_kernels_build_and_fit_for_a_gpu(tmp_path):
+@pytest.mark.parametrize(
+    "variant",
+    [("80", "*fp32", "i32"), ("90", "*bf16", "i64", "L", "T")],  # where a count is 1, it is a constant
+    ids=["A100", "H100"],
+)
+def test_kernels_build_and_fit_for_a_gpu(tmp_path, variant):
     """The compiler needs no GPU, and refuses what the interpreter lets pass."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
-        [sys.executable, "-c", BUILD],
+        [sys.executable, "-c", BUILD, *variant],
         env=environment,
         cwd=ROOT,
         capture_output=True,
@@ -219,7 +230,7 @@ def test_kernels_build_and_fit_for_a_gpu(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     shared = [int(line) for line in done.stdout.split()]
     assert len(shared) == 3
-    assert max(shared) <= 163 * 1024  # of an A100
+    assert max(shared) <= TRITON_SHARED_BYTES <= 163 * 1024  # of an A100
 
 
 @pytest.mark.parametrize(
@@ -325,4 +336,15 @@ def test_without_a_gpu_it_is_refused_and_auto_does_without(monkeypatch):
         drifting_loss(x, pos, uncond, omega, RELEASE, impl="triton")
     monkeypatch.setattr(drift.field.loss, "AUTO_IS_TRITON", True)
     assert not takes_triton("auto", RELEASE, CPU, **SMALL)
-    assert takes_triton("auto", RELEASE, torch.device("cuda"), **SMALL)
+
+
+@has_triton
+def test_a_gpu_with_too_little_shared_memory_is_refused(monkeypatch):
+    monkeypatch.setattr(drift.field.loss, "AUTO_IS_TRITON", True)
+    gpu, there = torch.device("cuda"), {"kib": 227}  # an H100
+    monkeypatch.setattr(drift.field.loss, "_shared_bytes", lambda device: 1024 * there["kib"])
+    assert takes_triton("auto", RELEASE, gpu, **SMALL) and takes_triton("triton", RELEASE, gpu, **SMALL)
+    there["kib"] = 99  # a GPU of capability 8.6 or 8.9
+    assert not takes_triton("auto", RELEASE, gpu, **SMALL)
+    with pytest.raises(UserError, match="bytes of shared memory, this GPU has 101376; set hardware"):
+        takes_triton("triton", RELEASE, gpu, **SMALL)
