@@ -3,13 +3,14 @@
     python -m benchmarks.step                                       # the ablation preset, on a GPU
     python -m benchmarks.step --classes 2 --samples 4 --width 32    # reduced, for a CPU
     python -m benchmarks.step --stage mae --batch 4 --width 32
+    python -m benchmarks.step --estimate --classes-per-pass 64 16 4 # what would fit, counted on a CPU
 
 It runs the stage's own training loop, with random latents and an encoder of random weights, and splits the
 very steps that it times, compiled as they are: on a GPU by events that wait for nothing, on a CPU by the
 clock. FLOPs are counted by torch.utils.flop_counter, without what is computed again to save memory, and set
 against the rate of large square matrix products in the same precision, measured before and after. On request:
 a trace, the plain step beside it, a long run, and memory and speed for several numbers of classes at once.
-benchmarks/README.md says how to read it all.
+`--estimate` counts the memory instead, without a GPU. benchmarks/README.md says how to read it all.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import torch
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
+from benchmarks.memory import estimate
 from benchmarks.timing import (
     Split,
     free,
@@ -204,6 +206,18 @@ def memory_table(case: Case, numbers: list[int], memory_limit: float | None) -> 
     return rows
 
 
+def estimated_table(settings: Settings, numbers: list[int]) -> list[dict[str, Any]]:
+    """A row of counted memory for each number of classes at once; nothing is run."""
+    print(f"{'classes at once':>15} {'tensors':>10} {'with reserve':>13}   estimated, not measured")
+    rows = []
+    for number in numbers:
+        hardware = settings.hardware.model_copy(update={"classes_per_pass": number})
+        sizes = estimate(settings.model_copy(update={"hardware": hardware}))
+        rows.append({"classes_per_pass": number, "estimated_bytes": sizes})
+        print(f"{number:15} {sizes['total'] / 1e9:7.1f} GB {sizes['needed'] / 1e9:10.1f} GB", flush=True)
+    return rows
+
+
 def print_step(result: dict[str, Any]) -> None:
     """A step by part."""
     flops, rate, whole = result["flops"], result["matmul"]["flops_per_s"], result["step_ms"]
@@ -269,6 +283,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="classes at once; several print only a table of memory and speed")  # fmt: skip
     add("--feature-batch", type=int)
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="any setting: hardware.compile=false")
+    add("--estimate", action="store_true",
+        help="count the memory of a step in the preset's precision on a GPU, without taking one")  # fmt: skip
     add("--memory-limit", type=float, metavar="GB",
         help="have no more than so many 10^9 bytes of the GPU, as a smaller one would")  # fmt: skip
     add("--trace", type=Path, help=f"write a Chrome trace of {TRACED} more steps there")
@@ -279,6 +295,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.stage == "mae" and (args.plain is not None or args.classes_per_pass):
         parser.error("--plain and --classes-per-pass belong to the stage drift")
+    if args.stage == "mae" and args.estimate:
+        parser.error("--estimate belongs to the stage drift")
     if args.plain == []:
         args.plain = ["literal"]
     return args
@@ -299,7 +317,7 @@ def read_settings(args: argparse.Namespace) -> Settings:
     }
     if args.classes_per_pass and len(args.classes_per_pass) == 1:
         changes["hardware.classes_per_pass"] = args.classes_per_pass[0]
-    if args.device == "cpu":
+    if args.device == "cpu" and not args.estimate:
         changes |= {"hardware.compile": False, "hardware.precision": "float32"}
     changes = {key: value for key, value in changes.items() if value is not None}
     for text in args.set:
@@ -346,7 +364,10 @@ def main(argv: list[str] | None = None) -> None:
     }
     where = f"{result['device']}, {result['threads']} threads, torch {result['torch']}"
     print(f"{where}, {args.preset}, {args.stage}: {describe(case)}", flush=True)
-    if args.classes_per_pass and len(args.classes_per_pass) > 1:
+    if args.estimate:
+        every = [settings.hardware.classes_per_pass or settings.drift.classes_per_step]
+        result["memory_estimate"] = estimated_table(settings, args.classes_per_pass or every)
+    elif args.classes_per_pass and len(args.classes_per_pass) > 1:
         result["memory_table"] = memory_table(case, args.classes_per_pass, args.memory_limit)
     else:
         limit_memory(device, args.memory_limit)

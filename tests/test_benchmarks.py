@@ -12,6 +12,7 @@ from ruamel.yaml import YAML
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from drift.field.loss import CHUNK_BYTES, KEEP_BYTES
 from drift.models import Generator, LatentMAE
 from drift.models.generator import GeneratorConfig
 from drift.models.mae import MAEConfig
@@ -19,7 +20,8 @@ from drift.params import load_settings
 
 sys.path.append(str(ROOT))  # the benchmarks are not installed
 
-from benchmarks import encode, fid, field, step, timing, training
+from benchmarks import encode, fid, field, memory, step, timing, training
+from benchmarks.memory import LiveBytes
 from benchmarks.timing import Split
 
 DIGITS = str(ROOT / "presets" / "digits.yaml")
@@ -154,6 +156,56 @@ def test_a_table_has_a_row_for_each_number_of_classes_at_once(tmp_path, capsys, 
     monkeypatch.setattr(step, "measure", no_room)
     result = run_step(tmp_path, *TINY, "--classes-per-pass", "2", "1")
     assert [row["fits"] for row in result["memory_table"]] == [False, False]
+
+
+def test_live_bytes_are_those_of_storages():
+    with LiveBytes() as bytes_:
+        a = torch.zeros(1000)
+        view = a.view(10, 100)[2:]
+        b = a + 1
+        assert bytes_.live == bytes_.peak == 8000
+        del a, b
+        assert bytes_.live == 4000  # the view's
+        del view
+        assert bytes_.live == 0 and bytes_.peak == 8000
+
+
+MEDIUM = ["mae.layers=[2,2,2,2]", "drift.hidden=64", "drift.depth=3", "drift.heads=4"]
+SAVING = ["hardware.activation_checkpointing=true", "hardware.feature_batch=48"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read as Linux tells it")
+@pytest.mark.parametrize("changes", [MEDIUM, MEDIUM + SAVING], ids=["all-kept", "saving"])
+def test_estimated_memory_is_that_of_a_step_that_runs(changes, monkeypatch):
+    """Further samples cost what the estimate says; what a process has from the start cancels out."""
+    for bounds in (CHUNK_BYTES, KEEP_BYTES):  # of the field on the CPU that is measured
+        monkeypatch.setitem(bounds, "cuda", bounds["cpu"])
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # what is freed leaves the process at once
+    measured, estimated = [], []
+    for samples in ("32", "128"):
+        arguments = ["--preset", DIGITS, "--device", "cpu", "--classes", "4", "--samples", samples]
+        args = step.parse([*arguments, "--width", "32", "--set", *changes])
+        medium = training.Case("drift", step.read_settings(args), "cpu")
+        measured.append(timing.in_child(step.table_row, medium, None)["peak_bytes"])
+        estimated.append(memory.estimate(medium.settings)["total"])
+    more = measured[1] - measured[0]
+    assert more > 50 * 2**20
+    assert estimated[1] - estimated[0] == pytest.approx(more, rel=0.15)
+
+
+def test_an_estimate_needs_no_device(tmp_path, capsys):
+    arguments = [*TINY, "hardware.precision=bfloat16", "--classes-per-pass", "2", "1", "--estimate"]
+    result = run_step(tmp_path, *arguments)
+    assert result["settings"]["hardware"]["precision"] == "bfloat16"
+    two, one = (row["estimated_bytes"] for row in result["memory_estimate"])
+    assert two["a part of the step"] > one["a part of the step"] > 0
+    assert "estimated, not measured" in capsys.readouterr().out
+    # Float32: weights, two moments, an EMA; the encoder alone
+    generator = Generator(GeneratorConfig(input_size=4, num_classes=10, hidden_size=16, depth=1, num_heads=2,
+        patch_size=2, context_tokens=1, style_codebooks=case().settings.drift.style_codebooks,
+        style_entries=case().settings.drift.style_entries))  # fmt: skip
+    copies = 3 + len(case().settings.drift.ema_decays)
+    assert two["weights, moments, EMA"] == 4 * copies * sum(p.numel() for p in generator.parameters())
 
 
 def test_a_child_has_memory_of_its_own():

@@ -237,11 +237,12 @@ class FrozenEncoder:
     """A feature encoder that learns nothing, on a device, in the memory layout that suits it."""
 
     def __init__(self, encoder: LatentMAE, device: torch.device, *, compile: bool):
-        self._encoder = encoder.to(device).eval().requires_grad_(False)
+        self._encoder = encoder.eval().requires_grad_(False)
+        encoder.encoder.to(device)  # not the decoder, which is as large
         self._compiled = Compiled(encoder.encode, "encoder") if compile else None
         if compile and device.type == "cuda":
             # Uncompiled, every GroupNorm would copy its input back to the other layout
-            encoder.to(memory_format=torch.channels_last)
+            encoder.encoder.to(memory_format=torch.channels_last)
 
     def encode(self, latents: Tensor, drop_duplicates: bool = False) -> dict[str, Tensor]:
         """As that of `LatentMAE`."""
