@@ -12,24 +12,19 @@ from collections.abc import Sequence
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from ruamel.yaml import YAML
 
 import drift
-from drift.data.images import open_images
-from drift.evaluation.features import check_feature_network, load_feature_network
-from drift.evaluation.fid import (
-    Samples,
-    best_entry,
-    check_metrics,
-    evaluate_sweep,
-    sweep_summary,
-    write_sweep_csv,
-)
-from drift.evaluation.page import Curve, write_page
-from drift.evaluation.pictures import class_rows, omega_columns, save_png
+from drift.data.images import ImageSource, open_images
+from drift.evaluation.features import FeatureNetwork, check_feature_network, load_feature_network
+from drift.evaluation.fid import Samples, best_entry, check_metrics, evaluate_sweep, sweep_summary
+from drift.evaluation.outputs import Outputs, Pictures
+from drift.evaluation.pictures import class_rows, omega_columns
 from drift.evaluation.reference import (
     Peers,
+    Reference,
     load_statistics,
     measure_images,
     open_reference,
@@ -38,13 +33,13 @@ from drift.evaluation.reference import (
 )
 from drift.evaluation.report import print_report
 from drift.evaluation.sample import ImageDecoder, balanced_labels
-from drift.files import check_writable, sha256, write_json
+from drift.files import sha256, write_json
 from drift.launch import join, run_stage, spawn, stage_parser, wanted_processes
 from drift.models.ema import ema_file
 from drift.models.generator import Generator
 from drift.models.vae import VAE
-from drift.params import load_settings
-from drift.progress import ProgressLog, read_log
+from drift.params import Settings, load_settings
+from drift.progress import ProgressLog
 from drift.work import SETTINGS_FILE, Work, work_root
 
 PACKAGES = ("clean-fid", "diffusers", "numpy", "pillow", "scipy", "torch", "torchvision")
@@ -61,16 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     settings = load_settings(args.params)
     data, fid, hardware = settings.data, settings.fid, settings.hardware
-    outputs = {
-        "sweep.csv": args.plots / "fid_sweep.csv",
-        "sweep.json": args.plots / "fid_sweep.json",
-        "samples": args.plots / "samples.png",
-        "omega": args.plots / "omega.png",
-        "report": args.report,
-    }
-    for path in (args.out, *outputs.values()):
-        check_writable(path.parent)
-    made_by = read_provenance(args.generator)
+    outputs = Outputs(args.out, args.plots, args.report)
+    outputs.check_writable()
+    made_by = _read_provenance(args.generator)
     trained = made_by["decides"]["drift"]["ema_decays"] if made_by else None
     decays = fid.ema_decays if trained else (None,)
     weights = {decay: ema_file(trained, decay) if trained else "model" for decay in decays}
@@ -162,17 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     write_json(progress, finished)
                     reached(real + len(finished) * fid.images, force=True)
 
-            if ranks.first:
-                rows = {
-                    "batch_size": hardware.sample_batch,
-                    "device": ranks.device,
-                    "names": training.class_names[: fid.picture_classes],
-                }
-                classes, generator = range(fid.picture_classes), on_device(decays[0])
-                samples_png = class_rows(
-                    generator, decode, classes, fid.picture_columns, fid.picture_omega, settings.seed, **rows
-                )
-                omega_png = omega_columns(generator, decode, classes, fid.omegas, settings.seed, **rows)
+            pictures = _draw(on_device(decays[0]), decode, settings, training) if ranks.first else None
             sweep = evaluate_sweep(
                 on_device,
                 decode,
@@ -193,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 on_images=lambda images: reached(real + images),
             )
             if ranks.first:
-                result = {
+                measured = {
                     "best": best_entry(sweep),
                     "sweep": sweep,
                     "floor": tested["halves"],
@@ -201,30 +179,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                     "images": fid.images,
                     "classifier_accuracy_real": reference.statistics.accuracy,
                     "self_test": tested,
-                    "protocol": {
-                        "image_size": data.image_size,
-                        "labels": fid.labels,
-                        "features": fid.features,
-                        "features_sha256": network.digest,
-                        "published_weights": network.published,
-                        "mode": fid.mode,
-                        "reference": fid.reference,
-                        "reference_digest": reference.digest,
-                        "reference_images": reference.statistics.count,
+                    "protocol": _protocol(settings, network, reference, ranks.device.type)
+                    | {
                         "floor_images": floor_images,
-                        "precision_recall_images": fid.precision_recall_images,
-                        "seed": settings.seed,
-                        "device": ranks.device.type,
-                        "vae": settings.encode.vae,
                         "vae_sha256": vae.digest,
                         "generator": made_by["how"] if made_by else None,
                         "generator_sha256": decides["generator"],
-                        "versions": {"drift": drift.__version__} | {name: version(name) for name in PACKAGES},
                     },
                 }
-                save_png(outputs["samples"], samples_png)
-                save_png(outputs["omega"], omega_png)
-                write_sweep_csv(outputs["sweep.csv"], sweep)
                 summary = sweep_summary(
                     sweep,
                     generator=str(args.generator),
@@ -236,57 +198,61 @@ def main(argv: Sequence[str] | None = None) -> int:
                     statistics=fid.reference if reference_images is None else reference.digest,
                     latent_scale_factor=vae.scaling_factor,
                 )
-                write_json(outputs["sweep.json"], summary)
-                write_page(
-                    outputs["report"],
-                    result,
+                outputs.write(
+                    measured,
+                    summary,
+                    pictures,
                     title=f"{args.generator.name}: {fid.images} images per omega",
-                    settings=made_by["decides"] | {"fid": decides["fid"], "data": decides["data"]}
-                    if made_by
-                    else {"fid": decides["fid"], "data": decides["data"]},
-                    pictures=[
-                        (
-                            "Samples",
-                            f"A row per class at omega {fid.picture_omega:g}; a column shares its noise.",
-                            outputs["samples"].read_bytes(),
-                        ),
-                        (
-                            "The same noise at every omega",
-                            "A row per class, a column per omega.",
-                            outputs["omega"].read_bytes(),
-                        ),
-                    ],
-                    training=training_curves(args.generator / "logs.jsonl"),
+                    settings=(made_by["decides"] if made_by else {})
+                    | {"fid": decides["fid"], "data": decides["data"]},
+                    training_log=args.generator / "logs.jsonl",
                 )
-                write_json(args.out, result)
                 work.finish()
-                print_report(args.out, outputs.values(), hardware.png_folder)
+                print_report(outputs.metrics, outputs.beside_metrics, hardware.png_folder)
     return 0
 
 
-def training_curves(log: Path) -> list[Curve]:
-    """What the generator's log has to show; nothing for one that no stage of ours has trained."""
-    lines = [line for line in read_log(log) if {"loss", "drift_rms"} <= line.keys()] if log.exists() else []
-    steps = [line["step"] for line in lines]
-    shown = (
-        ("drift_rms", "RMS of the raw drift", "Falls while the generator learns.", True),
-        ("loss", "Loss", "Nearly constant by construction: each drift is divided by its RMS.", False),
+def _draw(generator: Generator, decode: ImageDecoder, settings: Settings, training: ImageSource) -> Pictures:
+    fid = settings.fid
+    classes = range(fid.picture_classes)
+    how = {
+        "batch_size": settings.hardware.sample_batch,
+        "device": generator.device,
+        "names": training.class_names[: fid.picture_classes],
+    }
+    return Pictures(
+        samples=class_rows(
+            generator, decode, classes, fid.picture_columns, fid.picture_omega, settings.seed, **how
+        ),
+        omega=omega_columns(generator, decode, classes, fid.omegas, settings.seed, **how),
+        samples_omega=fid.picture_omega,
     )
-    return [
-        Curve(
-            title=title,
-            x_label="step",
-            y_label=name,
-            lines={"": (steps, [line[name] for line in lines])},
-            log_y=log_y,
-            explanation=explanation,
-        )
-        for name, title, explanation, log_y in shown
-        if lines
-    ]
 
 
-def read_provenance(folder: Path) -> dict | None:
+def _protocol(
+    settings: Settings, network: FeatureNetwork, reference: Reference, device: str
+) -> dict[str, Any]:
+    """How the numbers were made, as far as the settings and the reference decide it."""
+    fid = settings.fid
+    return {
+        "image_size": settings.data.image_size,
+        "labels": fid.labels,
+        "features": fid.features,
+        "features_sha256": network.digest,
+        "published_weights": network.published,
+        "mode": fid.mode,
+        "reference": fid.reference,
+        "reference_digest": reference.digest,
+        "reference_images": reference.statistics.count,
+        "precision_recall_images": fid.precision_recall_images,
+        "seed": settings.seed,
+        "device": device,
+        "vae": settings.encode.vae,
+        "versions": {"drift": drift.__version__} | {name: version(name) for name in PACKAGES},
+    }
+
+
+def _read_provenance(folder: Path) -> dict | None:
     """What the settings file of a generator says; None for one that no stage of ours has made."""
     path = folder / SETTINGS_FILE
     return YAML(typ="safe", pure=True).load(path) if path.is_file() else None

@@ -22,7 +22,7 @@ ALLOWED = {
     "release": {"models"},
     "pipeline": {"evaluation", "models", "work"},
     "revisions": {"work"},
-    "model_card": {"evaluation", "pipeline", "work"},
+    "model_card": {"evaluation", "models", "pipeline", "work"},
     "remote": set(),
     "adopt": {"data", "models", "params", "release", "remote", "training", "work"},
     "encoding": {"data", "models"},

@@ -9,6 +9,7 @@ from typing import Any
 
 from drift.evaluation.report import COLUMNS
 from drift.files import atomic_write
+from drift.progress import read_log
 
 _TEMPLATE = "page.html.j2"
 _CURVES = (
@@ -36,6 +37,28 @@ class Curve:
     """Name and height of a dashed line."""
     log_y: bool = False
     explanation: str = ""
+
+
+def training_curves(log: Path) -> list[Curve]:
+    """What the generator's log has to show; nothing for one that no stage of ours has trained."""
+    lines = [line for line in read_log(log) if {"loss", "drift_rms"} <= line.keys()] if log.exists() else []
+    steps = [line["step"] for line in lines]
+    shown = (
+        ("drift_rms", "RMS of the raw drift", "Falls while the generator learns.", True),
+        ("loss", "Loss", "Nearly constant by construction: each drift is divided by its RMS.", False),
+    )
+    return [
+        Curve(
+            title=title,
+            x_label="step",
+            y_label=name,
+            lines={"": (steps, [line[name] for line in lines])},
+            log_y=log_y,
+            explanation=explanation,
+        )
+        for name, title, explanation, log_y in shown
+        if lines
+    ]
 
 
 def sweep_curves(result: Mapping[str, Any]) -> list[Curve]:

@@ -152,7 +152,7 @@ def measure_images(
     too few images for the network's features.
     """
     count = len(source) if images is None else min(images, len(source))
-    require_enough(count, network, f"real images of the split {source.split}")
+    require_enough(count, network, f"real images of {source.split}")
     chosen = np.sort(numpy_generator(seed, "fid/real").permutation(len(source))[:count])
     depends_on = [network.digest, source.digest, image_size, hashlib.sha256(chosen.tobytes()).hexdigest()]
     depends_on += [version(package) for package in _DECIDING]
@@ -167,6 +167,7 @@ def measure_images(
         store = FeatureStore(folder)
         if not result.exists():
             missing = store.missing()
+            peers.wait()  # nobody writes before everybody has looked, or they would share it out differently
             before = count - len(missing)
             mine = np.array_split(missing, peers.world_size)[peers.rank]
             with (
@@ -239,6 +240,7 @@ def store_statistics(
     `labels [N]` are compared with what the network predicts, where it knows them; `also` sees row numbers
     `[B]` and logits `[B, K]` of what this process reads, where the network classifies.
     """
+    assert not len(store.missing()), "rows that nobody has measured"
     known = network.labels and labels is not None
     moments = Moments(network.dimension, network.device)
     correct = torch.zeros((), dtype=torch.float64, device=network.device)

@@ -1,4 +1,6 @@
+import itertools
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from drift.evaluation.reference import (
     open_reference,
     self_test,
 )
+from drift.evaluation.store import FeatureStore
 
 REAL = {"image_size": 4, "batch_size": 7}
 
@@ -65,6 +68,27 @@ def test_ranks_share_the_real_images(network, tmp_path):
         np.testing.assert_allclose(found.statistics.covariance, alone.statistics.covariance, rtol=1e-10)
         assert found.statistics.accuracy == alone.statistics.accuracy
     assert sorted(index for source in sources for index in source.loaded) == list(range(50))
+
+
+def test_ranks_that_come_late_find_their_share(network, tmp_path, monkeypatch):
+    """The others must not have marked theirs as done before all know what is to be shared."""
+    look, sources = FeatureStore.missing, [Source(50, seed=0) for _ in range(2)]
+
+    def work(rank, all_reduce_sum):
+        measured = measure_images(
+            sources[rank], network, tmp_path, peers=Peers(rank, 2, all_reduce_sum), **REAL
+        )
+        return measured.features[:]
+
+    def look_late(store):
+        if next(calls) == 1:  # the second rank
+            time.sleep(0.5)
+        return look(store)
+
+    calls = itertools.count()
+    monkeypatch.setattr(FeatureStore, "missing", look_late)
+    for features in run_ranks(2, work):
+        assert np.array_equal(features, flat(Source(50, seed=0).images).astype(np.float32))
 
 
 def test_a_reference_is_measured_once_for_what_it_depends_on(network, tmp_path, monkeypatch):
@@ -172,7 +196,7 @@ def test_reference_that_does_not_fit(tmp_path):
 
 
 def test_too_few_images(network, tmp_path):
-    with pytest.raises(UserError, match=r"7 real images of the split train.*more than 7"):
+    with pytest.raises(UserError, match=r"7 real images of train.*more than 7"):
         measure_images(Source(7, seed=0), network, tmp_path, **REAL)
 
 
