@@ -35,6 +35,15 @@ class PairwiseSum:
             total = left
         return total
 
+    def finish(self, index: int, tensor: Tensor) -> Tensor:
+        """One tensor of the sum, to the bit as by `add` of the last term and `total`.
+
+        `tensor` is that of the last term. They may come in any order, each once; no more can be added.
+        """
+        for _, left in reversed(self._subtrees):
+            tensor = left[index].add_(tensor)
+        return tensor
+
 
 def pairwise_sum(terms: Sequence[Tensor]) -> Tensor:
     """The sum of tensors of one shape, which are overwritten."""

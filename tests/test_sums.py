@@ -1,12 +1,9 @@
 """Sums that do not depend on who has computed them."""
 
-import multiprocessing
-
 import pytest
 import torch
-import torch.distributed as dist
+from processes import in_processes
 
-from drift.launch import Ranks
 from drift.sums import PairwiseSum, pairwise_sum
 
 COUNT = 16
@@ -43,28 +40,30 @@ def test_any_number_of_lists_adds_up(count):
     torch.testing.assert_close(other.double(), -2 * expected, rtol=1e-5, atol=2e-2)
 
 
-def add_share(rank, world_size, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/meeting-{world_size}", rank=rank, world_size=world_size)
-    part = COUNT // world_size
-    mine = pairwise_sum(terms()[rank * part : (rank + 1) * part])
-    ranks = Ranks(rank, world_size, torch.device("cpu"))
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 6, 7, 8, 13])
+def test_tensors_of_the_last_term_may_come_one_by_one(count):
+    lists = [[size * term for size in (1, 3, 7)] for term in terms()[:count]]
+    whole, parts = PairwiseSum(), PairwiseSum()
+    for term in lists:
+        whole.add([tensor.clone() for tensor in term])
+    for term in lists[:-1]:
+        parts.add([tensor.clone() for tensor in term])
+    came = {index: parts.finish(index, lists[-1][index]) for index in (1, 2, 0)}
+    assert all(torch.equal(came[index], expected) for index, expected in enumerate(whole.total()))
+
+
+def add_share(ranks, folder):
+    part = COUNT // ranks.world_size
+    mine = pairwise_sum(terms()[ranks.rank * part : (ranks.rank + 1) * part])
     result = ranks.sum(mine)
     assert result is mine
-    torch.save([result, ranks.sum(torch.tensor([rank])), ranks.sum(torch.tensor(0.5))], folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    number, scalar = ranks.sum(torch.tensor([ranks.rank])), ranks.sum(torch.tensor(0.5))
+    torch.save([result, number, scalar], folder / f"{ranks.rank}.pt")
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_processes_add_up_to_the_same_bits(tmp_path, world_size):
-    context = multiprocessing.get_context("spawn")
-    arguments = [(rank, world_size, tmp_path) for rank in range(world_size)]
-    processes = [context.Process(target=add_share, args=a) for a in arguments]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0] * world_size
+    assert in_processes(add_share, world_size, tmp_path) == [0] * world_size
     for rank in range(world_size):
         total, number, scalar = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert torch.equal(total, pairwise_sum(terms()))

@@ -195,7 +195,7 @@ def train_generator(
                     **objective_options,
                 )
             classes = part.stop - part.start
-            backward(classes * loss)
+            backward(classes * loss, last=part.stop == len(slots))
             gathered.append(statistics)
             shares.append(classes / len(slots))
         statistics = gathered[0] if sums is not None else mean_statistics(gathered, shares)

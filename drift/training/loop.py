@@ -5,8 +5,9 @@ on from a checkpoint computes what the uninterrupted run would have, to the bit 
 """
 
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -25,7 +26,9 @@ from drift.training.log import RunLog, Tree, to_numbers
 from drift.training.schedule import learning_rate
 
 LOG_FILE = "logs.jsonl"
-_BUCKET = 2**25  # numbers that are sent together
+_BUCKET = 2**23
+"""Numbers that are sent together, 32 MB: little enough that the first are on their way soon, and that few are
+left to send after the backward pass. DDP takes 25 MB; other sizes have not been measured on GPUs."""
 Batch = TypeVar("Batch")
 
 
@@ -38,8 +41,11 @@ class Stateful(Protocol):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
 
 
-Backward = Callable[[Tensor], None]
-"""Takes the gradient of a part's loss, summed over what it consists of (latents, or classes)."""
+class Backward(Protocol):
+    """Takes the gradient of a part's loss, summed over what it consists of (latents, or classes)."""
+
+    def __call__(self, loss: Tensor, *, last: bool) -> None:
+        """`last`: no other part follows in this step, so gradients go to the other processes as they come."""
 
 
 def autocast(ranks: Ranks, precision: str) -> AbstractContextManager:
@@ -93,6 +99,7 @@ def train(
     )
     emas = [EMA(model, decay) for decay in ema_decays]
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=hardware.precision == "float16")
+    gradients = _Gradients(parameters, scaler, ranks)
 
     def state(steps: int) -> dict[str, Tensor]:
         parts = {"model": model.state_dict(), "optimizer": optimizer_tensors(optimizer)}
@@ -135,9 +142,8 @@ def train(
             )
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            gradients = _Gradients(parameters, scaler)
             statistics = compute(step, batches.get(step), gradients.backward)
-            gradients.average(count, ranks)
+            gradients.average(count)
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(parameters, options.grad_clip)
             # Scaled gradients may overflow: the scaler leaves that step out and lowers its scale
@@ -178,42 +184,96 @@ def train(
 
 
 class _Gradients:
-    """The gradient of a step from those of its parts."""
+    """The gradient of a step from those of its parts, summed over processes during the last backward pass.
 
-    def __init__(self, parameters: Sequence[nn.Parameter], scaler: torch.amp.GradScaler):
-        self._parameters, self._scaler = parameters, scaler
+    A bucket is sent as soon as its gradients are complete and the buckets before it are sent, on a GPU in a
+    stream of its own. All processes need the same order for that: as in DDP it is the one in which the first
+    process gets the gradients of the first step. It changes no bit of them.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], scaler: torch.amp.GradScaler, ranks: Ranks):
+        self._parameters, self._scaler, self._ranks = parameters, scaler, ranks
+        self._stream = torch.cuda.Stream(ranks.device) if ranks.device.type == "cuda" else None
+        self._buckets: list[list[int]] = []  # indices of parameters
+        if ranks.world_size > 1:
+            self._buckets = self._in_buckets(reversed(range(len(parameters))))
+        self._order_is_known = ranks.world_size == 1
+        self._start()
+
+    def _start(self) -> None:
         self._sum = PairwiseSum()
+        self._complete: dict[int, Tensor] = {}  # by index, as they come
+        self._sent = 0  # buckets
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, last: bool) -> None:
         """Take in the gradient of a part."""
         for parameter in self._parameters:
             parameter.grad = None
-        self._scaler.scale(loss).backward()
-        self._sum.add([p.grad if p.grad is not None else torch.zeros_like(p) for p in self._parameters])
+        if not last:
+            self._scaler.scale(loss).backward()
+            self._sum.add([_gradient(parameter) for parameter in self._parameters])
+            return
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(partial(self._finish, index))
+            for index, parameter in enumerate(self._parameters)
+        ]
+        try:
+            self._scaler.scale(loss).backward()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for index, parameter in enumerate(self._parameters):
+            if index not in self._complete:  # the loss does not depend on it
+                self._finish(index, parameter)
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
 
-    def average(self, count: int, ranks: Ranks) -> None:
+    def _finish(self, index: int, parameter: nn.Parameter) -> None:
+        """Complete the sum over parts for one parameter, and send what can be sent."""
+        self._complete[index] = self._sum.finish(index, _gradient(parameter))
+        parameter.grad = None
+        while self._sent < len(self._buckets) and self._complete.keys() >= set(self._buckets[self._sent]):
+            self._send([self._complete[i] for i in self._buckets[self._sent]])
+            self._sent += 1
+
+    def _send(self, bucket: Sequence[Tensor]) -> None:
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())
+        # Tensors are held until `backward` has waited for the stream: no memory is reused too early
+        with torch.cuda.stream(self._stream):
+            flat = self._ranks.sum(torch.cat([gradient.reshape(-1) for gradient in bucket]))
+            sums = flat.split([gradient.numel() for gradient in bucket])
+            for gradient, part in zip(bucket, sums, strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    def average(self, count: int) -> None:
         """Set every parameter's gradient, summed over parts and processes and divided by `count`."""
-        total = self._sum.total()
-        if ranks.world_size > 1:
-            for bucket in _buckets(total):
-                flat = ranks.sum(torch.cat([gradient.reshape(-1) for gradient in bucket]))
-                sums = flat.split([gradient.numel() for gradient in bucket])
-                for gradient, part in zip(bucket, sums, strict=True):
-                    gradient.copy_(part.view_as(gradient))
+        assert self._complete, "no part was the last"
+        total = [self._complete[index] for index in range(len(self._parameters))]
         torch._foreach_div_(total, count)
         for parameter, gradient in zip(self._parameters, total, strict=True):
             parameter.grad = gradient
+        if not self._order_is_known:
+            self._buckets = self._in_buckets(self._ranks.from_first(list(self._complete)))
+            self._order_is_known = True
+        self._start()
+
+    def _in_buckets(self, order: Iterable[int]) -> list[list[int]]:
+        """Parameters in groups of at most `_BUCKET` numbers, but for a parameter that has more."""
+        buckets: list[list[int]] = []
+        room = 0
+        for index in order:
+            size = self._parameters[index].numel()
+            if not buckets or size > room:
+                buckets.append([])
+                room = _BUCKET
+            buckets[-1].append(index)
+            room -= size
+        return buckets
 
 
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors in groups that are sent together, so that little memory is needed beside them."""
-    bucket: list[Tensor] = []
-    for tensor in tensors:
-        if bucket and sum(t.numel() for t in bucket) + tensor.numel() > _BUCKET:
-            yield bucket
-            bucket = []
-        bucket.append(tensor)
-    yield bucket
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
 
 
 def _require_finite(first_bad: Tensor, scaler: torch.amp.GradScaler) -> None:

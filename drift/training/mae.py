@@ -92,7 +92,7 @@ def train_mae(
                 per_sample, logits = network(reader.place(latents[part]), hidden)
                 reconstruction, entropy = per_sample.mean(), F.cross_entropy(logits, wanted)
             loss = share * entropy + (1 - share) * reconstruction
-            backward(len(wanted) * loss)
+            backward(len(wanted) * loss, last=part.stop == len(labels))
             correct = (logits.argmax(1) == wanted).float().mean()
             sums.add([len(wanted) * torch.stack([loss.detach(), reconstruction.detach(), correct])])
         means = ranks.sum(*sums.total()) / options.batch_size

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import in_processes
 from torch import nn
 
 import drift.training.loop
-from drift.errors import Stopped
+from drift.errors import PeerLost, Stopped
 from drift.launch import Ranks
 from drift.models.ema import EMA
 from drift.params import Optimizer, load_settings
 from drift.seeds import torch_generator
+from drift.sums import PairwiseSum, pairwise_sum
 from drift.training.checkpoint import load_checkpoint
 from drift.training.log import read_log
 from drift.training.loop import train
@@ -80,7 +82,7 @@ def run(
         loss = (model(x) - 0.01 * counter.total).square().mean()
         if step == bad_at:
             loss = loss * float("nan")
-        backward(loss)
+        backward(loss, last=True)
         return {"loss": loss.detach(), "total": counter.total[0]}
 
     emas = train(
@@ -171,29 +173,117 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_next_checkpoint(tmp_
     assert all(tensor.isfinite().all() for tensor in checkpoint.tensors.values())
 
 
+def gradients_of(parameters, ranks=ALONE):
+    return drift.training.loop._Gradients(parameters, torch.amp.GradScaler("cpu", enabled=False), ranks)
+
+
 @pytest.mark.parametrize("sizes", [[3], [1, 2, 3], [7, 1, 1], [2, 9, 2, 2], [5, 5]])
 def test_gradients_are_sent_in_buckets(sizes, monkeypatch):
     monkeypatch.setattr(drift.training.loop, "_BUCKET", 4)
-    tensors = [torch.zeros(size) for size in sizes]
-    buckets = [[t.numel() for t in bucket] for bucket in drift.training.loop._buckets(tensors)]
+    gradients = gradients_of([nn.Parameter(torch.zeros(size)) for size in sizes])
+    found = gradients._in_buckets(range(len(sizes)))
+    buckets = [[sizes[index] for index in bucket] for bucket in found]
     assert [size for bucket in buckets for size in bucket] == sizes
     assert all(sum(bucket) <= 4 or len(bucket) == 1 for bucket in buckets)
     assert all(sum(one) + other[0] > 4 for one, other in pairwise(buckets))  # as few as can be
 
 
-def test_processes_average_their_gradients_bucket_by_bucket(monkeypatch):
-    """Of two processes with the same parts: twice the sum, over twice as many."""
-    monkeypatch.setattr(drift.training.loop, "_BUCKET", 4)
-    ranks, sent = Ranks(0, 2, torch.device("cpu")), []
-    monkeypatch.setattr(Ranks, "sum", lambda self, t: (sent.append(t.numel()), t.mul_(2))[1])
-    model = nn.Linear(3, 2)
+class Branches(nn.Module):
+    """Gradients that come in another order than that of the parameters, reversed; or not at all."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.left, self.right, self.last = nn.Linear(3, 5), nn.Linear(3, 5), nn.Linear(5, 2)
+        self.unused, self.of_the_first = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
+        self.stem = nn.Linear(3, 3)
+
+    def forward(self, x, rank):
+        x = self.stem(x)
+        branches = (self.left, self.right) if rank % 2 else (self.right, self.left)
+        one, other = (branch(x).tanh() for branch in branches)
+        return self.last(one * other) * (self.of_the_first if rank == 0 else 1)
+
+
+def losses_of(model, rank, step, count):
+    """Of sizes so far apart that the order of additions shows."""
+    for part in range(count):
+        x = torch.randn(4, 3, generator=torch_generator(0, "x", rank, step, part))
+        yield 10.0 ** (3 * part % 5 - rank) * model(x, rank).square().sum()
+
+
+PARTS = (1, 3, 4, 7)
+
+
+def average_while_they_come(ranks, folder):
+    drift.training.loop._BUCKET = 12
+    model, results = Branches(), []
+    for count in PARTS:
+        gradients = gradients_of(list(model.parameters()), ranks)
+        for step in range(3):  # after the first, buckets are in another order
+            for part, loss in enumerate(losses_of(model, ranks.rank, step, count)):
+                gradients.backward(loss, last=part == count - 1)
+            gradients.average(count * ranks.world_size)
+            results.append([parameter.grad.clone() for parameter in model.parameters()])
+    torch.save(results, folder / f"{ranks.rank}.pt")
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_gradients_sent_during_the_backward_pass_have_the_bits_of_those_sent_after_it(tmp_path, world_size):
+    assert in_processes(average_while_they_come, world_size, tmp_path) == [0] * world_size
+    model, expected = Branches(), []
     parameters = list(model.parameters())
-    gradients = drift.training.loop._Gradients(parameters, torch.amp.GradScaler("cpu", enabled=False))
+    for count in PARTS:
+        for step in range(3):
+            of_processes = []
+            for rank in range(world_size):
+                total = PairwiseSum()
+                for loss in losses_of(model, rank, step, count):
+                    total.add(torch.autograd.grad(loss, parameters, materialize_grads=True))
+                of_processes.append(total.total())
+            sums = (pairwise_sum([g.clone() for g in those]) for those in zip(*of_processes, strict=True))
+            expected.append([gradient / (count * world_size) for gradient in sums])
+    for rank in range(world_size):
+        results = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for result, wanted in zip(results, expected, strict=True):
+            assert all(torch.equal(one, other) for one, other in zip(result, wanted, strict=True))
+
+
+def test_buckets_are_sent_before_the_backward_pass_has_ended(monkeypatch):
+    """Of two processes with the same parts: twice the sum, over twice as many; only the last pass sends."""
+    monkeypatch.setattr(drift.training.loop, "_BUCKET", 12)  # a layer
+    events = []
+    monkeypatch.setattr(Ranks, "sum", lambda self, t: (events.append(t.numel()), t.mul_(2))[1])
+    monkeypatch.setattr(Ranks, "from_first", lambda self, value: value)
+    stem, *layers = (nn.Linear(3, 3) for _ in range(3))
+    model = nn.Sequential(stem, *layers)
+    parameters = [*layers[0].parameters(), *layers[1].parameters(), *stem.parameters()]  # the stem comes late
+    for name, layer in zip("abc", (stem, *layers), strict=True):
+        layer.weight.register_hook(lambda gradient, name=name: events.append(name))
     x = torch.randn(6, 3, generator=torch_generator(0, "x"))
-    for part in x.split(2):
-        gradients.backward(model(part).square().sum())
-    gradients.average(12, ranks)
-    assert sent == [6, 2]
+    gradients = gradients_of(parameters, Ranks(0, 2, torch.device("cpu")))
     expected = torch.autograd.grad(model(x).square().sum() / 6, parameters)
-    for parameter, gradient in zip(parameters, expected, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient)
+    for order in ([*"cba", 12, 12, 12], ["c", 12, "b", 12, "a", 12]):
+        events.clear()
+        for part in range(3):
+            gradients.backward(model(x[2 * part : 2 * part + 2]).square().sum(), last=part == 2)
+        gradients.average(12)
+        assert events == [*"cba", *"cba", *order]
+        for parameter, gradient in zip(parameters, expected, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient)
+
+
+def die_during_the_backward_pass(ranks, folder):
+    drift.training.loop._BUCKET = 1
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    loss = model(torch.ones(1, 3)).sum()
+    if ranks.rank == 1:
+        model[0].weight.register_hook(lambda gradient: os._exit(7))
+    with pytest.raises(PeerLost, match="process 0: the others are gone or silent"):
+        gradients_of(list(model.parameters()), ranks).backward(loss, last=True)
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+    os._exit(0)  # what is left of the group need not be waited for
+
+
+def test_a_process_that_is_lost_during_the_backward_pass_is_told_as_ever(tmp_path):
+    assert in_processes(die_during_the_backward_pass, 2, tmp_path) == [0, 7]
