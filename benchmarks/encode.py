@@ -17,6 +17,7 @@ import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -26,7 +27,8 @@ from torch import Tensor
 from benchmarks.timing import call_seconds, machine
 from drift.data.images import FolderImages
 from drift.encoding import encode_view
-from drift.models.vae import VAE
+from drift.models.vae import VAE, VAEPrecision
+from drift.training.compile import Compiled
 
 WIDTH, HEIGHT = 500, 375  # the most frequent size in ImageNet
 VAE_BATCHES = 5
@@ -108,6 +110,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=512, help="how many of the images (512)")
     parser.add_argument("--vae", default="pretrained/digits_vae", help="folder or hub id")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--vae-precision", choices=get_args(VAEPrecision), default="float32")
+    parser.add_argument("--compile", action="store_true", help="the VAE, by torch.compile")
     parser.add_argument("--view", choices=("center", "augmented"), default="center")
     parser.add_argument("--crops", type=int, default=4, help="per image, in the augmented view")
     parser.add_argument("--image-size", type=int, default=256)
@@ -119,7 +123,9 @@ def main(argv: list[str] | None = None) -> None:
     cores = os.cpu_count() or 1
     workers = args.workers or [0, *(2**n for n in range(cores.bit_length()) if 2**n <= cores)]
     facts = machine(torch.device(args.device))
-    vae = VAE.from_pretrained(args.vae, device=args.device)
+    vae = VAE.from_pretrained(args.vae, device=args.device, precision=args.vae_precision)
+    if args.compile:
+        vae.compile_with(Compiled)
     with ExitStack() as stack:
         if args.images is None:
             args.images = stack.enter_context(tempfile.TemporaryDirectory())
@@ -131,7 +137,8 @@ def main(argv: list[str] | None = None) -> None:
             f"{statistics.mean(sizes) / 1000:.0f} KB, {args.view} at {args.image_size}, batch {args.batch}"
         )
         network, warm_up = vae_rate(vae, args.crops if args.view == "augmented" else 1, args)
-        print(f"VAE alone {network:.1f} images/s; its first batch takes {warm_up:.2f} s longer")
+        how = args.vae_precision + (", compiled" if args.compile else "")
+        print(f"VAE ({how}) alone {network:.1f} images/s; its first batch takes {warm_up:.2f} s longer")
         print(f"{'workers':>7} {'decode':>13} {'both':>12} {'of VAE':>7} {'of slower':>9}")
         rows = []
         for count in workers:
@@ -146,6 +153,8 @@ def main(argv: list[str] | None = None) -> None:
         content = {
             **facts,
             "vae": args.vae,
+            "vae_precision": args.vae_precision,
+            "compile": args.compile,
             "images": len(source),
             "mean_bytes": statistics.mean(sizes),
             "view": args.view,

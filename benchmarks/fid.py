@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import get_args
 
 import psutil
 import torch
@@ -32,8 +33,9 @@ from drift.evaluation.batches import in_batches
 from drift.evaluation.features import load_feature_network
 from drift.evaluation.sample import balanced_labels, draw_inputs
 from drift.models.generator import Generator
-from drift.models.vae import VAE, to_uint8
-from drift.params import load_settings
+from drift.models.vae import VAE, VAEPrecision, to_uint8
+from drift.params import Settings, load_settings
+from drift.training.compile import Compiled
 
 REPEATS = 5
 
@@ -46,13 +48,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--omegas", type=float, nargs="+", default=[1.0])
     parser.add_argument("--generator", type=Path, default=Path("artifacts/generator"))
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    parser.add_argument("--vae-precision", choices=get_args(VAEPrecision), help="(that of --params)")
     parser.add_argument("--batches", type=int, default=4, help="of the networks alone, at once (4)")
     parser.add_argument("--json", type=Path, help="write the figures there")
     args = parser.parse_args(argv)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # as the stage chooses
     facts = machine(device)
-    networks = in_child(network_rates, args.params, args.generator, str(device), args.batches)
+    settings = load_settings(args.params)
+    if args.vae_precision is not None:
+        hardware = settings.hardware.model_copy(update={"vae_precision": args.vae_precision})
+        settings = settings.model_copy(update={"hardware": hardware})
+    networks = in_child(network_rates, settings, args.generator, str(device), args.batches)
     print(f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}; networks alone: "
           + ", ".join(f"{name} {rate:.0f}" for name, rate in networks.items()) + " images/s",
           flush=True)  # fmt: skip
@@ -67,7 +74,12 @@ def main(argv: list[str] | None = None) -> None:
             f"peak memory {row['peak_mib']:6.0f} MiB ({growth:.2f} of the first)",
             flush=True,
         )
-    content = {**facts, "networks_images_per_s": networks, "rows": rows}
+    content = {
+        **facts,
+        "vae_precision": settings.hardware.vae_precision,
+        "networks_images_per_s": networks,
+        "rows": rows,
+    }
     further, longer = (rows[-1][name] - rows[0][name] for name in ("images", "seconds"))
     if further > 0 and longer > 0:
         rate = further * len(args.omegas) / longer
@@ -81,12 +93,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 @torch.inference_mode()
-def network_rates(params: Path, generator_folder: Path, device: str, batches: int) -> dict[str, float]:
+def network_rates(settings: Settings, generator_folder: Path, device: str, batches: int) -> dict[str, float]:
     """Images per second of each network of the stage alone, and of one after the other (`all`)."""
-    settings, where = load_settings(params), torch.device(device)
+    where = torch.device(device)
     fid, hardware = settings.fid, settings.hardware
     generator = Generator.from_pretrained(generator_folder).to(where).eval()
-    vae = VAE.from_pretrained(settings.encode.vae, settings.encode.vae_revision, where)
+    encode = settings.encode
+    vae = VAE.from_pretrained(encode.vae, encode.vae_revision, where, hardware.vae_precision)
+    if hardware.compile and where.type == "cuda":  # as the stage does
+        vae.compile_with(Compiled)
     network = load_feature_network(fid.features, fid.mode, where, hardware.workers, fid.inception)
     count = hardware.sample_batch
     noise, style = draw_inputs(range(count), generator.config, settings.seed, where)
@@ -116,6 +131,8 @@ def measure(args: argparse.Namespace, images: int) -> dict:
     yaml = YAML(typ="safe", pure=True)
     settings = yaml.load(args.params)
     settings["fid"] |= {"images": images, "omegas": args.omegas}
+    if args.vae_precision is not None:
+        settings["hardware"]["vae_precision"] = args.vae_precision
     with tempfile.TemporaryDirectory(prefix="fid-") as name:
         folder = Path(name)
         yaml.dump(settings, folder / "params.yaml")

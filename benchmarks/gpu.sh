@@ -52,6 +52,12 @@ bench plain-literal step $AT_ONCE --plain literal
 bench field field --device cuda
 bench field-triton field --device cuda --impl triton
 bench encode encode --vae "$VAE" --count 2048 --batch 128 ${IMAGES:+--images "$IMAGES"}
+for precision in float32 bfloat16; do
+    bench "encode-$precision-compiled" encode --vae "$VAE" --count 2048 --batch 128 --compile \
+        --vae-precision "$precision" ${IMAGES:+--images "$IMAGES"}
+done
+bench encode-bfloat16 encode --vae "$VAE" --count 2048 --batch 128 --vae-precision bfloat16 \
+    ${IMAGES:+--images "$IMAGES"}
 bench fid fid --images 2000 20000 --generator "${GENERATOR:-artifacts/generator}" --params "${PARAMS:-params.yaml}"
 
 echo "figures in $OUT/"

@@ -9,6 +9,7 @@ workspaces take something of their own: `RESERVE` stands for the latter two.
 
 import weakref
 from contextlib import ExitStack
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -27,10 +28,17 @@ from drift.field.loss import CHUNK_BYTES, KEEP_BYTES
 from drift.launch import Ranks
 from drift.models import Generator, LatentMAE
 from drift.params import Settings
-from drift.training.drift import FrozenEncoder, generator_config
+from drift.training.drift import FrozenEncoder, feature_dtype, generator_config
 from drift.training.loop import autocast, parts
 from drift.training.mae import mae_config
-from drift.training.objective import FeatureEncoder, Samples, StepSums, drift_objective, step_sums
+from drift.training.objective import (
+    FeatureEncoder,
+    Samples,
+    StepSums,
+    _encode_batch,
+    drift_objective,
+    step_sums,
+)
 
 RESERVE = 1.5e9, 0.05
 """Bytes, and a share of the tensors, that an estimate leaves free: a guess, not measured."""
@@ -107,6 +115,7 @@ def _part_of_a_step(model: Generator, encoder: FrozenEncoder, settings: Settings
     how = {
         "drop_duplicates": options.duplicate_features == "drop",
         "feature_batch": hardware.feature_batch,
+        "feature_dtype": feature_dtype(hardware.precision),
     }
 
     def generate() -> Tensor:
@@ -147,13 +156,10 @@ def _part_of_a_step(model: Generator, encoder: FrozenEncoder, settings: Settings
 
 
 def _encode_first_part(
-    encoder: FeatureEncoder, latents: Tensor, drop_duplicates: bool, batch: int | None
+    encoder: FeatureEncoder, latents: Tensor, drop_duplicates: bool, batch: int | None, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """`_encode`, where all parts but the first appear at once as what comes out of them: there may be 64."""
-
-    def encode(part: Tensor) -> dict[str, Tensor]:
-        return encoder.encode(part, drop_duplicates=drop_duplicates)
-
+    encode = partial(_encode_batch, encoder, drop_duplicates, dtype)
     if batch is None or len(latents) <= batch:
         return encode(latents)
     first, rest = latents[:batch], latents[batch:]

@@ -3,7 +3,8 @@
 The images are cut into blocks of consecutive ones. The rows of a block are on the disk before its images are
 marked as done, and the processes take in turns the blocks that have unmarked images, so whoever comes next
 goes on with what is left. What is written depends neither on the cut nor on the processes, beyond the
-rounding of the VAE's convolutions in batches of another size.
+rounding of the VAE's convolutions in batches of another size. Rows that are not finite in bfloat16 are
+computed again in float32.
 
 Decoding, network and disk work at the same time: helper processes decode the blocks to come, and a thread
 writes those that the network has done with.
@@ -157,6 +158,7 @@ def _network_facts(vae: VAE) -> dict[str, Any]:
         "vae": vae.id,
         "vae_revision": vae.revision,
         "vae_sha256": vae.digest,
+        "vae_precision": vae.precision,
         "scaling_factor": vae.scaling_factor,
         "versions": {
             "python": platform.python_version(),
@@ -380,15 +382,25 @@ def _encode_blocks(
         worker_init_fn=_ignore_ctrl_c,
         pin_memory=vae.device.type == "cuda",
     )
-    unwritten: deque[tuple[range, Future]] = deque()
+    unwritten: deque[tuple[range, _Decoded, Future[Tensor | None]]] = deque()
 
-    def store(block: range, latents: Tensor, undecodable: list[int]) -> None:
-        files.write(block, _require_finite(latents.cpu(), pictures, block).numpy(), undecodable)
+    def store(block: range, decoded: _Decoded, latents: Tensor, may_overflow: bool) -> Tensor | None:
+        """None, or the latents if some are to be computed again: then nothing is stored."""
+        latents = latents.cpu()
+        if may_overflow and not latents.isfinite().all():
+            return latents
+        files.write(block, _require_finite(latents, pictures, block).numpy(), decoded.undecodable)
+        return None
 
     def take_written(leave: int) -> None:
-        while unwritten and (len(unwritten) > leave or unwritten[0][1].done()):
-            block, future = unwritten.popleft()
-            future.result()  # raises what went wrong
+        while unwritten and (len(unwritten) > leave or unwritten[0][2].done()):
+            block, decoded, future = unwritten.popleft()
+            overflown = future.result()  # raises what went wrong
+            if overflown is not None:
+                exact = vae.in_float32()
+                again = _encode(exact, pictures, block, decoded.pixels, posterior, batch_size).cpu()
+                finite = overflown.isfinite().flatten(1).all(1)[:, None, None, None]
+                store(block, decoded, torch.where(finite, overflown, again), False)
             written(block)
 
     with ThreadPoolExecutor(1) as writer:
@@ -396,7 +408,8 @@ def _encode_blocks(
             if decoded.unreadable:
                 raise files.stop_with(f"{decoded.unreadable}, what is done is kept")
             latents = _encode(vae, pictures, block, decoded.pixels, posterior, batch_size)
-            unwritten.append((block, writer.submit(store, block, latents, decoded.undecodable)))
+            future = writer.submit(store, block, decoded, latents, vae.precision != "float32")
+            unwritten.append((block, decoded, future))
             take_written(_BLOCKS_UNWRITTEN)
             if asked_to_stop() or files.stopping.exists():
                 break

@@ -244,8 +244,11 @@ class Hardware(Section):
 
     precision: Literal["float32", "bfloat16", "float16"]
     """Autocast type of the networks; the field is float32 always. float16 scales the loss."""
+    vae_precision: Literal["float32", "bfloat16"]
+    """Of the VAE in encode and fid. Latents, and the images that are measured, depend on it, so bfloat16
+    (autocast) is for speed alone; what is not finite in it is computed again in float32."""
     compile: Switch
-    """torch.compile for the networks."""
+    """torch.compile for the networks; for the VAE on a CUDA device only."""
     field_impl: FieldImpl
     """What computes the field: `reference`, in PyTorch; `triton`, one kernel for a whole drift problem, the
     same numbers but for rounding, on a CUDA device with Triton and for some settings only (any other is

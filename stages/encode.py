@@ -18,6 +18,7 @@ from drift.launch import join, run_stage, spawn, stage_parser, wanted_processes
 from drift.models.vae import VAE
 from drift.params import load_settings
 from drift.signals import Signals
+from drift.training.compile import Compiled
 from drift.work import Work
 
 
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     data, encode, hardware = settings.data, settings.encode, settings.hardware
     check_writable(args.out.parent)
     source = open_images(data.dataset, data.root, "train", data.classes)
-    vae = VAE.from_pretrained(encode.vae, encode.vae_revision)
+    vae = VAE.from_pretrained(encode.vae, encode.vae_revision, precision=hardware.vae_precision)
     code = spawn("stages.encode", argv, wanted_processes(args.nproc, hardware.processes))
     if code is not None:
         return code
@@ -45,12 +46,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "encode": encode.model_dump(mode="json", exclude={"on_bad_image"}),
         "images": source.digest,
         "vae": vae.digest,
+        "vae_precision": vae.precision,
     }
     with (
         join(hardware.time_limit) as ranks,
         Work("encode", decides, fresh=args.fresh, first=ranks.first) as work,
         Signals() as signals,
     ):
+        if hardware.compile and ranks.device.type == "cuda":
+            vae.compile_with(Compiled)
         ranks.barrier()
         export = encode_view(
             source,
@@ -75,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             asked_to_stop=lambda: signals.look().stop,
             progress=ranks.first,
         )
+        vae.tell_recomputed()
         if ranks.first:
             work.publish(export, args.out)
     return 0

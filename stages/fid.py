@@ -40,6 +40,7 @@ from drift.models.generator import Generator
 from drift.models.vae import VAE
 from drift.params import Settings, load_settings
 from drift.progress import ProgressLog
+from drift.training.compile import Compiled
 from drift.work import SETTINGS_FILE, Work, work_root
 
 PACKAGES = ("clean-fid", "diffusers", "numpy", "pillow", "scipy", "torch", "torchvision")
@@ -69,7 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     for decay in reversed(decays):
         load(decay)
-    vae = VAE.from_pretrained(settings.encode.vae, settings.encode.vae_revision)
+    vae = VAE.from_pretrained(
+        settings.encode.vae, settings.encode.vae_revision, precision=hardware.vae_precision
+    )
     check_feature_network(fid.features, fid.mode, fid.inception)
     training = open_images(data.dataset, data.root, "train", data.classes)
     reference_images = open_reference(fid.reference, data.dataset, data.root, data.classes)
@@ -91,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if floor_images:
             require_enough(floor_images, network, "real training images (fid.floor_images; 0 takes none)")
         check_metrics(fid.metrics, network, reference_images is not None)
+        if hardware.compile and ranks.device.type == "cuda":
+            vae.compile_with(Compiled)
         decode = ImageDecoder(vae.to(ranks.device), hardware.decode_batch)
         on_device = lru_cache(maxsize=1)(lambda decay: load(decay).to(ranks.device).eval())
         decides = {
@@ -102,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for name in ("config.json", *(f"{weights[decay]}.safetensors" for decay in decays))
             ],
             "vae": vae.digest,
+            "vae_precision": vae.precision,
             "features": network.digest,
             "images": training.digest,
             "reference": sha256(fid.reference) if reference_images is None else reference_images.digest,
@@ -170,6 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 on_entry=remember,
                 on_images=lambda images: reached(real + images),
             )
+            vae.tell_recomputed()
             if ranks.first:
                 measured = {
                     "best": best_entry(sweep),
@@ -248,6 +255,7 @@ def _protocol(
         "seed": settings.seed,
         "device": device,
         "vae": settings.encode.vae,
+        "vae_precision": settings.hardware.vae_precision,
         "versions": {"drift": drift.__version__} | {name: version(name) for name in PACKAGES},
     }
 

@@ -282,10 +282,12 @@ def test_a_split_counts_nothing_twice():
 
 def test_encoding_is_compared_with_the_network_alone(tmp_path, capsys):
     small = ["--device", "cpu", "--count", "4", "--image-size", "32", "--batch", "2", "--workers", "0"]
+    small += ["--vae-precision", "bfloat16"]
     encode.main([*small, "--json", str(tmp_path / "encode.json")])
     result = json.loads((tmp_path / "encode.json").read_text())
     (row,) = result["rows"]
     assert result["images"] == 4 and result["vae_images_per_s"] > 0
+    assert result["vae_precision"] == "bfloat16"
     assert row["of_vae"] == pytest.approx(row["both"] / result["vae_images_per_s"])
     assert row["share"] == pytest.approx(row["both"] / min(row["decode"], result["vae_images_per_s"]))
     assert "of VAE" in capsys.readouterr().out
@@ -305,12 +307,13 @@ def test_fid_is_compared_with_its_networks_alone(tmp_path, capsys, monkeypatch):
     yaml.dump(content, tmp_path / "params.yaml")
     arguments = ["--images", "80", "--params", str(tmp_path / "params.yaml"), "--batches", "1"]
     arguments += ["--generator", str(tmp_path / "generator"), "--json", str(tmp_path / "fid.json")]
-    fid.main(arguments)
+    fid.main([*arguments, "--vae-precision", "bfloat16"])
     result = json.loads((tmp_path / "fid.json").read_text())
     (row,) = result["rows"]
     rates = result["networks_images_per_s"]
     assert 1 / rates["all"] == pytest.approx(sum(1 / rates[n] for n in ("generator", "VAE", "features")))
     assert row["of_networks"] == pytest.approx(row["images_per_s"] / rates["all"])
+    assert result["vae_precision"] == "bfloat16"
     assert row["images"] == 80 and row["peak_mib"] > 50
     assert "of the networks" in capsys.readouterr().out
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from complaints import complaint
+from overflow import Overflowing
 from PIL import Image
 
 from drift import encoding
@@ -37,7 +38,7 @@ class PoolingVAE:
     """Means of 4x4 patches for latents: exact in any batch, so that whole files can be compared."""
 
     id, revision, digest, scaling_factor = "pooling", None, "0" * 64, 0.5
-    device = torch.device("cpu")
+    device, precision = torch.device("cpu"), "float32"
 
     def __init__(self, spread: float = 0.0, shift: float = 0.0):
         self.spread, self.shift = spread, shift
@@ -205,6 +206,7 @@ def test_meta_tells_how_the_latents_were_made(root, tmp_path):
         "vae": "pooling",
         "vae_revision": None,
         "vae_sha256": "0" * 64,
+        "vae_precision": "float32",
         "scaling_factor": 0.5,
         "versions": {
             "python": json.loads((export / "train_meta.json").read_text())["versions"]["python"],
@@ -644,6 +646,50 @@ def test_latents_beyond_float16_name_the_image(root, tmp_path):
         encode(root, tmp_path, OneLarge(), **CENTER)
     with pytest.raises(FloatingPointError, match=r"ant/0.png"):
         encode(root, tmp_path / "nan", PoolingVAE(shift=float("nan")), **CENTER)
+
+
+@pytest.fixture
+def partly_white(tmp_path):
+    """Nine images, two of which hold a white pixel."""
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        (tmp_path / f"images/train/{name}").mkdir(parents=True)
+    for i in range(9):
+        pixels = rng.integers(5, 250, (SIZE, SIZE, 3), np.uint8)
+        if i in (1, 8):
+            pixels[3, 5] = 255
+        Image.fromarray(pixels).save(tmp_path / f"images/train/{'a' if i < 5 else 'b'}/{i}.png")
+    return tmp_path / "images"
+
+
+@pytest.mark.parametrize("posterior", ["mean", "sample"])
+def test_what_overflows_in_bfloat16_is_encoded_in_float32(partly_white, tmp_path, capsys, posterior):
+    def latents(name, precision):
+        vae = VAE(Overflowing(), name, precision=precision)
+        export = encode(
+            partly_white, tmp_path / name, vae, view="center", mirror=False, posterior=posterior, batch_size=3
+        )
+        store = LatentStore.open(export)
+        assert store.meta["vae_precision"] == precision
+        return vae, store.latents
+
+    _, expected = latents("float32", "float32")
+    assert "float32" not in capsys.readouterr().out
+    vae, found = latents("bfloat16", "bfloat16")
+    assert capsys.readouterr().out.count("computed again in float32") == 1
+    assert vae.recomputed == 2  # of three blocks, of which the rest does not overflow
+    same = [np.array_equal(a, b) for a, b in zip(found, expected, strict=True)]
+    assert same == [i in (1, 8) for i in range(9)]  # neighbours in a block keep what bfloat16 gave them
+    np.testing.assert_allclose(found, expected, atol=0.01)
+    vae.tell_recomputed()
+    assert "2 batches" in capsys.readouterr().out
+
+
+def test_what_is_not_finite_in_float32_either_is_an_error(partly_white, tmp_path):
+    broken = Overflowing()
+    broken.weight[0, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"a/0.png: its latents are not finite"):
+        encode(partly_white, tmp_path / "out", VAE(broken, "broken", precision="bfloat16"), **CENTER)
 
 
 def test_a_disk_without_room_is_told_before_the_work(root, tmp_path, monkeypatch):

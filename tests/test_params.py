@@ -159,6 +159,7 @@ def test_settings_are_frozen():
         ({"encode__on_bad_image": "ignore"}, ["encode.on_bad_image", "'ignore'", "error", "skip"]),
         ({"mae__evaluate_every": 0}, ["mae.evaluate_every", "1 or more"]),
         ({"hardware__precision": "half"}, ["hardware.precision", "'half'", "bfloat16", "float16"]),
+        ({"hardware__vae_precision": "float16"}, ["hardware.vae_precision", "float32 or bfloat16"]),
         ({"hardware__mae_micro_batch": 0}, ["hardware.mae_micro_batch", "1 or more"]),
         ({"hardware__time_limit": 0}, ["hardware.time_limit", "above 0"]),
     ],

@@ -75,7 +75,8 @@ class ImageDecoder:
     """Latents `[B, C, H, W]` -> 8-bit images `[B, H, W, 3]` on the CPU, exactly as a PNG would hold them.
 
     The VAE decodes `batch_size` at once, always, and half as many from then on whenever the device has not
-    had the memory for it (a few pixels may then differ by one level, as the rounding is another).
+    had the memory for it (a few pixels may then differ by one level, as the rounding is another). Images that
+    are not finite in bfloat16 are decoded again in float32; raises `FloatingPointError` if they are not then.
     """
 
     def __init__(self, vae: VAE, batch_size: int):
@@ -97,11 +98,27 @@ class ImageDecoder:
     def _decode(self, latents: Tensor) -> Tensor | None:
         """None if the device has run out of memory; outside its `except`, what filled it can be freed."""
         try:
-            return to_uint8(in_batches(self.vae.decode, latents, size=self.batch_size)).cpu()
+            images, finite = self._images(self.vae, latents)
+            if not finite.all() and self.vae.precision != "float32":
+                overflown = ~finite
+                images[overflown], finite[overflown] = self._images(
+                    self.vae.in_float32(), latents[overflown.to(latents.device)]
+                )
         except torch.OutOfMemoryError:
             if self.batch_size == 1:
                 raise
             return None
+        if not finite.all():
+            raise FloatingPointError(
+                "the VAE's images are not finite; are its weights whole, and is it the VAE for these latents?"
+            )
+        return images
+
+    def _images(self, vae: VAE, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """8-bit images `[B, H, W, 3]` and whether each was finite (which rounding hides), `[B]`."""
+        decoded = in_batches(vae.decode, latents, size=self.batch_size)
+        finite = decoded.isfinite().flatten(1).all(1)
+        return to_uint8(decoded).cpu(), finite.cpu()
 
     def _halve(self) -> None:
         before, self.batch_size = self.batch_size, self.batch_size // 2

@@ -7,13 +7,16 @@ encoder does not commute with it, so the mirrored latents of an image are not th
 
 import hashlib
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from drift.errors import UserError
 from drift.hub import download
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # diffusers' name for the weights of a model
 _SCALING_FACTOR = 0.18215  # diffusers' default, for configs from before there was such a key
+VAEPrecision = Literal["float32", "bfloat16"]
 _IMAGES_PER_THREAD = 8  # on a CPU: enough to be efficient, few enough to keep many cores busy
 
 
@@ -40,23 +44,41 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 class VAE(nn.Module):
-    """An `AutoencoderKL` of diffusers, frozen, in float32, with its scale.
+    """An `AutoencoderKL` of diffusers, frozen, with float32 weights, and its scale.
 
     `id` is the folder or the hub id that it was loaded from, `revision` the commit on the hub, None for a
-    folder.
+    folder. With `precision` bfloat16 both networks run under autocast; what comes out is float32, but rounded
+    like that. Some SD-VAEs overflow in half precision (float16 above all): see `in_float32`.
     """
 
-    def __init__(self, model: "AutoencoderKL", id: str, revision: str | None = None):
+    def __init__(
+        self,
+        model: "AutoencoderKL",
+        id: str,
+        revision: str | None = None,
+        precision: VAEPrecision = "float32",
+    ):
         super().__init__()
+        if precision not in get_args(VAEPrecision):
+            raise ValueError(f"precision {precision!r}: allowed: {', '.join(get_args(VAEPrecision))}")
         self.model = model.float().eval().requires_grad_(False)
         self.id = id
         self.revision = revision
+        self.precision = precision
+        self.recomputed = 0
+        """Batches that `in_float32` was asked for."""
+        self._encode, self._decode = self._run_encoder, self._run_decoder
+        self._compiled_for: torch.Size | None = None
         self.scaling_factor = float(model.config.scaling_factor)
         self.shift_factor = float(model.config.shift_factor or 0.0)
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, revision: str | None = None, device: str | torch.device = "cpu"
+        cls,
+        source: str | Path,
+        revision: str | None = None,
+        device: str | torch.device = "cpu",
+        precision: VAEPrecision = "float32",
     ) -> "VAE":
         """Load from a folder or, where there is none of that name, from the Hugging Face hub.
 
@@ -69,7 +91,33 @@ class VAE(nn.Module):
         else:
             folder = _download(source, revision)
             revision = folder.name  # the hub's cache names its folders by commit
-        return cls(_load(source, folder), source, revision).to(device)
+        return cls(_load(source, folder), source, revision, precision).to(device)
+
+    def compile_with(self, compiler: Callable[[Callable, str], Callable]) -> None:
+        """Let `compiler` (function, name -> a faster function) have both networks, for shapes that repeat.
+
+        Images whose number is not that of the first batch, such as the last ones, are encoded without it.
+        """
+        self._encode = compiler(self._run_encoder, "VAE's encoder")
+        self._decode = compiler(self._run_decoder, "VAE's decoder")
+
+    def in_float32(self) -> "VAE":
+        """The same network in float32 and not compiled, for a batch that was not finite in bfloat16.
+
+        The first time, that is told on the screen.
+        """
+        self.recomputed += 1
+        if self.recomputed == 1:
+            tqdm.write(
+                f"note: VAE {self.id} has overflowed in {self.precision}; what is not finite is computed "
+                "again in float32 (hardware.vae_precision: float32 does so from the start)"
+            )
+        return VAE(self.model, self.id, self.revision)
+
+    def tell_recomputed(self) -> None:
+        """Say how many batches were computed again, if any."""
+        if self.recomputed:
+            tqdm.write(f"note: {self.recomputed} batches of the VAE were computed again in float32")
 
     @property
     def device(self) -> torch.device:
@@ -110,8 +158,25 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def _moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        posterior = self.model.encode(to_float(images.to(self.device, non_blocking=True))).latent_dist
-        return posterior.mean, posterior.std
+        pixels = to_float(images.to(self.device, non_blocking=True))
+        self._compiled_for = self._compiled_for or pixels.shape
+        encode = self._encode if pixels.shape == self._compiled_for else self._run_encoder
+        with self._autocast():
+            mean, logvar = encode(pixels)
+        return mean.float(), torch.exp(0.5 * logvar.float())
+
+    def _run_encoder(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Floats in [-1, 1], `[B, 3, H, W]` -> mean and log-variance of the posterior, `[B, C, h, w]`."""
+        posterior = self.model.encode(pixels).latent_dist
+        return posterior.mean, posterior.logvar
+
+    def _run_decoder(self, z: Tensor) -> Tensor:
+        return self.model.decode(z).sample
+
+    def _autocast(self) -> AbstractContextManager:
+        if self.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
 
     def scale(self, z: Tensor) -> Tensor:
         """What the encoder gives -> latents, whose standard deviation is about 1."""
@@ -120,14 +185,19 @@ class VAE(nn.Module):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents `[B, C, h, w]` -> float32 images around [-1, 1], `[B, 3, H, W]`; see `to_uint8`."""
-        return decode_latents(self.model, latents)
+        with self._autocast():
+            return self._decode(_unscaled(self.model, latents)).float()
 
 
 def decode_latents(model: "AutoencoderKL", latents: Tensor) -> Tensor:
     """Latents `[B, C, h, w]` -> images around [-1, 1], `[B, 3, H, W]`, in the precision of `model`."""
+    return model.decode(_unscaled(model, latents).to(model.dtype)).sample
+
+
+def _unscaled(model: "AutoencoderKL", latents: Tensor) -> Tensor:
+    """Latents -> what the decoder takes, float32."""
     config = model.config
-    z = latents.to(model.device, torch.float32) / config.scaling_factor + (config.shift_factor or 0.0)
-    return model.decode(z.to(model.dtype)).sample
+    return latents.to(model.device, torch.float32) / config.scaling_factor + (config.shift_factor or 0.0)
 
 
 def known_scaling_factor(source: str | Path, revision: str | None = None) -> float | None:

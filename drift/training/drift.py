@@ -114,6 +114,7 @@ def train_generator(
     objective_options = {
         "drop_duplicates": options.duplicate_features == "drop",
         "feature_batch": hardware.feature_batch,
+        "feature_dtype": feature_dtype(hardware.precision),
         "field_impl": hardware.field_impl,
     }
     n = options.generated
@@ -216,6 +217,14 @@ def train_generator(
         extra=real,
     )
     return model, emas
+
+
+def feature_dtype(precision: str) -> torch.dtype:
+    """What features are held in: convolutions in bfloat16 have left no more digits in them than it has.
+
+    Not float16, whose range gradients of single features leave.
+    """
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 
 class _Batch(NamedTuple):

@@ -5,6 +5,7 @@ A step with too many classes for the memory is taken in parts. S and lambda belo
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -55,6 +56,7 @@ def drift_objective(
     reduce: Reduce | None = None,
     drop_duplicates: bool = False,
     feature_batch: int | None = None,
+    feature_dtype: torch.dtype = torch.float32,
     field_impl: FieldImpl = "reference",
     sums: StepSums | None = None,
 ) -> tuple[Tensor, Statistics]:
@@ -76,6 +78,9 @@ def drift_objective(
             release keeps them, so that those count twice.
         feature_batch: generated samples whose activations in the encoder are kept at once; beyond them, they
             are computed again in the backward pass, as many at a time. None keeps all.
+        feature_dtype: what features of locations and patches are held in, nearly all of the memory. The field
+            is float32 all the same. Means and stds of whole maps are always held in float32: rounding has
+            averaged out in them, and samples may differ by little of their size.
         field_impl: what computes the field, `impl` of `drifting_loss`.
         sums: `step_sums` of the step of which these are some classes.
 
@@ -89,7 +94,7 @@ def drift_objective(
     samples = Samples(generated, positives, unconditional, omega, negatives)
     losses, statistics = [], {}
     for name, passes in _feature_passes(
-        samples, encoder, settings, drop_duplicates, feature_batch, field_impl
+        samples, encoder, settings, drop_duplicates, feature_batch, feature_dtype, field_impl
     ):
         if sums is None:
             loss, statistics[name] = passes.all(reduce or (lambda sums: sums))
@@ -110,6 +115,7 @@ def step_sums(
     reduce: Reduce | None = None,
     drop_duplicates: bool = False,
     feature_batch: int | None = None,
+    feature_dtype: torch.dtype = torch.float32,
     field_impl: FieldImpl = "reference",
 ) -> StepSums:
     """What `drift_objective` of each part of a step needs of all of them; for `normalization_scope: batch`.
@@ -124,7 +130,14 @@ def step_sums(
             answers = {
                 name: ask(name, passes)
                 for name, passes in _feature_passes(
-                    part, encoder, settings, drop_duplicates, feature_batch, field_impl, keep_bytes=0
+                    part,
+                    encoder,
+                    settings,
+                    drop_duplicates,
+                    feature_batch,
+                    feature_dtype,
+                    field_impl,
+                    keep_bytes=0,
                 )
             }
             sums.add([torch.stack(list(answers.values()))])
@@ -161,6 +174,7 @@ def _feature_passes(
     settings: FieldSettings,
     drop_duplicates: bool,
     feature_batch: int | None,
+    feature_dtype: torch.dtype,
     field_impl: FieldImpl,
     keep_bytes: int | None = None,
 ) -> Iterator[tuple[str, FieldPasses]]:
@@ -172,7 +186,7 @@ def _feature_passes(
     classes, fixed = len(samples.generated), torch.cat(given, dim=1).detach()
 
     def features(latents: Tensor) -> dict[str, Tensor]:
-        sets = _encode(encoder, latents, drop_duplicates, feature_batch)
+        sets = _encode(encoder, latents, drop_duplicates, feature_batch, feature_dtype)
         return {**sets, "global": latents.flatten(1)[:, None]}
 
     with torch.no_grad():
@@ -199,13 +213,10 @@ def _feature_passes(
 
 
 def _encode(
-    encoder: FeatureEncoder, latents: Tensor, drop_duplicates: bool, batch: int | None
+    encoder: FeatureEncoder, latents: Tensor, drop_duplicates: bool, batch: int | None, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """`encoder.encode` in batches of which each keeps its activations only while it is at work."""
-
-    def encode(part: Tensor) -> dict[str, Tensor]:
-        return encoder.encode(part, drop_duplicates=drop_duplicates)
-
+    encode = partial(_encode_batch, encoder, drop_duplicates, dtype)
     if batch is None or len(latents) <= batch:
         return encode(latents)
     if torch.is_grad_enabled() and latents.requires_grad:
@@ -213,3 +224,14 @@ def _encode(
     else:
         parts = [encode(part) for part in latents.split(batch)]
     return {name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}
+
+
+def _encode_batch(
+    encoder: FeatureEncoder, drop_duplicates: bool, dtype: torch.dtype, latents: Tensor
+) -> dict[str, Tensor]:
+    """Sets of more than one vector per sample in `dtype`."""
+    sets = encoder.encode(latents, drop_duplicates=drop_duplicates)
+    for name in sets:
+        if sets[name].shape[1] > 1:
+            sets[name] = sets[name].to(dtype)
+    return sets

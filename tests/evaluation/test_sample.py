@@ -1,5 +1,6 @@
 import pytest
 import torch
+from overflow import Overflowing
 
 from drift.evaluation.sample import (
     ImageDecoder,
@@ -9,6 +10,7 @@ from drift.evaluation.sample import (
     sample_latents,
 )
 from drift.models.generator import Generator, GeneratorConfig
+from drift.models.vae import VAE
 
 CONFIG = GeneratorConfig(
     in_channels=4,
@@ -137,6 +139,37 @@ def test_decoding_backs_off_and_remembers(capsys):
     assert vae.asked[-1] == 3
     with pytest.raises(torch.OutOfMemoryError):
         ImageDecoder(Small(most=0), 4)(latents)
+
+
+def latents_of_which_two_overflow():
+    latents = torch.rand(11, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 1.9 - 0.95
+    latents[[2, 10], 1, 3, 3] = 1.0
+    return latents
+
+
+def test_images_that_overflow_in_bfloat16_are_decoded_in_float32(capsys):
+    latents = latents_of_which_two_overflow()
+    exact = ImageDecoder(VAE(Overflowing(), "stub"), 4)(latents)
+    vae = VAE(Overflowing(), "stub", precision="bfloat16")
+    assert vae.decode(latents).isfinite().flatten(1).all(1).tolist() == [i not in (2, 10) for i in range(11)]
+    images = ImageDecoder(vae, 4)(latents)
+    assert torch.equal(images[[2, 10]], exact[[2, 10]])
+    assert not torch.equal(images, exact)  # the others are those of bfloat16 ...
+    assert (images.int() - exact.int()).abs().max() <= 1  # ... which has a spacing of half a level below 1
+    assert vae.recomputed == 2
+    out = capsys.readouterr().out
+    assert out.count("overflowed in bfloat16") == 1 and "hardware.vae_precision: float32" in out
+    # not one pixel depends on the company
+    for some in (slice(0, 3), slice(2, 3), slice(9, 11)):
+        assert torch.equal(ImageDecoder(vae, 4)(latents[some]), images[some])
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_images_that_are_not_finite_in_float32_are_not_rounded_to_pictures(precision):
+    latents = latents_of_which_two_overflow()
+    latents[5, 0, 0, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match="the VAE's images are not finite"):
+        ImageDecoder(VAE(Overflowing(), "stub", precision=precision), 4)(latents)
 
 
 def test_latents_are_the_same_for_any_batch_size(generator):

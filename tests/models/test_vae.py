@@ -15,6 +15,7 @@ from drift.data.images import center_view, open_images
 from drift.errors import UserError
 from drift.models.vae import CONFIG_FILE, VAE, WEIGHTS_FILE, known_scaling_factor, to_float, to_uint8
 from drift.torchvision_shim import ensure_torchvision
+from drift.training.compile import Compiled
 
 ensure_torchvision()
 from diffusers import AutoencoderKL  # noqa: E402
@@ -123,6 +124,73 @@ def test_half_precision_files_run_in_float32(network, tmp_path, images):
     half.save_pretrained(tmp_path)
     mean, std = VAE.from_pretrained(tmp_path).moments(images)
     assert mean.dtype == std.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_float32_has_the_bits_of_diffusers(network, folder, images):
+    """One image at a time, so that the threads that `moments` takes do not matter."""
+    vae, threads = VAE.from_pretrained(folder), torch.get_num_threads()
+    torch.set_num_threads(1)
+    posterior = network.encode(to_float(images[:1])).latent_dist
+    mean, std = vae.moments(images[:1])
+    assert torch.equal(mean, posterior.mean) and torch.equal(std, posterior.std)
+    z = vae.scale(mean) / 0.4 + 0.25
+    assert torch.equal(vae.decode(vae.scale(mean)), network.decode(z).sample)
+    torch.set_num_threads(threads)
+
+
+def test_bfloat16_is_near_float32():
+    """Mantissas of 8 bits through the committed VAE, whose latents have a spread of 1."""
+    exact, rough = (VAE.from_pretrained(COMMITTED, precision=p) for p in ("float32", "bfloat16"))
+    images = digits("held_out")
+    (mean, std), (rough_mean, rough_std) = exact.moments(images), rough.moments(images)
+    assert rough_mean.dtype == rough_std.dtype == torch.float32 == next(rough.parameters()).dtype
+    latents, rough_latents = exact.scale(mean), rough.scale(rough_mean)
+    error = (rough_latents - latents).abs()
+    assert 1e-3 < error.square().mean().sqrt() < 0.012 and error.max() < 0.1
+    torch.testing.assert_close(rough_std, std, rtol=0.04, atol=0)
+    assert exact.digest == rough.digest
+
+    pixels, rough_pixels = exact.decode(latents), rough.decode(latents)
+    assert rough_pixels.dtype == torch.float32 and not torch.equal(pixels, rough_pixels)
+    levels = (to_uint8(pixels).int() - to_uint8(rough_pixels).int()).abs()
+    assert levels.max() <= 3 and levels.float().mean() < 0.25
+
+
+def test_other_precisions_are_refused(network):
+    with pytest.raises(ValueError, match="'float16': allowed: float32, bfloat16"):
+        VAE(network, "vae", precision="float16")
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_compiled_networks_see_one_shape_and_change_nothing(folder, images, precision, monkeypatch):
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend="aot_eager"))
+    plain, vae = (VAE.from_pretrained(folder, precision=precision) for _ in range(2))
+    calls = []
+
+    def compiler(function, name):
+        compiled = Compiled(function, name)
+
+        def call(x):
+            calls.append((name, len(x)))
+            result = compiled(x)
+            assert compiled._fast is not None, "compiling has failed"
+            return result
+
+        return call
+
+    vae.compile_with(compiler)
+    for some in (images, images[:1], images):
+        torch.testing.assert_close(vae.moments(some), plain.moments(some))
+    latents = plain.scale(plain.moments(images)[0])
+    with torch.inference_mode():  # as fid does
+        torch.testing.assert_close(vae.decode(latents), plain.decode(latents))
+    assert calls == [("VAE's encoder", 2), ("VAE's encoder", 2), ("VAE's decoder", 2)]
+    calls.clear()
+    again = vae.in_float32()
+    again.decode(latents), again.moments(images)
+    assert not calls and again.precision == "float32"
 
 
 def test_digest_is_of_the_weights_and_the_scale(folder, tmp_path):

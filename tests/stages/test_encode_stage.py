@@ -89,6 +89,22 @@ def test_a_killed_run_goes_on_with_two_processes_to_the_same_bytes(project, expe
     assert contents(project, "killed") == expected
 
 
+def test_another_precision_of_the_vae_does_not_go_on_with_these_rows(project, expected):
+    process = start(project, "rough")
+    process.kill()
+    process.communicate()
+    project.settings(hardware={"vae_precision": "bfloat16"})
+    assert "going on" not in project.run(*COMMAND, "rough").stdout
+    project.settings(hardware={"vae_precision": "float32"})
+    rough = contents(project, "rough")
+    assert b'"vae_precision": "bfloat16"' in rough["train_meta.json"]
+    assert b'"vae_precision": "float32"' in expected["train_meta.json"]
+    exact, found = (np.load(project.folder / out / "train_latents.npy") for out in ("whole", "rough"))
+    assert 0 < np.abs(exact.astype(float) - found).mean() < 0.02  # latents have a spread of 1
+    assert "going on" in project.run(*COMMAND, "exact").stdout  # the rows in float32 are still there
+    assert contents(project, "exact") == expected
+
+
 def test_ctrl_c_ends_it_quietly_with_all_blocks_marked(project):
     project.settings(hardware={"workers": 1})
     process = start(project, "stopped")

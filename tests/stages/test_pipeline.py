@@ -194,6 +194,23 @@ def test_fid_measures_the_same_images_for_any_processes_and_batches(finished):
     )
 
 
+def test_fid_records_the_precision_of_the_vae_and_mixes_none(finished):
+    decides = {}
+    for precision in ("float32", "bfloat16"):
+        name = f"other/vae-{precision}"
+        finished.settings(fid={"omegas": [1.0], "metrics": []}, hardware={"vae_precision": precision})
+        command = [sys.executable, "-m", "stages.fid", "--generator", "artifacts/generator"]
+        command += ["--out", f"{name}/fid.json", "--plots", name, "--report", f"{name}/index.html"]
+        finished.run(*command, DRIFT_WORK_DIR=f"{name}/work")
+        result = json.loads((finished.folder / name / "fid.json").read_text())
+        assert result["protocol"]["vae_precision"] == precision
+        (note,) = (finished.folder / name / "work/fid").glob("*/work.json")
+        decides[precision] = json.loads(note.read_text())["decides"]
+    assert decides["float32"] | {"vae_precision": "bfloat16"} == decides["bfloat16"]
+    metrics = ["kid", "inception_score", "precision_recall"]
+    finished.settings(fid={"omegas": [1.0, 2.0], "metrics": metrics}, hardware={"vae_precision": "float32"})
+
+
 def test_fid_compares_with_statistics_and_refuses_what_they_cannot_give(finished):
     features = np.random.default_rng(0).standard_normal((200, 64))
     statistics = {"ref_mu": features.mean(0), "ref_sigma": np.cov(features, rowvar=False)}

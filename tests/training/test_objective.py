@@ -13,6 +13,7 @@ from torch import Tensor
 from drift.field import FieldSettings, drifting_loss
 from drift.models.mae import LatentMAE, MAEConfig
 from drift.release import convert_mae
+from drift.training import objective as module
 from drift.training.objective import Samples, drift_objective, mean_statistics, step_sums
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -270,3 +271,41 @@ def test_the_encoder_keeps_the_activations_of_one_batch_at_a_time():
     generated.grad = None
     drift_objective(generated, *rest, Encoder(pixels_and_mean), RELEASE)[0].backward()
     torch.testing.assert_close(whole, generated.grad)
+
+
+@pytest.mark.parametrize("feature_batch", [None, 8])
+def test_features_held_in_half_precision(monkeypatch, feature_batch):
+    """Those of several vectors alone; the gradient is that of rounded features, near the exact one."""
+    seen = {}
+
+    class Passes(module.FieldPasses):
+        def __init__(self, x, pos, uncond, *arguments, **options):
+            seen.setdefault(x.shape[2] > 1, set()).update(t.dtype for t in (x, pos, uncond))
+            super().__init__(x, pos, uncond, *arguments, **options)
+
+    def run(**options):
+        generated, *rest, _ = draw_classes()
+        drift_objective(generated, *rest, small_mae(), RELEASE, **options)[0].backward()
+        return generated.grad
+
+    exact = run()
+    monkeypatch.setattr(module, "FieldPasses", Passes)
+    held = run(feature_batch=feature_batch, feature_dtype=torch.bfloat16)
+    assert seen == {True: {torch.bfloat16}, False: {torch.float32}}
+    assert held.dtype == torch.float32
+    assert 1e-5 < relative_error(held, exact) < 0.05
+
+
+def test_features_in_half_precision_cost_less_than_convolutions_in_it():
+    """What autocast leaves of the gradient is as near to the exact one, whatever features are held in."""
+    generated, *rest, _ = draw_classes()
+
+    def gradient(precision, **options):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            loss, _ = drift_objective(generated, *rest, small_mae(), RELEASE, **options)
+        return torch.autograd.grad(loss, generated)[0]
+
+    exact = gradient("float32")
+    kept = relative_error(gradient("bfloat16"), exact)
+    held = relative_error(gradient("bfloat16", feature_dtype=torch.bfloat16), exact)
+    assert held < 1.3 * kept
