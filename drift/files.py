@@ -33,17 +33,27 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
+        with naming(path):
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    except BaseException:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # which only `open` sets
-            error.filename = str(path)
         raise
     sync(path.parent)
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Give `OSError`s within, such as that of a full disk, the name of the file, which only `open` does."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def write_json(path: str | Path, obj: Any) -> None:
@@ -151,16 +161,12 @@ class RowFile:
         assert (
             rows.dtype == self.dtype and rows.shape[1:] == self.shape[1:] and start + len(rows) <= len(self)
         )
-        try:
-            with self.path.open("r+b") as file:
-                file.seek(self._offset + start * self._row_bytes)
-                file.write(rows.tobytes())
-                if flush:
-                    file.flush()
-                    os.fsync(file.fileno())
-        except OSError as error:
-            error.filename = str(self.path)  # which only `open` sets
-            raise
+        with naming(self.path), self.path.open("r+b") as file:
+            file.seek(self._offset + start * self._row_bytes)
+            file.write(rows.tobytes())
+            if flush:
+                file.flush()
+                os.fsync(file.fileno())
 
 
 def sha256(path: str | Path) -> str:

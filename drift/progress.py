@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from drift.files import naming
+
 
 class ProgressLog:
     """Appends lines to the `logs.jsonl` of one run.
@@ -40,12 +42,8 @@ class ProgressLog:
         self._append(json.dumps({**line, "time": round(time.time(), 3)}) + "\n")
 
     def _append(self, text: str) -> None:
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(text)
-        except OSError as error:
-            error.filename = str(self.path)  # which only `open` sets
-            raise
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(text)
 
 
 def done(line: Mapping[str, Any]) -> int:

@@ -3,6 +3,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from painting import Decoder
 from PIL import Image
 
 from drift.evaluation.pictures import class_rows, image_grid, omega_columns, save_png
@@ -62,11 +63,6 @@ def test_column_labels_stand_above_their_columns(images):
     ink = np.flatnonzero((labelled[:top] < 128).any((0, 2))) - left
     middle = 2 + 50 + 24  # of the second column
     assert len(ink) and abs((ink.min() + ink.max()) / 2 - middle) < 4
-
-
-class Decoder:
-    def decode(self, latents):
-        return latents
 
 
 class Stripes:

@@ -1,12 +1,12 @@
 """Two processes with half of the classes each against one with all of them."""
 
-import multiprocessing
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 from field_inputs import draw, loss_and_grad, relative_error
+from processes import in_processes
 
 from drift.field import FieldSettings
 
@@ -25,38 +25,24 @@ def inputs(channels):
     return draw(classes=2 * RANKS, channels=channels)  # classes of different scales
 
 
-def compute_share(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=RANKS)
-
+def compute_share(ranks, folder):
     def all_reduce(sums):
         dist.all_reduce(sums)
         return sums
 
     results = {}
     for channels in (7, 40):
-        share = [t.tensor_split(RANKS)[rank] for t in inputs(channels)]
+        share = [t.tensor_split(RANKS)[ranks.rank] for t in inputs(channels)]
         for name, knobs in CASES.items():
             results[name, channels] = loss_and_grad(*share, knobs, reduce=all_reduce)
-    torch.save(results, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    torch.save(results, folder / f"{ranks.rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def shares(tmp_path_factory):
     """What each rank has computed."""
     folder = tmp_path_factory.mktemp("ranks")
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=compute_share, args=(rank, folder)) for rank in range(RANKS)]
-    try:
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(timeout=90)
-        assert [process.exitcode for process in ranks] == [0] * RANKS
-    finally:
-        for process in ranks:
-            process.kill()
+    assert in_processes(compute_share, RANKS, folder) == [0] * RANKS
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
 
