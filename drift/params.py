@@ -243,7 +243,8 @@ class Hardware(Section):
     """How, not what: tracked by no stage, so a change reruns nothing."""
 
     precision: Literal["float32", "bfloat16", "float16"]
-    """Autocast type of the networks; the field is float32 always. float16 scales the loss."""
+    """Autocast type of the networks; the field is float32 always. bfloat16 is also what features of locations
+    and patches are held in; float16 scales the loss."""
     vae_precision: Literal["float32", "bfloat16"]
     """Of the VAE in encode and fid. Latents, and the images that are measured, depend on it, so bfloat16
     (autocast) is for speed alone; what is not finite in it is computed again in float32."""
