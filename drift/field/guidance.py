@@ -1,6 +1,53 @@
-"""Classifier-free guidance at training time: unconditional samples as weighted negatives (paper A.7)."""
+"""Drift forms and guidance: from logits to the coefficients R of the field, V_i = sum_j R_ij y_j.
 
+Classifier-free guidance acts at training time, by unconditional samples among the negatives (paper A.7).
+Targets are in the order repelling (K generated vectors), unconditional (U), positive (P); M is their sum.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
+
+from drift.field.couplings import REMOVED, TINY, Coupling, Plan
+from drift.field.settings import FieldSettings
+
+UNCONDITIONAL_MARGINAL_FLOOR = 1e-6  # Sinkhorn paper's code, `weighted_cols`
+
+
+class Targets(NamedTuple):
+    """What the targets of B problems are, and their guidance."""
+
+    repelling: int
+    """K."""
+    unconditional: int
+    """U."""
+    positives: int
+    """P."""
+    omega: Tensor
+    """CFG strength, `[B]`."""
+    weight: Tensor
+    """w of one unconditional target, `[B]`."""
+
+    @property
+    def negatives(self) -> int:
+        return self.repelling + self.unconditional
+
+    def uniform(self, count: int) -> Tensor:
+        """A marginal of so many targets, all alike, `[B, count]`."""
+        return self.weight.new_ones(len(self.weight), count)
+
+
+class Coefficients(NamedTuple):
+    """The field of B problems, and what its couplings look like."""
+
+    field: Tensor
+    """R `[B, T, N, M]`."""
+    neighbours: Tensor
+    """Effective number of positives of each generated vector, `[B, T, N]`."""
+    statistics: dict[str, Tensor]
+    """Those of the coupling, of several plans the largest, `[B, T]`."""
 
 
 def unconditional_weight(omega: Tensor, repelling: int, unconditional: int) -> Tensor:
@@ -14,8 +61,105 @@ def unconditional_weight(omega: Tensor, repelling: int, unconditional: int) -> T
     return (omega.float() - 1) * (repelling / max(unconditional, 1))
 
 
-def target_weights(weight: Tensor, generated: int, unconditional: int, positives: int) -> Tensor:
-    """Weight of every target, in the order generated, unconditional, positive: w `[Nc]` -> `[Nc, M]`."""
-    weights = weight.new_ones(len(weight), generated + unconditional + positives)
-    weights[:, generated : generated + unconditional] = weight[:, None]
+def target_weights(targets: Targets) -> Tensor:
+    """Weight of every target, `[B, M]`: w of the unconditional ones, 1 of others."""
+    weights = targets.uniform(targets.negatives + targets.positives)
+    weights[:, targets.repelling : targets.negatives] = targets.weight[:, None]
     return weights
+
+
+def coefficients(logits: Tensor, targets: Targets, settings: FieldSettings) -> Coefficients:
+    """R from logits `[B, T, N, M]`, which it overwrites."""
+    if settings.guidance == "velocity":
+        return _velocity(logits, targets, settings)
+    return {"alg2_joint": _joint, "split": _split}[settings.drift_form](logits, targets, settings)
+
+
+def _joint(logits: Tensor, targets: Targets, settings: FieldSettings) -> Coefficients:
+    """Attraction and repulsion, each weighted by the other's mass (paper Alg. 2). Rows of R sum to zero.
+
+    V_i = sum_{j in pos} A_ij (sum_{k in neg} A_ik) y_j - sum_{j in neg} A_ij (sum_{k in pos} A_ik) y_j
+    """
+    coupling = settings.coupling_object()
+    affinity, statistics = _weighted(coupling, coupling.plan, logits, targets, settings)
+    to_neg, to_pos = affinity[..., : targets.negatives], affinity[..., targets.negatives :]
+    neighbours = effective_number(to_pos)
+    neg_mass, pos_mass = to_neg.sum(dim=-1, keepdim=True), to_pos.sum(dim=-1, keepdim=True)
+    to_neg *= -pos_mass
+    to_pos *= neg_mass
+    return Coefficients(affinity, neighbours, statistics)
+
+
+def _split(logits: Tensor, targets: Targets, settings: FieldSettings) -> Coefficients:
+    """Cross minus self: two couplings, each with rows that sum to one (Sinkhorn paper).
+
+    V_i = sum_{j in pos} A_ij y_j / sum_{k in pos} A_ik - sum_{j in neg} A_ij y_j / sum_{k in neg} A_ik
+    """
+    coupling = settings.coupling_object()
+    negatives, positives = logits[..., : targets.negatives], logits[..., targets.negatives :]
+    to_neg, of_neg = _weighted(coupling, coupling.normalised_rows, negatives, targets, settings)
+    to_neg /= -to_neg.sum(dim=-1, keepdim=True).clamp_min_(TINY)
+    to_pos, of_pos = coupling.normalised_rows(positives, targets.uniform(targets.positives))
+    field = torch.cat([to_neg, to_pos], dim=-1)
+    return Coefficients(field, effective_number(to_pos), _largest([of_neg, of_pos]))
+
+
+def _velocity(logits: Tensor, targets: Targets, settings: FieldSettings) -> Coefficients:
+    """A field of the unconditional samples alone, omega - 1 times (W-Flow).
+
+        V = (T_pos - T_neg) + (omega - 1) (T_pos - T_uncond)
+
+    T are barycentric projections: means of targets by the rows of a coupling.
+    """
+    coupling = settings.coupling_object()
+    counts = [targets.repelling, targets.unconditional, targets.positives]
+    (to_neg, of_neg), (to_uncond, of_uncond), (to_pos, of_pos) = (
+        coupling.normalised_rows(part, targets.uniform(count)) if count else Plan(part, {})
+        for part, count in zip(logits.split(counts, dim=-1), counts, strict=True)
+    )
+    strength = targets.omega[:, None, None, None] - 1 if targets.unconditional else 0
+    field = torch.cat([-to_neg, -strength * to_uncond, (1 + strength) * to_pos], dim=-1)
+    return Coefficients(field, effective_number(to_pos), _largest([of_neg, of_uncond, of_pos]))
+
+
+def _weighted(
+    coupling: Coupling,
+    couple: Callable[[Tensor, Tensor], Plan],
+    logits: Tensor,
+    targets: Targets,
+    settings: FieldSettings,
+) -> Plan:
+    """`couple` of a coupling with the weight w of the unconditional targets, where settings let it enter."""
+    unconditional, w = slice(targets.repelling, targets.negatives), targets.weight[:, None, None, None]
+    marginal = targets.uniform(logits.shape[-1])
+    by_logit = settings.uncond_weighting == "logit"
+    if coupling.transport:
+        by_logit = settings.sinkhorn_marginal == "none"
+        if settings.sinkhorn_marginal == "weighted_cols":
+            marginal[:, unconditional] = targets.weight[:, None].clamp_min(UNCONDITIONAL_MARGINAL_FLOOR)
+        elif by_logit:
+            marginal[:, unconditional] = (targets.weight > 0).float()[:, None]
+    if by_logit:
+        # A plan leaves out what has no weight by its marginal, other couplings by the logit
+        log_w = torch.where(w > 0, w, 1).log() if coupling.transport else w.log().clamp_min(REMOVED)
+        logits[..., unconditional] += log_w
+    affinity, statistics = couple(logits, marginal)
+    if coupling.transport:
+        if settings.sinkhorn_marginal == "post_guidance":
+            affinity[..., unconditional] *= targets.omega[:, None, None, None]
+    else:
+        affinity[..., unconditional] *= (w > 0) if by_logit else w
+    return Plan(affinity, statistics)
+
+
+def _largest(statistics: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Of several plans, the largest of each statistic."""
+    names = {name for of in statistics for name in of}
+    return {name: torch.stack([of[name] for of in statistics if name in of]).amax(dim=0) for name in names}
+
+
+def effective_number(weights: Tensor) -> Tensor:
+    """(sum_j A_j)^2 / sum_j A_j^2, `[..., P]` -> `[...]`: 1 if one has it all, P if all are alike."""
+    largest = weights.amax(dim=-1, keepdim=True).clamp_min_(TINY)
+    relative = weights / largest  # their squares do not underflow
+    return (relative.sum(dim=-1) / torch.linalg.vector_norm(relative, dim=-1).clamp_min_(TINY)).square_()

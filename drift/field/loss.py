@@ -1,13 +1,11 @@
-"""The drifting loss of one feature set: value, and gradient without an autograd graph (paper Alg. 1, 2).
+"""The drifting loss of one feature set (paper Alg. 1 and 2), with a gradient that needs no autograd graph.
 
 Shapes: Nc classes, N generated, U unconditional and P positive samples for each, L locations, C channels,
-T temperatures. One drift problem is one (class, location); see `drift/field/problems.py`.
+T temperatures. One drift problem is one (class, location); B of them are computed at once.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,26 +13,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from drift.errors import UserError
-from drift.field.distance import GUARDS, feature_scale, on_device
-from drift.field.guidance import unconditional_weight
-from drift.field.problems import Chunk, Coefficients, FeatureSet, Measured
-from drift.field.settings import (
-    TRITON_SHARED_BYTES,
-    FieldImpl,
-    FieldSettings,
-    beyond_triton,
-    contradiction,
-)
+from drift.field.problems import Problems
+from drift.field.settings import FieldSettings, contradictions
 
 Reduce = Callable[[Tensor], Tensor]
-"""Sums a 1-D float32 tensor over the processes that share the classes of a step."""
+"""Sums a 1-D tensor over the processes that share the classes of a step."""
 
-CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 2 * 2**30}
-"""Memory for one chunk: on a CPU what stays in its caches, on a GPU what keeps it busy."""
-KEEP_BYTES = {"cpu": 4 * 2**30, "cuda": 16 * 2**30}
-"""Memory for what one pass over the chunks keeps for the next; beyond it, chunks are computed again."""
-AUTO_IS_TRITON = False
-"""Whether `auto` takes the Triton kernel where it can: not before it was measured to be the faster one."""
+
+class Totals(NamedTuple):
+    """Sums over all classes of a step, behind S and lambda, where the step is taken in parts."""
+
+    distances: Tensor
+    """`[2, 1]`, see `Problems.distance_sums`."""
+    squares: Tensor
+    """`[T + 1, 1]`, see `Problems.squares`."""
 
 
 def drifting_loss(
@@ -46,9 +38,9 @@ def drifting_loss(
     *,
     negatives: Tensor | None = None,
     reduce: Reduce | None = None,
+    totals: Totals | None = None,
     chunk_bytes: int | None = None,
     keep_bytes: int | None = None,
-    impl: FieldImpl = "reference",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The drifting loss of one feature set, and what it tells about the field (paper Alg. 1, A.6).
 
@@ -64,347 +56,91 @@ def drifting_loss(
         pos: vectors of real samples of the same class, `[Nc, P, L, C]`.
         uncond: vectors of real samples of any class, `[Nc, U, L, C]`; U may be 0.
         omega: CFG strength of each class, at least 1, `[Nc]`.
-        settings: the knobs of the field.
+        settings: the settings of the field.
         negatives: for `settings.negatives: second_batch`, vectors of other generated samples of the same
             class, `[Nc, K, L, C]`, which repel x in place of x itself.
-        reduce: given where processes share the classes of a step. S, lambda and the statistics then
-            belong to all of them; the loss is the mean over this process's classes, so that gradients
-            averaged over processes (equal shares assumed) are those of one process with all classes.
-        chunk_bytes, keep_bytes: memory bounds, see `CHUNK_BYTES` and `KEEP_BYTES`; they change the result
-            by rounding only.
-        impl: `triton` is another way to the same numbers, up to rounding, for the settings that
-            `beyond_triton` lets pass; it has no use for those bounds. See also `takes_triton`.
+        reduce: given where processes share the classes of a step. With `normalization_scope: batch`, S and
+            lambda then belong to all of them; the loss is the mean over this process's classes, so that
+            gradients averaged over processes are those of one process with all classes.
+        totals: for `normalization_scope: batch`, where these are some classes of a step.
+        chunk_bytes, keep_bytes: memory bounds, see `Problems`; they change the result by rounding only.
 
     Returns:
-        The loss and detached statistics, all over classes and locations: `loss`; `scale`, the feature scale
-        S (its mean where each class has its own); per temperature `[T]` `drift_rms`, the RMS of V_tau
-        before normalisation; `neighbours`, the effective number (sum_j A_ij)^2 / sum_j A_ij^2 of positives
-        that attract one generated vector; for `sinkhorn` `marginal_error`, the L1 distance of both marginals
-        of the plan from what they should be (for `split` that of the worse plan).
+        The loss and detached statistics of these classes: `loss`; `scale`, S (the mean of several); per
+        temperature `[T]` `drift_rms`, the RMS of V_tau before normalisation; `neighbours`, the effective
+        number (sum_j A_ij)^2 / sum_j A_ij^2 of positives that attract one generated vector; and those of the
+        coupling.
 
     Raises:
-        UserError: two knobs contradict each other, or `impl` is `triton` where that cannot be.
+        UserError: two settings contradict each other.
         ValueError: `negatives` is given without `settings.negatives: second_batch`, or missing with it.
     """
-    passes = FieldPasses(
-        x,
-        pos,
-        uncond,
-        omega,
-        settings,
-        negatives=negatives,
-        chunk_bytes=chunk_bytes,
-        keep_bytes=keep_bytes,
-        impl=impl,
-    )
-    return passes.all(reduce or (lambda sums: sums))
+    if complaint := next(contradictions(settings), None):
+        raise UserError(complaint)
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        problems = Problems(
+            x, pos, uncond, omega, settings, negatives, chunk_bytes=chunk_bytes, keep_bytes=keep_bytes
+        )
+        # 1. S = mean distance / sqrt(C)
+        distances = totals.distances if totals else pooled(problems.distance_sums(), settings, reduce)
+        scale = feature_scale(distances, problems)  # [Nc]
+        # 2. V_tau of every temperature, and lambda_tau = RMS of V_tau
+        fields = problems.fields(scale)
+        squares = totals.squares if totals else pooled(problems.squares(fields, scale), settings, reduce)
+        factors = temperature_factors(squares, scale, problems)  # [Nc or 1, T]
+        # 3. V = sum_tau V_tau / lambda_tau, the loss mean(V^2), and its gradient
+        drift, value, statistics = problems.drift(fields, factors / scale[:, None])
+        slope = (-2 / (scale * x.numel()))[:, None, None, None]
+        rms = (squares[:-1] / squares[-1]).mean(dim=1).sqrt().float().expand(len(settings.temps))
+        statistics |= {"loss": value, "scale": scale.mean(), "drift_rms": rms}
+    return KnownGradient.apply(x, value, drift, slope), statistics
 
 
-def takes_triton(
-    impl: FieldImpl,
-    settings: FieldSettings,
-    device: torch.device,
-    *,
-    generated: int,
-    positives: int,
-    unconditional: int,
-) -> bool:
-    """Whether the Triton kernel is to compute such a field; tensors need not be there yet.
-
-    Raises:
-        UserError: `impl` is `triton`, and the kernel does not do this, or not here.
-    """
-    if impl == "reference" or (impl == "auto" and not AUTO_IS_TRITON):
-        return False
-    obstacle = beyond_triton(
-        settings, generated=generated, positives=positives, unconditional=unconditional
-    ) or _no_triton(device)
-    if obstacle and impl == "triton":
-        raise UserError(f"field_impl = triton: {obstacle}; set hardware.field_impl to reference")
-    return not obstacle
-
-
-def _no_triton(device: torch.device) -> str | None:
-    """Why the kernel does not run here, in part of a line."""
-    try:
-        import triton
-    except ImportError as error:
-        return f"triton cannot be imported ({error})"
-    if triton.knobs.runtime.interpret:
-        return None
-    if device.type == "cuda":
-        if (there := _shared_bytes(device)) < TRITON_SHARED_BYTES:
-            return (
-                f"the Triton kernel needs {TRITON_SHARED_BYTES} bytes of shared memory, this GPU has {there}"
-            )
-        return None
-    return f"the Triton kernel needs a CUDA device, this is {device.type}"
-
-
-def _shared_bytes(device: torch.device) -> int:
-    """The most shared memory that one program on a CUDA device may have."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-
-
-class Fields(NamedTuple):
-    """What the fields V_tau of a feature set add up to."""
-
-    products: Tensor
-    """sum V_tau V_tau' over the vectors of each class, `[Nc, T, T]`."""
-    neighbours: Tensor
-    """Sum over vectors, `[T]`."""
-    marginal_errors: Tensor
-    """Sum over drift problems, `[T]`."""
-
-
-class FieldPasses:
-    """The passes over one feature set's drift problems: the fields need S, and V needs lambda.
-
-    S and lambda belong to all classes of a step (`normalization_scope: batch`). Where those are seen part by
-    part, each part has passes of its own: the total of their `distance_sums` gives S, that of their
-    `field_sums` lambda. Arguments and errors are those of `drifting_loss`.
-    """
-
-    def __init__(
-        self,
-        x: Tensor,
-        pos: Tensor,
-        uncond: Tensor,
-        omega: Tensor,
-        settings: FieldSettings,
-        *,
-        negatives: Tensor | None = None,
-        chunk_bytes: int | None = None,
-        keep_bytes: int | None = None,
-        impl: FieldImpl = "reference",
-    ):
-        if complaint := contradiction(settings):
-            raise UserError(complaint)
-        if (negatives is not None) != (settings.negatives == "second_batch"):
-            raise ValueError(
-                f"settings.negatives is {settings.negatives}, negatives are {type(negatives).__name__}"
-            )
-        assert omega.shape == x.shape[:1], f"{tuple(omega.shape)} strengths for {len(x)} classes"
-        self.x, self.settings = x, settings
-        self._device = x.device.type
-        self._guards = GUARDS[settings.normalization_scope]
-        self._numel = x.new_full((), x.numel(), dtype=torch.float32)
-        with self._in_float32():
-            u = uncond.shape[1]
-            repelling = x.shape[1] - 1 if negatives is None else negatives.shape[1]
-            features = FeatureSet(
-                x,
-                negatives,
-                uncond,
-                pos,
-                omega.float(),
-                unconditional_weight(omega, repelling, u),
-                settings,
-                self._guards.squared_distance,
-            )
-        self._temps, self._fields = len(settings.temps), features.fields
-        self._chunks: list[_Kept] = []
-        self._triton = None
-        n, p = x.shape[1], pos.shape[1]
-        if takes_triton(impl, settings, x.device, generated=n, positives=p, unconditional=u):
-            from drift.field.triton_kernel import TritonPasses
-
-            self._triton = TritonPasses(features)
-            return
-        if chunk_bytes is None:
-            chunk_bytes = CHUNK_BYTES.get(self._device, CHUNK_BYTES["cuda"])
-        room = KEEP_BYTES.get(self._device, KEEP_BYTES["cuda"]) if keep_bytes is None else keep_bytes
-        for chunk in features.chunks(max(1, chunk_bytes // features.working_bytes)):
-            room -= chunk.problems * features.kept_bytes
-            self._chunks.append(_Kept(chunk, keep=room >= 0))
-
-    def all(self, reduce: Reduce) -> tuple[Tensor, dict[str, Tensor]]:
-        """What `drifting_loss` returns, where these are all classes of this process in the step."""
-        per_class = self.settings.normalization_scope == "class"
-        with self._in_float32():
-            sums = self.distance_sums()
-            scale = self.scale(sums if per_class else reduce(sums.sum(dim=1)))
-            fields = self._fields_at(scale)
-            total = reduce(self._packed(fields, scale))
-            factors = self._class_factors(fields, scale) if per_class else self.factors(total)
-            value = _loss(factors, fields.products) / self._numel
-        return self.loss(scale, factors, value), self.statistics(total)
-
-    def distance_sums(self) -> Tensor:
-        """Numerator and denominator of the mean distance behind S, of each class: `[2, Nc]`."""
-        sums = self.x.new_zeros(2, len(self.x), dtype=torch.float32)
-        if self.settings.vanilla:
-            return sums
-        with self._in_float32():
-            if self._triton is not None:
-                return self._triton.distance_sums()
-            for kept in self._chunks:
-                measured = kept.chunk.measure()
-                sums[:, kept.chunk.classes] += kept.chunk.distance_sums(measured.distances)
-                if kept.keep:
-                    kept.measured = measured
+def pooled(sums: Tensor, settings: FieldSettings, reduce: Reduce | None = None) -> Tensor:
+    """Sums of each class `[K, Nc]` -> those over what shares S and lambda, `[K, Nc or 1]`."""
+    if settings.normalization_scope == "class":
         return sums
-
-    def scale(self, sums: Tensor) -> Tensor:
-        """S of each class `[Nc]`, from `distance_sums` `[2, Nc]` or their total `[2]`."""
-        if self.settings.vanilla:
-            return self.x.new_ones(len(self.x), dtype=torch.float32)
-        scale = feature_scale(sums[0] / sums[1], self.x.shape[-1], self._guards.scale)  # mean(d) / sqrt(C)
-        return scale.expand(len(self.x))
-
-    def field_sums(self, scale: Tensor) -> Tensor:
-        """What `factors` and `statistics` need of the fields at S `[Nc]`, a vector; it adds up over parts."""
-        with self._in_float32():
-            return self._packed(self._fields_at(scale), scale)
-
-    def factors(self, sums: Tensor) -> Tensor:
-        """What every V_tau is multiplied by in V, from the total of `field_sums`: `[1, T]`."""
-        totals = self._unpacked(sums)
-        with self._in_float32():
-            return self._factors(totals.products / totals.numel, totals.scale / totals.classes)[None]
-
-    def loss(self, scale: Tensor, factors: Tensor, value: Tensor | None = None) -> Tensor:
-        """The loss of these classes at S `[Nc]` and `factors` `[Nc or 1, T]`; see `drifting_loss`.
-
-        `value` is its value where that is known already.
-        """
-        with self._in_float32():
-            drift = torch.empty_like(self.x)  # half the memory where the gradient is half precise
-            factors = factors.expand(len(self.x), self._fields) / scale[:, None]
-            if self._triton is not None:
-                self._triton.write(drift, scale, factors)
-            for kept in self._chunks:
-                kept.chunk.write(drift, kept.take(scale), factors)
-            if value is None:
-                value = torch.linalg.vector_norm(drift, dtype=torch.float32).square() / self._numel
-            slope = (-2 / (scale * self._numel))[:, None, None, None]
-        return _KnownGradient.apply(self.x, value, drift, slope)
-
-    def statistics(self, sums: Tensor) -> dict[str, Tensor]:
-        """The statistics of `drifting_loss` from the total of `field_sums`."""
-        totals, settings = self._unpacked(sums), self.settings
-        _, n, _, channels = self.x.shape
-        loss = totals.loss
-        if settings.normalization_scope == "batch":
-            factors = self.factors(sums)
-            with self._in_float32():
-                loss = _loss(factors, totals.products)
-        mean_products = totals.products / totals.numel
-        statistics = {
-            "loss": loss / totals.numel,
-            "scale": totals.scale / totals.classes,
-            "drift_rms": mean_products.diagonal().clamp_min(0).sqrt().expand(self._temps),
-            "neighbours": (totals.neighbours / totals.numel * channels).expand(self._temps),
-        }
-        if settings.coupling == "sinkhorn":
-            mean_errors = totals.marginal_errors / totals.numel * (channels * n)
-            statistics["marginal_error"] = mean_errors.expand(self._temps)
-        return statistics
-
-    def _fields_at(self, scale: Tensor) -> Fields:
-        classes, t = len(self.x), self._fields
-        products = self.x.new_zeros(classes, t, t, dtype=torch.float32)
-        neighbours, marginal_errors = self.x.new_zeros(2, t, dtype=torch.float32)
-        if self._triton is not None:
-            products, neighbours = self._triton.fields(scale)
-        for kept in self._chunks:
-            measured = kept.measure()
-            coefficients = kept.chunk.coefficients(measured.distances, scale)
-            made, chunk_products = kept.chunk.inner_products(coefficients, measured)
-            products[kept.chunk.classes] += chunk_products
-            neighbours += coefficients.neighbours.sum(dim=(0, 2))
-            if coefficients.marginal_error is not None:
-                marginal_errors += coefficients.marginal_error.sum(dim=0)
-            if kept.keep:
-                kept.made = made
-        return Fields(products / scale.square()[:, None, None], neighbours, marginal_errors)
-
-    def _class_factors(self, fields: Fields, scale: Tensor) -> Tensor:
-        return self._factors(fields.products * (len(self.x) / self._numel), scale)  # [Nc, T]
-
-    def _factors(self, mean_products: Tensor, scale: Tensor) -> Tensor:
-        """What V_tau is multiplied by in V, from mean(V_tau V_tau') `[*, T, T]` and S `[*]`: `[*, T]`."""
-        settings = self.settings
-        mean_squares = mean_products.diagonal(dim1=-2, dim2=-1)
-        if settings.normalize_drift_theta:
-            floor = self._guards.mean_square
-            if settings.coupling == "sinkhorn" and settings.drift_form == "alg2_joint":
-                floor /= self.x.shape[1] ** 4  # rows of a plan hold 1/N, those of other couplings about 1
-            if settings.dist_metric == "l2_sq":
-                floor = floor / scale[..., None]  # V_tau is 1/length then
-            factors = mean_squares.clamp_min(floor).rsqrt()
-        elif settings.drift_tau_scale:
-            # |d log K / d d| = 1 / (tau sqrt(C)), and twice d more of it for squares
-            power = 2 if settings.dist_metric == "l2_sq" else 1
-            factors = power / (on_device(settings.temps, mean_squares) * math.sqrt(self.x.shape[-1]))
-            factors = factors.expand_as(mean_squares)
-        else:
-            factors = torch.ones_like(mean_squares)
-        return factors * (self._temps // self._fields)  # temperatures that share a field
-
-    def _packed(self, fields: Fields, scale: Tensor) -> Tensor:
-        loss = self._numel.new_zeros(())
-        if self.settings.normalization_scope == "class":
-            loss = _loss(self._class_factors(fields, scale), fields.products)
-        products = fields.products.sum(dim=0).flatten()
-        scalars = torch.stack([self._numel, loss, scale.sum(), scale.new_full((), len(scale))])
-        return torch.cat([scalars, products, fields.neighbours, fields.marginal_errors])
-
-    def _unpacked(self, sums: Tensor) -> "_Totals":
-        t = self._fields
-        scalars, products, neighbours, marginal_errors = sums.split([4, t * t, t, t])
-        return _Totals(*scalars, products.view(t, t), neighbours, marginal_errors)
-
-    @contextmanager
-    def _in_float32(self) -> Iterator[None]:
-        with torch.no_grad(), torch.autocast(self._device, enabled=False):
-            yield
+    total = sums.sum(dim=1)
+    if settings.normalization_scope == "batch" and reduce is not None:
+        total = reduce(total)
+    return total[:, None]
 
 
-class _Totals(NamedTuple):
-    """`field_sums` by name."""
+def feature_scale(distance_sums: Tensor, problems: Problems) -> Tensor:
+    """S of each class `[Nc]`, bounded from below (paper A.6).
 
-    numel: Tensor
-    """Numbers in one V_tau."""
-    loss: Tensor
-    """Sum of V^2, for `normalization_scope: class`."""
-    scale: Tensor
-    classes: Tensor
-    products: Tensor
-    neighbours: Tensor
-    marginal_errors: Tensor
-
-
-@dataclass
-class _Kept:
-    """A chunk on its way through the passes, with what is kept of it in between."""
-
-    chunk: Chunk
-    keep: bool
-    measured: Measured | None = None
-    """From the first pass to the second."""
-    made: Tensor | Coefficients | None = None
-    """What V is a weighted sum of, from the second pass to the third."""
-
-    def measure(self) -> Measured:
-        measured, self.measured = self.measured or self.chunk.measure(), None
-        return measured
-
-    def take(self, scale: Tensor) -> Tensor | Coefficients:
-        made, self.made = self.made, None
-        if made is None:  # in the same way as before, so that keeping changes no bit
-            measured = self.chunk.measure()
-            coefficients = self.chunk.coefficients(measured.distances, scale)
-            made, _ = self.chunk.inner_products(coefficients, measured)
-        return made
+    S_j = mean distance / sqrt(C_j)
+    """
+    settings, channels, classes = problems.settings, problems.x.shape[-1], len(problems.x)
+    if settings.unit_scale:
+        return problems.x.new_ones(classes, dtype=torch.float32)
+    mean = distance_sums[0] / distance_sums[1]
+    if settings.scale_statistic == "rms":
+        mean = mean.sqrt()
+    scale = (mean / math.sqrt(channels)).clamp_min(settings.guards.scale)
+    return scale.float().expand(classes)
 
 
-def _loss(factors: Tensor, products: Tensor) -> Tensor:
-    """Sum of V^2 from factors `[*, T]` and sums of V_tau V_tau' `[*, T, T]`."""
-    return (factors[..., None, :] @ products @ factors[..., None]).sum()
+def temperature_factors(squares: Tensor, scale: Tensor, problems: Problems) -> Tensor:
+    """What every V_tau is multiplied by in V, `[Nc or 1, T]`: 1 / lambda_tau, if nothing else is set."""
+    settings, channels = problems.settings, problems.x.shape[-1]
+    mean_squares = (squares[:-1] / squares[-1]).mT.float()
+    if settings.normalize_drift_theta:
+        floor = settings.guards.mean_square * problems.row_mass**4
+        # Where S is a square, V_tau is 1 / length
+        factors = mean_squares.clamp_min(
+            floor / scale[:, None] if settings.scale_is_square else floor
+        ).rsqrt()
+    elif settings.drift_tau_scale:
+        # |d log K / d d| = 1 / (tau sqrt(C)), and twice d more of it for squares
+        power = 2 if settings.dist_metric == "l2_sq" else 1
+        factors = power / (problems.temps * math.sqrt(channels)).expand_as(mean_squares)
+    else:
+        factors = torch.ones_like(mean_squares)
+    return factors * (len(settings.temps) // settings.fields)  # temperatures that share a field
 
 
-class _KnownGradient(torch.autograd.Function):
+class KnownGradient(torch.autograd.Function):
     """A loss whose gradient in `x` is known to be `slope * drift`."""
 
     @staticmethod

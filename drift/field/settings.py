@@ -1,110 +1,199 @@
-"""The knobs of the drifting field, as one frozen object that knows nothing of files."""
+"""The settings of the drifting field, as one frozen object that knows nothing of files."""
 
-from dataclasses import dataclass, replace
-from typing import Literal, get_args, get_type_hints
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, get_args, get_type_hints
 
-FieldImpl = Literal["auto", "reference", "triton"]
-"""What computes the field: `drift/field/problems.py` or `drift/field/triton_kernel.py`."""
-TRITON_VECTORS = {"generated": 64, "positives": 64, "unconditional": 32}
-"""The most for each class that the Triton kernel takes: with more, a problem does not fit on the chip."""
-TRITON_SHARED_BYTES = 108 * 1024 + 256
-"""Shared memory that the kernel needs at that size, as the compiler says; an A100 or H100 has it, a GPU of
-compute capability 8.6, 8.9 or 12.0 does not."""
+from drift.field.couplings import COUPLINGS, Coupling
+
+
+class Guards(NamedTuple):
+    """Lower bounds that keep degenerate features, such as constant ones, from dividing by zero."""
+
+    squared_distance: float
+    scale: float
+    """Of S."""
+    mean_square: float
+    """Of mean(V_tau^2), the square of lambda."""
+
+
+GUARDS = {
+    "release": Guards(1e-8, 1e-3, 1e-8),  # a vector is 1e-4 from itself, lambda_tau >= 1e-4
+    "sinkhorn": Guards(0.0, 1e-6, 1e-12),
+    "wflow": Guards(0.0, 1e-3, 1e-8),
+}
+"""By `conventions`, as each code has them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FieldSettings:
-    """How distances become a drift; the defaults are the release's.
+    """How distances become a drift. The defaults are the release's; `of` starts from another code's.
 
-    The fields are named as the top-level keys of `params.yaml`; what each one does, and the range of each
-    number, is told in `drift/params.py`. Raises `ValueError` for a word that is none of the allowed ones.
+    Raises `ValueError` for a word that is none of the allowed ones, and for an option that the coupling
+    does not have.
     """
 
-    coupling: Literal["row", "partial_two_sided", "sinkhorn"] = "partial_two_sided"
+    conventions: Literal["release", "sinkhorn", "wflow"] = "release"
+    """Whose code the guards against division by zero, and the count behind the unconditional weight, follow.
+    `FieldSettings.of` sets the other members that belong to it."""
+    coupling: str = "partial_two_sided"
+    """How logits become weights: a name in `drift.field.couplings.COUPLINGS`."""
     drift_form: Literal["alg2_joint", "split"] = "alg2_joint"
+    """How weights become a drift: attraction and repulsion coupled together (paper Alg. 2), or apart."""
     dist_metric: Literal["l2", "l2_sq"] = "l2"
     temps: tuple[float, ...] = (0.02, 0.05, 0.2)
+    """Kernel temperatures tau."""
+    negatives: Literal["self", "second_batch"] = "self"
+    """What repels a generated sample: the others of its own batch, or an independent second one."""
+    guidance: Literal["distribution", "velocity"] = "distribution"
+    """Unconditional samples as weighted negatives (paper A.7), or by a field of their own that counts
+    omega - 1 times (W-Flow; `split` only)."""
     mask_self_neg: bool = True
+    """Keep a generated sample from being its own negative."""
     alg2_impl: Literal["logspace", "kernel"] = "logspace"
+    """Of `row` and `partial_two_sided`: softmaxes, or exponentials first, which may underflow."""
+    affinity_floor: float = 1e-6
+    """Of A^2, for `row` and `partial_two_sided` (release)."""
+    uncond_weighting: Literal["affinity", "logit"] = "affinity"
+    """Where w enters for `row` and `partial_two_sided`: as a factor of A, or as log w in the logits."""
     sinkhorn_iters: int = 20
     sinkhorn_tolerance: float = 0.0
+    """A drift problem stops earlier, once the L1 error of its row marginal is at most this; 0 is never."""
     sinkhorn_marginal: Literal["none", "weighted_cols", "post_guidance"] = "weighted_cols"
+    """Where w enters for plans: `none`, in the logits alone, which column scalings undo as they converge;
+    `weighted_cols`, in the column marginal; `post_guidance`, omega after the iterations (`split` only)."""
     sinkhorn_agg_kernel: bool = False
+    """Average the Gibbs kernels over the temperatures and scale once."""
+    options: Mapping[str, float] = field(default_factory=dict)
+    """Options of the coupling that are no member here."""
     drift_unit_vec: bool = False
+    """Weighted unit displacements in place of displacements; `l2` only."""
     drift_tau_scale: bool = False
+    """Multiply each V_tau by the slope of its log kernel; without effect under `normalize_drift_theta`."""
     normalize_drift_theta: bool = True
-    normalization_scope: Literal["batch", "class"] = "batch"
-    uncond_weighting: Literal["affinity", "logit"] = "affinity"
-    affinity_floor: float = 1e-6
+    """Divide each V_tau by its RMS lambda_tau."""
+    normalization_scope: Literal["batch", "part", "class"] = "batch"
+    """Over what S and lambda are taken: all classes of a step, those of one call, or each class alone."""
     self_in_scale: bool = True
-    vanilla: bool = False
-    negatives: Literal["self", "second_batch"] = "self"
+    """Count the distance of a generated sample to itself in the mean distance behind S."""
+    scale_statistic: Literal["mean", "rms"] = "mean"
+    """S from the mean of the chosen distance, or from the RMS of the l2 distance, so a length for both."""
+    generated_in_scale: bool = False
+    """Count the distances among generated samples in S on top of those to what repels them (W-Flow)."""
+    cost_factor: float = 1.0
+    """What a distance is multiplied by in the logits; W-Flow's squared cost is half the square."""
+    unit_scale: bool = False
+    """S = 1."""
+    feature_sets: Literal["sum", "mean"] = "sum"
+    """How the losses of the feature sets add up; a gradient clip sees the difference."""
 
     def __post_init__(self):
-        for key, kind in get_type_hints(type(self)).items():
+        object.__setattr__(self, "temps", tuple(self.temps))
+        for key, kind in {**get_type_hints(type(self)), "coupling": Literal[tuple(COUPLINGS)]}.items():
             value, allowed = getattr(self, key), get_args(kind)
-            if allowed and isinstance(allowed[0], str) and value not in allowed:
-                raise ValueError(f"{key} = {value!r}: allowed: {', '.join(allowed[:-1])} or {allowed[-1]}")
+            if allowed and all(isinstance(word, str) for word in allowed) and value not in allowed:
+                raise ValueError(f"{key} = {value!r}: allowed: {_alternatives(allowed)}")
+        taken = COUPLINGS[self.coupling].options()
+        for name in self.options:
+            if name not in taken:
+                raise ValueError(f"{name}: no option of coupling {self.coupling}: {_alternatives(taken)}")
 
     @classmethod
-    def prior(cls, **changes) -> "FieldSettings":
-        """The prior's conventions (arXiv 2603.12366), with `changes` on top."""
-        base = cls(
-            normalization_scope="class",
-            uncond_weighting="logit",
-            affinity_floor=0.0,
-            self_in_scale=False,
-        )
-        return replace(base, **changes)
+    def of(cls, conventions: str, **changes) -> "FieldSettings":
+        """The conventions of one code, with `changes` on top.
+
+        The Sinkhorn paper's code never masks a plan's diagonal, and counts self-pairs in S only where
+        masking is turned off. W-Flow's S is a mean distance, not its RMS, where the cost is not quadratic.
+        """
+        bundle = dict(CONVENTIONS[conventions]) if conventions in CONVENTIONS else {}
+        if conventions == "sinkhorn":
+            bundle["self_in_scale"] = not changes.get("mask_self_neg", True)
+            if changes.get("coupling") == "sinkhorn":
+                bundle["mask_self_neg"] = False
+        if conventions == "wflow" and changes.get("dist_metric") == "l2":
+            bundle |= {"scale_statistic": "mean", "cost_factor": 1.0}
+        return cls(conventions=conventions, **{**bundle, **changes})
+
+    @classmethod
+    def sinkhorn(cls, **changes) -> "FieldSettings":
+        """As in the code of Sinkhorn drifting (arXiv 2603.12366), with `changes` on top."""
+        return cls.of("sinkhorn", **changes)
+
+    @classmethod
+    def wflow(cls, **changes) -> "FieldSettings":
+        """As in W-Flow's code (arXiv 2605.11755), with `changes` on top."""
+        return cls.of("wflow", **changes)
+
+    @property
+    def guards(self) -> Guards:
+        return GUARDS[self.conventions]
+
+    @property
+    def scale_is_square(self) -> bool:
+        """Whether S has the square of the vectors' unit, as a mean of squared distances has."""
+        return self.dist_metric == "l2_sq" and self.scale_statistic == "mean"
+
+    @property
+    def fields(self) -> int:
+        """How many different V_tau there are: one for each temperature, or one of an averaged kernel."""
+        return 1 if self.sinkhorn_agg_kernel else len(self.temps)
+
+    def coupling_object(self) -> Coupling:
+        """The coupling with its options: members of its names, then `options`."""
+        kind = COUPLINGS[self.coupling]
+        members = {name for name in kind.options() if name in {f.name for f in dataclasses.fields(self)}}
+        return kind(**{name: getattr(self, name) for name in members}, **self.options)
 
 
-def contradiction(settings: FieldSettings) -> str | None:
-    """One line about the first pair of knobs that cannot be computed together; None if there is none."""
-    sinkhorn = settings.coupling == "sinkhorn"
-    if sinkhorn and settings.alg2_impl == "kernel":
-        return (
-            "alg2_impl is kernel with coupling sinkhorn: scalings of kernels that underflow do not converge; "
-            "use alg2_impl logspace"
-        )
-    if settings.sinkhorn_marginal == "post_guidance" and settings.drift_form == "alg2_joint":
-        return (
-            "sinkhorn_marginal is post_guidance with drift_form alg2_joint: only split has a plan of the "
-            "negatives to reweight; use drift_form split or sinkhorn_marginal weighted_cols"
-        )
-    if settings.sinkhorn_agg_kernel and not sinkhorn:
-        return (
-            f"sinkhorn_agg_kernel is true with coupling {settings.coupling}: only sinkhorn averages kernels; "
+CONVENTIONS: dict[str, dict[str, object]] = {
+    "release": {},
+    "sinkhorn": {"normalization_scope": "class", "uncond_weighting": "logit", "affinity_floor": 0.0},
+    "wflow": {
+        "coupling": "sinkhorn",
+        "drift_form": "split",
+        "dist_metric": "l2_sq",
+        "temps": (0.05,),
+        "negatives": "second_batch",
+        "guidance": "velocity",
+        "sinkhorn_iters": 10,
+        "normalization_scope": "part",
+        "affinity_floor": 0.0,
+        "scale_statistic": "rms",
+        "generated_in_scale": True,
+        "cost_factor": 0.5,
+        "feature_sets": "mean",
+    },
+}
+"""What each code does otherwise than the release, by name; see `FieldSettings.of`."""
+
+
+def contradictions(settings: FieldSettings) -> Iterator[str]:
+    """A line about each pair of settings that cannot be computed together, with the way out."""
+    kind = COUPLINGS[settings.coupling]
+    yield from kind.contradictions(settings)
+    if settings.sinkhorn_agg_kernel and not kind.transport:
+        yield (
+            f"sinkhorn_agg_kernel is true with coupling {settings.coupling}: only plans average kernels; "
             "use coupling sinkhorn or sinkhorn_agg_kernel false"
         )
     if settings.sinkhorn_agg_kernel and settings.drift_tau_scale:
-        return (
+        yield (
             "drift_tau_scale is true with sinkhorn_agg_kernel true: an averaged kernel has no temperature; "
             "set one of them to false"
         )
     if settings.drift_unit_vec and settings.dist_metric == "l2_sq":
-        return (
+        yield (
             "drift_unit_vec is true with dist_metric l2_sq: unit displacements are the gradient of l2 only; "
             "use dist_metric l2 or drift_unit_vec false"
         )
-    return None
+    if settings.guidance == "velocity" and settings.drift_form == "alg2_joint":
+        yield (
+            "guidance is velocity with drift_form alg2_joint: only split has a field of the unconditional "
+            "samples alone; use drift_form split or guidance distribution"
+        )
 
 
-def beyond_triton(
-    settings: FieldSettings, *, generated: int, positives: int, unconditional: int
-) -> str | None:
-    """One line about the first thing that the Triton kernel does not do; None if it does it all."""
-    for key, done in (
-        ("coupling", ("partial_two_sided", "row")),
-        ("drift_form", ("alg2_joint",)),
-        ("alg2_impl", ("logspace",)),
-        ("negatives", ("self",)),
-        ("drift_unit_vec", (False,)),
-    ):
-        if (value := getattr(settings, key)) not in done:
-            allowed = " or ".join(str(v).lower() for v in done)
-            return f"the Triton kernel does not do {key} {str(value).lower()}: allowed: {allowed}"
-    counts = {"generated": generated, "positives": positives, "unconditional": unconditional}
-    for key, most in TRITON_VECTORS.items():
-        if counts[key] > most:
-            return f"the Triton kernel does not do {counts[key]} {key} per class: allowed: at most {most}"
-    return None
+def _alternatives(words) -> str:
+    *most, last = words or ["none"]
+    return f"{', '.join(most)} or {last}" if most else last

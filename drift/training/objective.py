@@ -1,10 +1,10 @@
 """The training objective of the generator: the drifting loss, summed over the encoder's feature sets.
 
 A step with too many classes for the memory is taken in parts. S and lambda belong to all of its classes, so
-`step_sums` goes over the parts twice before `drift_objective` gives the loss of each.
+`step_totals` goes over the parts twice before `drift_objective` gives the loss of each.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from drift.field.loss import FieldPasses, Reduce
-from drift.field.settings import FieldImpl, FieldSettings
-from drift.sums import PairwiseSum
+from drift.field.loss import Reduce, Totals, drifting_loss, feature_scale, pooled
+from drift.field.problems import Problems
+from drift.field.settings import FieldSettings
 
 Statistics = dict[str, dict[str, Tensor]]
 """Those of `drifting_loss` by feature set."""
@@ -37,13 +37,6 @@ class Samples(NamedTuple):
     negatives: Tensor | None = None
 
 
-class StepSums(NamedTuple):
-    """What a part of a step needs of all its classes, by feature set; see `FieldPasses`."""
-
-    distances: dict[str, Tensor]
-    fields: dict[str, Tensor]
-
-
 def drift_objective(
     generated: Tensor,
     positives: Tensor,
@@ -57,8 +50,7 @@ def drift_objective(
     drop_duplicates: bool = False,
     feature_batch: int | None = None,
     feature_dtype: torch.dtype = torch.float32,
-    field_impl: FieldImpl = "reference",
-    sums: StepSums | None = None,
+    totals: Mapping[str, Totals] | None = None,
 ) -> tuple[Tensor, Statistics]:
     """Sum over feature sets of the drifting loss (paper A.5, A.6).
 
@@ -81,33 +73,33 @@ def drift_objective(
         feature_dtype: what features of locations and patches are held in, nearly all of the memory. The field
             is float32 all the same. Means and stds of whole maps are always held in float32: rounding has
             averaged out in them, and samples may differ by little of their size.
-        field_impl: what computes the field, `impl` of `drifting_loss`.
-        sums: `step_sums` of the step of which these are some classes.
+        totals: `step_totals` of the step of which these are some classes.
 
     Returns:
         The loss, which is a mean over the given classes, and by feature set the statistics of
-        `drifting_loss`; with `sums`, those of the whole step.
+        `drifting_loss`.
 
     Raises:
         UserError, ValueError: see `drifting_loss`.
     """
     samples = Samples(generated, positives, unconditional, omega, negatives)
     losses, statistics = [], {}
-    for name, passes in _feature_passes(
-        samples, encoder, settings, drop_duplicates, feature_batch, feature_dtype, field_impl
-    ):
-        if sums is None:
-            loss, statistics[name] = passes.all(reduce or (lambda sums: sums))
-        else:
-            total = sums.fields[name]
-            loss = passes.loss(passes.scale(sums.distances[name]), passes.factors(total))
-            statistics[name] = passes.statistics(total)
+    for name, inputs in _feature_sets(samples, encoder, drop_duplicates, feature_batch, feature_dtype):
+        *vectors, second = inputs
+        loss, statistics[name] = drifting_loss(
+            *vectors,
+            settings,
+            negatives=second,
+            reduce=reduce,
+            totals=totals[name] if totals is not None else None,
+        )
         losses.append(loss)
-    return torch.stack(losses).sum(), statistics
+    total = torch.stack(losses).sum()
+    return total / len(losses) if settings.feature_sets == "mean" else total, statistics
 
 
 @torch.no_grad()
-def step_sums(
+def step_totals(
     parts: Sequence[Samples],
     encoder: FeatureEncoder,
     settings: FieldSettings,
@@ -116,39 +108,33 @@ def step_sums(
     drop_duplicates: bool = False,
     feature_batch: int | None = None,
     feature_dtype: torch.dtype = torch.float32,
-    field_impl: FieldImpl = "reference",
-) -> StepSums:
+) -> dict[str, Totals]:
     """What `drift_objective` of each part of a step needs of all of them; for `normalization_scope: batch`.
 
-    Features are computed twice, the fields from S only then. The arguments are those of `drift_objective`.
+    Features are computed twice: fields need S, and S all distances. Arguments as those of `drift_objective`.
     """
 
-    def total(ask: Callable[[str, FieldPasses], Tensor]) -> dict[str, Tensor]:
+    def total(ask: Callable[[str, Problems], Tensor]) -> dict[str, Tensor]:
         """What `ask` gives, summed over parts and processes: one collective for all feature sets."""
-        sums = PairwiseSum()
+        sums: dict[str, Tensor] = {}
         for part in parts:
-            answers = {
-                name: ask(name, passes)
-                for name, passes in _feature_passes(
-                    part,
-                    encoder,
-                    settings,
-                    drop_duplicates,
-                    feature_batch,
-                    feature_dtype,
-                    field_impl,
-                    keep_bytes=0,
-                )
-            }
-            sums.add([torch.stack(list(answers.values()))])
-        (stacked,) = sums.total()
+            for name, inputs in _feature_sets(part, encoder, drop_duplicates, feature_batch, feature_dtype):
+                *vectors, second = inputs
+                with torch.autocast(vectors[0].device.type, enabled=False):
+                    problems = Problems(*vectors, settings, second, keep_bytes=0)
+                    sums[name] = sums.get(name, 0) + pooled(ask(name, problems), settings)
+        stacked = torch.stack(list(sums.values()))
         if reduce is not None:
             stacked = reduce(stacked.flatten()).view_as(stacked)
-        return dict(zip(answers, stacked, strict=True))
+        return dict(zip(sums, stacked, strict=True))
 
-    distances = total(lambda name, passes: passes.distance_sums().sum(dim=1))
-    fields = total(lambda name, passes: passes.field_sums(passes.scale(distances[name])))
-    return StepSums(distances, fields)
+    distances = total(lambda name, problems: problems.distance_sums())
+
+    def squares(name: str, problems: Problems) -> Tensor:
+        scale = feature_scale(distances[name], problems)
+        return problems.squares(problems.fields(scale), scale)
+
+    return {name: Totals(distances[name], sums) for name, sums in total(squares).items()}
 
 
 def mean_statistics(parts: Sequence[Statistics], shares: Sequence[float]) -> Statistics:
@@ -168,17 +154,17 @@ def mean_statistics(parts: Sequence[Statistics], shares: Sequence[float]) -> Sta
     return result
 
 
-def _feature_passes(
+def _feature_sets(
     samples: Samples,
     encoder: FeatureEncoder,
-    settings: FieldSettings,
     drop_duplicates: bool,
     feature_batch: int | None,
     feature_dtype: torch.dtype,
-    field_impl: FieldImpl,
-    keep_bytes: int | None = None,
-) -> Iterator[tuple[str, FieldPasses]]:
-    """Every feature set by name with its drift problems; one that was looked at makes room for the next."""
+) -> Iterator[tuple[str, tuple]]:
+    """Of every feature set by name what `drifting_loss` takes: x, pos, uncond, omega and a second batch.
+
+    A set that was looked at makes room for the next.
+    """
     # What nothing is learned through: [Nc, P+U(+K), C, H, W]
     given = [samples.positives, samples.unconditional]
     if samples.negatives is not None:
@@ -195,21 +181,8 @@ def _feature_passes(
     for name in list(of_generated):
         x = of_generated.pop(name).unflatten(0, (classes, -1))
         counts = [latents.shape[1] for latents in given]
-        pos, uncond, *repelling = of_fixed.pop(name).unflatten(0, (classes, -1)).split(counts, dim=1)
-        negatives = repelling[0] if repelling else None
-        yield (
-            name,
-            FieldPasses(
-                x,
-                pos,
-                uncond,
-                samples.omega,
-                settings,
-                negatives=negatives,
-                keep_bytes=keep_bytes,
-                impl=field_impl,
-            ),
-        )
+        pos, uncond, *second = of_fixed.pop(name).unflatten(0, (classes, -1)).split(counts, dim=1)
+        yield name, (x, pos, uncond, samples.omega, second[0] if second else None)
 
 
 def _encode(

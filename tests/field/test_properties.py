@@ -8,12 +8,12 @@ import torch
 from field_inputs import draw, loss_and_grad, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from naive_field import naive_drifting_loss
+from oracle import naive_drifting_loss
 
 from drift.field import FieldSettings
-from drift.field.settings import contradiction
+from drift.field.settings import contradictions
 
-BASES = {"release": FieldSettings(), "prior": FieldSettings.prior()}
+BASES = {"release": FieldSettings(), "sinkhorn": FieldSettings.sinkhorn()}
 KNOBS = {
     "coupling": ["row", "partial_two_sided", "sinkhorn"],
     "drift_form": ["alg2_joint", "split"],
@@ -28,11 +28,12 @@ KNOBS = {
     "drift_unit_vec": [False, False, True],
     "drift_tau_scale": [False, False, True],
     "normalize_drift_theta": [True, False],
-    "normalization_scope": ["batch", "class"],
+    "conventions": ["release", "sinkhorn"],
+    "normalization_scope": ["batch", "part", "class"],
     "uncond_weighting": ["affinity", "logit"],
     "affinity_floor": [0.0, 1e-6],
     "self_in_scale": [True, False],
-    "vanilla": [False, False, True],
+    "unit_scale": [False, False, True],
     "negatives": ["self", "second_batch"],
 }
 KINDS = [
@@ -42,16 +43,19 @@ KINDS = [
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(kind.values()))
 SEEDS = st.integers(0, 1000)
 CHANNELS = st.sampled_from([4, 10, 40])  # 40: more channels than targets
-STEADY = {"vanilla": False, "sinkhorn_tolerance": 0.0}  # rounding is not amplified, and stops no iterations
+STEADY = {
+    "unit_scale": False,
+    "sinkhorn_tolerance": 0.0,
+}  # rounding is not amplified
 SOFT = STEADY | {"temps": (0.3, 1.0), "alg2_impl": "logspace"}  # no weight underflows
-some = settings(max_examples=12, deadline=None)
+some = settings(max_examples=4, deadline=None)
 
 
 def computable(**fixed) -> st.SearchStrategy[FieldSettings]:
     """Any knobs that do not contradict each other, with some of them `fixed`."""
     free = {name: st.sampled_from(values) for name, values in KNOBS.items() if name not in fixed}
     knobs = st.fixed_dictionaries(free).map(lambda drawn: FieldSettings(**drawn, **fixed))
-    return knobs.filter(lambda knobs: contradiction(knobs) is None)
+    return knobs.filter(lambda knobs: not list(contradictions(knobs)))
 
 
 def shuffled(vectors, seed):
@@ -110,10 +114,10 @@ def test_order_of_samples_does_not_matter(kind, data, seed, channels, n, u):
 
 
 LENGTHS = {
-    ("class", "l2"): 1.0,  # S >= 1e-6
-    ("class", "l2_sq"): 10.0,
-    ("batch", "l2"): 1e5,  # S >= 1e-3; a distance of 1e-4 to oneself, which may not be masked at tau = 0.02
-    ("batch", "l2_sq"): 1e4,  # S^2 is a float at the other end
+    ("sinkhorn", "l2"): 1.0,  # S >= 1e-6
+    ("sinkhorn", "l2_sq"): 10.0,
+    ("release", "l2"): 1e5,  # S >= 1e-3; a distance of 1e-4 to oneself, which may not be masked at tau = 0.02
+    ("release", "l2_sq"): 1e4,  # S^2 is a float at the other end
 }
 
 
@@ -130,20 +134,20 @@ def agree_in_other_units(knobs, seed, channels, length, factor):
     torch.testing.assert_close(scaled["neighbours"], statistics["neighbours"], rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("scope", ["class", "batch"])
+@pytest.mark.parametrize("code", ["sinkhorn", "release"])
 @every_kind
 @given(data=st.data(), seed=SEEDS, channels=CHANNELS, exponent=st.floats(-4, 4))
 @some
-def test_units_of_the_features_do_not_matter(kind, scope, data, seed, channels, exponent):
+def test_units_of_the_features_do_not_matter(kind, code, data, seed, channels, exponent):
     """From vectors as long as it takes for no factor to bring S and distances near their absolute guards."""
-    fixed = STEADY | {"normalization_scope": scope}
+    fixed = STEADY | {"conventions": code}
     if kind["dist_metric"] == "l2_sq":
         fixed |= {"normalize_drift_theta": True}  # y/S is 1/length, and so is V if nothing divides it
     knobs = data.draw(computable(**fixed, **kind))
-    agree_in_other_units(knobs, seed, channels, LENGTHS[scope, kind["dist_metric"]], 10**exponent)
+    agree_in_other_units(knobs, seed, channels, LENGTHS[code, kind["dist_metric"]], 10**exponent)
 
 
-@pytest.mark.parametrize(("base", "guard", "length"), [("release", 1e-3, 1e-9), ("prior", 1e-6, 1e-14)])
+@pytest.mark.parametrize(("base", "guard", "length"), [("release", 1e-3, 1e-9), ("sinkhorn", 1e-6, 1e-14)])
 def test_guards_take_over_where_features_vanish(base, guard, length):
     """Below them S and lambda are constants, so that the drift vanishes with the features."""
     x, pos, uncond, omega, second = draw()
@@ -161,7 +165,7 @@ def test_guards_take_over_where_features_vanish(base, guard, length):
 @every_kind
 def test_unconditional_samples_without_weight_are_not_there(kind, channels, negatives):
     """Where log w enters the logits: not even if they are nearer than any other target."""
-    knobs = FieldSettings.prior(sinkhorn_marginal="none", temps=(0.005, 0.1), negatives=negatives, **kind)
+    knobs = FieldSettings.sinkhorn(sinkhorn_marginal="none", temps=(0.005, 0.1), negatives=negatives, **kind)
     x, pos, uncond, omega, second = draw(channels=channels)
     uncond[:, 0] = x[:, 0]
     omega = torch.ones_like(omega)
@@ -189,8 +193,10 @@ def test_digits_survive_hard_geometry(coupling, form, channels):
     knobs = FieldSettings(coupling=coupling, drift_form=form, temps=(0.005, 0.05, 100.0), affinity_floor=0.0)
     expected = naive_drifting_loss(x, pos, uncond, omega, knobs)
     loss, grad, _ = loss_and_grad(x, pos, uncond, omega, second, knobs)
-    assert relative_error(loss, expected.loss) < 1e-4
-    assert relative_error(grad, expected.grad) < 1e-3
+    # A masked plan couples twins to each other, whose distance is rounding beside the lowest temperature
+    factor = 5 if coupling == "sinkhorn" else 1
+    assert relative_error(loss, expected.loss) < factor * 1e-4
+    assert relative_error(grad, expected.grad) < factor * 1e-3
 
 
 @given(
@@ -204,7 +210,7 @@ def test_digits_survive_hard_geometry(coupling, form, channels):
     case=st.sampled_from(["random", "twins", "equal_sets", "constant", "far", "small"]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_always_finite(knobs, temps, seed, n, p, u, channels, case, dtype):
     half = dtype == torch.float16
     if half:  # the gradient -2 V / (S numel) has to stay in its range: V of size 1, S not too small

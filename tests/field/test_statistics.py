@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from drift.field import FieldSettings
 
-PRIOR = FieldSettings.prior()
-SINKHORN = FieldSettings.prior(coupling="sinkhorn", temps=(0.05, 0.2))
+SINKHORN_PAPER = FieldSettings.sinkhorn()
+SINKHORN = FieldSettings.sinkhorn(coupling="sinkhorn", temps=(0.05, 0.2))
 
 forms = pytest.mark.parametrize("form", ["alg2_joint", "split"])
 marginals = pytest.mark.parametrize("marginal", ["none", "weighted_cols"])
@@ -72,7 +72,7 @@ def test_neighbours_are_counted(coupling, form):
     """All positives attract at a high temperature, at a low one the nearest alone."""
     _, pos, *rest = draw(n=5, p=6)
     inputs = pos[:, :5] + 0.05, pos, *rest
-    knobs = replace(PRIOR, coupling=coupling, drift_form=form, temps=(1e3, 1e-3))
+    knobs = replace(SINKHORN_PAPER, coupling=coupling, drift_form=form, temps=(1e3, 1e-3))
     hot, cold = statistics_of(inputs, knobs)["neighbours"].tolist()
     assert hot == pytest.approx(6, rel=1e-3)
     assert 0.999 < cold < (3 if coupling == "sinkhorn" else 1.2)  # a plan spreads a row over several columns
@@ -86,7 +86,7 @@ def test_neighbours_are_counted_among_weights_however_small(coupling, form, dist
     x, pos, uncond, omega, second = draw(p=6)
     pos = pos + distance
     neighbours = statistics_of(
-        (x, pos, uncond, omega, second), replace(PRIOR, coupling=coupling, drift_form=form)
+        (x, pos, uncond, omega, second), replace(SINKHORN_PAPER, coupling=coupling, drift_form=form)
     )
     assert (neighbours["neighbours"] >= 0.999).all()
     assert (neighbours["neighbours"] <= 6.001).all()
@@ -96,7 +96,9 @@ def test_neighbours_are_counted_among_weights_however_small(coupling, form, dist
 @forms
 def test_drift_is_larger_for_samples_that_are_off(coupling, form):
     """The loss is about the squared number of temperatures either way: its size is no sign of progress."""
-    knobs = replace(PRIOR, coupling=coupling, drift_form=form, temps=(0.5,), negatives="second_batch")
+    knobs = replace(
+        SINKHORN_PAPER, coupling=coupling, drift_form=form, temps=(0.5,), negatives="second_batch"
+    )
     good, bad = (statistics_of(draw(n=40, p=40, k=40, shift=shift), knobs) for shift in (0.0, 1.0))
     assert float(bad["drift_rms"]) > 1.5 * float(good["drift_rms"])
     assert float(good["loss"]) == pytest.approx(1, rel=1e-3)

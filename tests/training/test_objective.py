@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from golden_weights import golden_config, golden_params
-from naive_field import naive_drifting_loss
+from oracle import naive_drifting_loss
 from torch import Tensor
 
 from drift.field import FieldSettings, drifting_loss

@@ -11,6 +11,10 @@ from torch import Tensor
 
 from drift.field.settings import FieldSettings
 
+TRANSPORT = ("sinkhorn", "unbalanced")
+GUARDS = {"release": (1e-8, 1e-3, 1e-8), "sinkhorn": (0.0, 1e-6, 1e-12), "wflow": (0.0, 1e-3, 1e-8)}
+"""Of squared distances, S and mean(V^2), by whose code."""
+
 
 class Naive(NamedTuple):
     loss: Tensor
@@ -51,11 +55,11 @@ def naive_drifting_loss(
     for c, l in product(range(classes), range(locations)):
         vectors = (t[c, :, l] for t in (x, repelling, uncond, pos))
         problems[c, l] = make_problem(*vectors, omega[c], settings)
-    release = settings.normalization_scope == "batch"
-    sharing = [range(classes)] if release else [[c] for c in range(classes)]  # one S and one lambda
+    alone = settings.normalization_scope == "class"
+    sharing = [[c] for c in range(classes)] if alone else [range(classes)]  # one S and one lambda
 
     scale = torch.ones(classes, dtype=torch.float64)
-    if not settings.vanilla:
+    if not settings.unit_scale:
         for group in sharing:
             scale[group] = feature_scale([p for (c, _), p in problems.items() if c in group], settings)
 
@@ -69,14 +73,15 @@ def naive_drifting_loss(
             deviations.append(deviation)
         drift_rms.append(raw.square().mean().sqrt())
         neighbours.append(torch.stack(counts).mean())
-        if settings.coupling == "sinkhorn":  # of the two plans of a split form, the one that is further off
+        if settings.coupling in TRANSPORT:  # of several plans the one that is furthest off
             errors.append(torch.tensor(deviations, dtype=torch.float64).amax(dim=1).mean())
 
         if settings.drift_tau_scale:
             raw *= (2 if settings.dist_metric == "l2_sq" else 1) / (tau * math.sqrt(channels))
         for group in sharing:
-            floor = 1e-8 if release else 1e-12  # of what has no unit
-            floor = floor / scale[group[0]] if settings.dist_metric == "l2_sq" else floor
+            floor = GUARDS[settings.conventions][2]  # of what has no unit
+            squared = settings.dist_metric == "l2_sq" and settings.scale_statistic == "mean"
+            floor = floor / scale[group[0]] if squared else floor
             mean_square = raw[group].square().mean().clamp(min=floor)
             total[group] += raw[group] / (mean_square.sqrt() if settings.normalize_drift_theta else 1)
 
@@ -90,17 +95,18 @@ def naive_drifting_loss(
         scale.mean(),
         torch.stack(drift_rms),
         torch.stack(neighbours),
-        torch.stack(errors) if settings.coupling == "sinkhorn" else None,
+        torch.stack(errors) if settings.coupling in TRANSPORT else None,
     )
 
 
 def make_problem(x, repelling, uncond, pos, omega, settings) -> Problem:
     n, k, u = len(x), len(repelling), len(uncond)
     itself = settings.negatives == "self"
-    w = ((n - 1) if itself else k) * (float(omega) - 1) / u if u else 0.0
+    others = itself or settings.conventions == "wflow"
+    w = ((n - 1) if others else k) * (float(omega) - 1) / u if u else 0.0
     targets = torch.cat([repelling, uncond, pos])
     squares = (x[:, None] - targets).square().sum(dim=-1)
-    squares = squares.clamp(min=1e-8 if settings.normalization_scope == "batch" else 0.0)
+    squares = squares.clamp(min=GUARDS[settings.conventions][0])
     return Problem(
         x=x,
         targets=targets,
@@ -114,33 +120,61 @@ def make_problem(x, repelling, uncond, pos, omega, settings) -> Problem:
 
 
 def feature_scale(problems: Sequence[Problem], settings: FieldSettings) -> Tensor:
-    """S: weighted mean distance over the pairs of these problems, over sqrt(C)."""
+    """S: weighted mean distance, or its root mean square, over the pairs of these problems, over sqrt(C)."""
+    rms = settings.scale_statistic == "rms"
+    floor, scale_floor, _ = GUARDS[settings.conventions]
     total = count = 0.0
     for problem in problems:
-        weights = problem.weights.expand_as(problem.distances)
-        if settings.mask_self_neg and not settings.self_in_scale:
-            weights = weights.masked_fill(problem.self_pairs, 0)
-        total += (weights * problem.distances).sum()
-        count += weights.sum()
-    floor = 1e-3 if settings.normalization_scope == "batch" else 1e-6
-    return (total / count / math.sqrt(problems[0].x.shape[-1])).clamp(min=floor)
+        pairs = []
+        for i, j in product(range(len(problem.x)), range(len(problem.targets))):
+            unconditional = problem.unconditional.start <= j < problem.unconditional.stop
+            if bool(problem.self_pairs[i, j]) and not settings.self_in_scale:
+                continue
+            if unconditional and settings.guidance == "velocity":
+                continue
+            pairs.append((problem.distances[i, j], problem.weights[j]))
+        if settings.generated_in_scale:
+            for i, j in product(range(len(problem.x)), repeat=2):
+                if i != j or settings.self_in_scale:
+                    d = (problem.x[i] - problem.x[j]).square().sum().clamp(min=floor)
+                    pairs.append((d if settings.dist_metric == "l2_sq" else d.sqrt(), 1.0))
+        for d, w in pairs:
+            total += w * (d.square() if rms and settings.dist_metric == "l2" else d)
+            count += w
+    mean = torch.as_tensor(total / count)
+    return ((mean.sqrt() if rms else mean) / math.sqrt(problems[0].x.shape[-1])).clamp(min=scale_floor)
 
 
 def drift(problem: Problem, scale: Tensor, tau: float, settings: FieldSettings):
     """V_tau `[N, C]` before any factor, the effective number of positives, each plan's marginal error."""
     channels, negatives = problem.x.shape[-1], problem.negatives
     kernels = settings.temps if settings.sinkhorn_agg_kernel else [tau]
-    logits = torch.stack([-problem.distances / scale / (t * math.sqrt(channels)) for t in kernels])
-    logits = logits.logsumexp(dim=0) - math.log(len(kernels))
-    if settings.mask_self_neg and settings.coupling != "sinkhorn":
+    cost = settings.cost_factor * problem.distances / (scale * math.sqrt(channels))
+    if settings.scale_statistic == "rms" and settings.dist_metric == "l2_sq":
+        cost = cost / (scale * math.sqrt(channels))
+    logits = torch.stack([-cost / t for t in kernels]).logsumexp(dim=0) - math.log(len(kernels))
+    if settings.mask_self_neg:
         logits = logits.masked_fill(problem.self_pairs, -math.inf)
 
     weights = problem.weights
-    if settings.drift_form == "split":
+    if settings.guidance == "velocity":
+        repelling, u, omega = problem.unconditional.start, problem.unconditional, problem.omega
+        maps, errors = [], []
+        for block in (slice(repelling), u, slice(negatives, None)):
+            if logits[:, block].shape[1]:
+                plan, error = couple(logits[:, block], torch.ones_like(weights[block]), settings)
+                plan = plan / plan.sum(dim=1, keepdim=True)
+                errors += error
+            else:
+                plan, omega = torch.zeros_like(logits[:, block]), torch.ones_like(omega)
+            maps.append(plan)
+        to_neg, to_uncond, to_pos = maps
+        coefficients = torch.cat([-to_neg, -(omega - 1) * to_uncond, omega * to_pos], dim=1)
+    elif settings.drift_form == "split":
         to_neg, error_neg = couple(logits[:, :negatives], weights[:negatives], settings)
         to_pos, error_pos = couple(logits[:, negatives:], weights[negatives:], settings)
         errors = error_neg + error_pos
-        if settings.coupling == "sinkhorn" and settings.sinkhorn_marginal == "post_guidance":
+        if settings.coupling in TRANSPORT and settings.sinkhorn_marginal == "post_guidance":
             to_neg[:, problem.unconditional] *= problem.omega
         p_neg, p_pos = (a / a.sum(dim=1, keepdim=True) for a in (to_neg, to_pos))
         coefficients = torch.cat([-p_neg, p_pos], dim=1)
@@ -162,7 +196,7 @@ def drift(problem: Problem, scale: Tensor, tau: float, settings: FieldSettings):
 
 def couple(logits: Tensor, weights: Tensor, settings: FieldSettings) -> tuple[Tensor, list[float]]:
     """A `[N, M]` from logits and column weights `[M]`, and, for `sinkhorn` only, its marginal error."""
-    sinkhorn = settings.coupling == "sinkhorn"
+    sinkhorn = settings.coupling in TRANSPORT
     by_logit = settings.sinkhorn_marginal == "none" if sinkhorn else settings.uncond_weighting == "logit"
     present = weights > 0 if by_logit else torch.ones_like(weights, dtype=torch.bool)
     z = logits[:, present] + (weights[present].log() if by_logit else 0)
@@ -188,10 +222,12 @@ def couple(logits: Tensor, weights: Tensor, settings: FieldSettings) -> tuple[Te
 
 def sinkhorn_plan(z: Tensor, marginal: Tensor, settings: FieldSettings) -> tuple[Tensor, float]:
     n = len(z)
+    rho = settings.options.get("rho", 10.0)
+    damping = rho / (1 + rho) if settings.coupling == "unbalanced" else 1.0
     f, g = torch.zeros_like(z[:, :1]), torch.zeros_like(z[:1])
     for _ in range(settings.sinkhorn_iters):
-        f = -math.log(n) - (z + g).logsumexp(dim=1, keepdim=True)
-        g = marginal.log() - (z + f).logsumexp(dim=0, keepdim=True)
+        f = damping * (-math.log(n) - (z + g).logsumexp(dim=1, keepdim=True))
+        g = damping * (marginal.log() - (z + f).logsumexp(dim=0, keepdim=True))
         plan = (z + f + g).exp()
         row_error = (plan.sum(dim=1) - 1 / n).abs().sum()
         if row_error <= settings.sinkhorn_tolerance:

@@ -1,0 +1,146 @@
+"""Couplings on their own: the registry, what they refuse, and the unbalanced one in closed form."""
+
+import dataclasses
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from field_inputs import draw, loss_and_grad, relative_error
+
+from drift.field import FieldSettings
+from drift.field.couplings import COUPLINGS, Coupling, Row, Sinkhorn, Unbalanced, register
+from drift.field.settings import contradictions
+
+CONTRADICTIONS = [
+    ({"coupling": "sinkhorn", "alg2_impl": "kernel"}, [{"alg2_impl": "logspace"}]),
+    (
+        {"coupling": "sinkhorn", "sinkhorn_marginal": "post_guidance", "drift_form": "alg2_joint"},
+        [{"drift_form": "split"}, {"sinkhorn_marginal": "weighted_cols"}],
+    ),
+    (
+        {"sinkhorn_agg_kernel": True, "coupling": "row"},
+        [{"coupling": "sinkhorn"}, {"sinkhorn_agg_kernel": False}],
+    ),
+    (
+        {"coupling": "sinkhorn", "sinkhorn_agg_kernel": True, "drift_tau_scale": True},
+        [{"sinkhorn_agg_kernel": False}, {"drift_tau_scale": False}],
+    ),
+    ({"drift_unit_vec": True, "dist_metric": "l2_sq"}, [{"dist_metric": "l2"}, {"drift_unit_vec": False}]),
+    (
+        {"guidance": "velocity", "drift_form": "alg2_joint"},
+        [{"drift_form": "split"}, {"guidance": "distribution"}],
+    ),
+    ({"coupling": "unbalanced", "sinkhorn_tolerance": 0.1}, [{"sinkhorn_tolerance": 0}]),
+]
+
+
+@pytest.mark.parametrize(("knobs", "ways_out"), CONTRADICTIONS, ids=str)
+def test_a_contradiction_names_the_settings_and_ways_out(knobs, ways_out):
+    settings = FieldSettings(**knobs)
+    [line] = contradictions(settings)
+    assert "\n" not in line
+    for way_out in ways_out:
+        [(key, value)] = way_out.items()
+        assert key in line
+        assert str(value).lower() in line
+        assert not list(contradictions(replace(settings, **way_out)))
+
+
+@pytest.mark.parametrize("make", [FieldSettings, FieldSettings.sinkhorn, FieldSettings.wflow])
+@pytest.mark.parametrize("key", ["coupling", "dist_metric", "sinkhorn_marginal", "guidance", "negatives"])
+def test_misspelt_words_are_refused(make, key):
+    with pytest.raises(ValueError, match=f"{key} = 'L2': allowed: .* or "):
+        make(**{key: "L2"})
+
+
+def test_an_option_of_another_coupling_is_refused():
+    with pytest.raises(ValueError, match="rho: no option of coupling sinkhorn"):
+        FieldSettings(coupling="sinkhorn", options={"rho": 1.0})
+    settings = FieldSettings(coupling="unbalanced", options={"rho": 2.0}, sinkhorn_iters=7)
+    assert settings.coupling_object() == Unbalanced(rho=2.0, sinkhorn_iters=7)
+    assert "rho" in next(contradictions(replace(settings, options={"rho": 0.0})))
+
+
+def test_a_coupling_is_added_by_one_class():
+    @register("uniform")
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Uniform(Row):
+        """Every target alike."""
+
+        alg2_impl: str = "logspace"
+        strength: float = 1.0
+
+        def _affinity(self, logits):
+            return torch.full_like(logits, self.strength)
+
+    try:
+        inputs = draw()
+        settings = FieldSettings(coupling="uniform", options={"strength": 2.0}, temps=(0.1,))
+        _, grad, statistics = loss_and_grad(*inputs, settings)
+        assert statistics["neighbours"] == pytest.approx(6)
+        assert (grad - grad.mean(dim=1, keepdim=True)).abs().max() < 1e-6  # all move alike
+    finally:
+        del COUPLINGS["uniform"]
+
+
+def test_settings_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        FieldSettings().coupling = "row"
+
+
+def logits(*shape):
+    return -5 * torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("rho", [0.1, 1.0, 10.0])
+def test_unbalanced_between_two_points(rho):
+    """The minimum of -z A + A (log A - 1) + 2 rho KL(A | 1) is exp(z / (1 + 2 rho))."""
+    z = logits(3, 1, 1, 1)
+    plan = Unbalanced(rho=rho, sinkhorn_iters=2000).plan(z.clone(), torch.ones(3, 1)).weights
+    torch.testing.assert_close(plan, (z / (1 + 2 * rho)).exp())
+
+
+@pytest.mark.parametrize("rho", [0.3, 3.0])
+def test_unbalanced_plans_are_stationary(rho):
+    """The derivative of cost, entropy and both penalties vanishes in every entry of the plan."""
+    z, marginal = logits(2, 3, 5, 7), torch.rand(2, 7, dtype=torch.float64) + 0.1
+    plan = Unbalanced(rho=rho, sinkhorn_iters=3000).plan(z.clone(), marginal).weights
+    b = (marginal / marginal.sum(dim=1, keepdim=True))[:, None, None]
+    rows, columns = plan.sum(dim=-1, keepdim=True), plan.sum(dim=-2, keepdim=True)
+    derivative = -z + plan.log() + rho * (rows * 5).log() + rho * (columns / b).log()
+    assert derivative.abs().max() < 1e-8
+
+
+def test_unbalanced_becomes_balanced():
+    z, marginal = logits(2, 3, 5, 7), torch.ones(2, 7)
+    balanced = Sinkhorn(sinkhorn_iters=50).plan(z.clone(), marginal).weights
+    for rho, error in ((1e2, 1e-1), (1e6, 1e-4)):
+        plan = Unbalanced(rho=rho, sinkhorn_iters=50).plan(z.clone(), marginal).weights
+        assert relative_error(plan, balanced) < error
+
+
+def test_far_targets_get_little_mass_from_unbalanced_plans():
+    z = torch.zeros(1, 1, 4, 4, dtype=torch.float64)
+    z[..., 3] = -100.0
+    columns = Unbalanced(rho=0.5, sinkhorn_iters=500).plan(z, torch.ones(1, 4)).weights.sum(dim=-2).flatten()
+    assert columns[3] < 1e-3 * columns[0]
+    assert math.isclose(columns[0], columns[1])
+
+
+@pytest.mark.parametrize("coupling", [name for name in COUPLINGS if COUPLINGS[name].transport])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("span", [1.0, 30.0, 1000.0])
+def test_both_ways_to_sum_agree(coupling, masked, span, monkeypatch):
+    """Products with kernels of some iterations ago, as on a CPU, and log-sum-exp, as elsewhere."""
+    z = span * logits(2, 3, 6, 6).float()
+    if masked:
+        z.diagonal(dim1=2, dim2=3).fill_(-math.inf)
+    kind: Coupling = COUPLINGS[coupling](sinkhorn_iters=30)
+    fast = kind.normalised_rows(z.clone(), torch.ones(2, 6))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    plain = kind.normalised_rows(z.clone(), torch.ones(2, 6))
+    torch.testing.assert_close(fast.weights, plain.weights, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(fast.statistics, plain.statistics, rtol=1e-3, atol=1e-4)
+    if masked:
+        assert (plain.weights.diagonal(dim1=2, dim2=3) == 0).all()
