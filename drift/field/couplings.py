@@ -252,8 +252,7 @@ class Transport(Coupling):
                 error = ((f - next_f).exp() - 1).abs().mean(dim=-2, keepdim=True)
                 done = done | (error <= self.sinkhorn_tolerance)
                 next_f = torch.where(done, f, next_f)
-            next_g = self.relaxation * (log_marginal - log_sums(next_f, -2))
-            next_g = torch.where(log_marginal == -math.inf, REMOVED, next_g)
+            next_g = self.relaxation * (log_marginal - log_sums(next_f, -2)).clamp_min_(REMOVED)
             f, g = next_f, torch.where(done, g, next_g) if self.sinkhorn_tolerance > 0 else next_g
         return Potentials(f, g, done)
 
