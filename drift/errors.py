@@ -1,5 +1,7 @@
 """How a run ends early: a mistake of the user, a signal, another process that is gone. The rest are bugs."""
 
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """A wrong setting, a missing or damaged file, a path that cannot be written.
@@ -26,3 +28,8 @@ class PeerLost(Exception):
 
     Entry points print the message and exit with code 3.
     """
+
+
+def unknown(what: str, value: object, allowed: Iterable[str]) -> ValueError:
+    """The error of a dispatch by name that does not know the name; a name is never taken for another."""
+    return ValueError(f"{what} = {value!r}: allowed: {' or '.join(allowed)}")

@@ -159,8 +159,11 @@ class Drift(Optimizer):
     """The latest real samples of each class, from which positives are drawn."""
     queue_global: Count
     """The latest real samples of any class, from which unconditionals are drawn."""
-    queue_push: Count
-    """Real samples that enter the queues at each step."""
+    push_per_step: Count
+    """Images that enter the queues at each step, of all processes together. The release counts per host."""
+    class_sampling: Literal["pushed", "uniform"]
+    """The classes of a step: labels of as many of the images just pushed, without replacement of images, so
+    that a class may occur twice (release); or distinct ones, uniformly (prior)."""
     duplicate_features: Literal["keep", "drop"]
     """Feature sets that equal another by their shape (a 4x4 mean of a 4x4 map): keep (release) or drop."""
     ema_decays: Annotated[tuple[Decay, ...], Field(min_length=1)]
@@ -185,6 +188,17 @@ class Drift(Optimizer):
             raise ValueError(
                 f"unconditional = {self.unconditional}: allowed: at most queue_global ({self.queue_global})"
             )
+        if self.class_sampling == "pushed":
+            if not queue:
+                raise ValueError(
+                    f"class_sampling = pushed: allowed: uniform, where sampling is {self.sampling}, which "
+                    "pushes no images"
+                )
+            if self.push_per_step < self.classes_per_step:
+                raise ValueError(
+                    f"push_per_step = {self.push_per_step}: allowed: at least classes_per_step "
+                    f"({self.classes_per_step}), where class_sampling is pushed"
+                )
         if len(set(self.ema_decays)) < len(self.ema_decays):
             raise ValueError(f"ema_decays = {list(self.ema_decays)}: allowed: each decay once")
         return self
@@ -417,6 +431,8 @@ class Settings(Section):
         return FieldSettings(**{key: getattr(self, key) for key in FIELD_KEYS})
 
 
+RENAMED = {"drift.queue_push": "drift.push_per_step, which counts the images of all processes together"}
+"""Keys of earlier files, and what has become of them."""
 FIELD_KEYS: tuple[str, ...] = tuple(FieldSettings.__dataclass_fields__)
 
 
@@ -465,6 +481,8 @@ def _one_complaint(problem: dict[str, Any]) -> str:
         name = problem["loc"][-1]
         close = _places_of(name) or difflib.get_close_matches(name, _known_keys(problem["loc"][:-1]), n=1)
         hint = f"; did you mean {close[0]}?" if close else "; remove it"
+        if key in RENAMED:
+            hint = f"; it is now {RENAMED[key]}"
         return f"unknown key {key} (value {_show(value)}){hint}"
     if kind == "missing":
         return f"missing key {key}: presets/ holds complete files with a value for it"

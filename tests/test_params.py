@@ -60,7 +60,7 @@ PUBLISHED = {
         ("drift", "lr"): 2e-4, ("drift", "weight_decay"): 0.01, ("drift", "warmup_steps"): 5_000,
         ("drift", "steps"): 30_000, ("drift", "classes_per_step"): 64, ("drift", "positives"): 64,
         ("drift", "generated"): 64, ("drift", "unconditional"): 16, ("drift", "omega_exponent"): 3.0,
-        ("drift", "no_guidance_fraction"): 0.0, ("drift", "queue_push"): 64,
+        ("drift", "no_guidance_fraction"): 0.0, ("drift", "push_per_step"): 1024,
     },
     "imagenet256_b2": {
         ("mae", "width"): 640, ("mae", "steps"): 200_000, ("mae", "finetune_steps"): 3_000,
@@ -68,7 +68,7 @@ PUBLISHED = {
         ("drift", "lr"): 4e-4, ("drift", "weight_decay"): 0.0, ("drift", "warmup_steps"): 10_000,
         ("drift", "steps"): 200_000, ("drift", "classes_per_step"): 128, ("drift", "positives"): 64,
         ("drift", "generated"): 64, ("drift", "unconditional"): 32, ("drift", "omega_exponent"): 5.0,
-        ("drift", "no_guidance_fraction"): 0.0, ("drift", "queue_push"): 128,
+        ("drift", "no_guidance_fraction"): 0.0, ("drift", "push_per_step"): 4096,
     },
     "imagenet256_l2": {
         ("mae", "width"): 640, ("mae", "steps"): 200_000, ("mae", "finetune_steps"): 3_000,
@@ -76,7 +76,7 @@ PUBLISHED = {
         ("drift", "lr"): 4e-4, ("drift", "weight_decay"): 0.01, ("drift", "warmup_steps"): 10_000,
         ("drift", "steps"): 200_000, ("drift", "classes_per_step"): 128, ("drift", "positives"): 64,
         ("drift", "generated"): 64, ("drift", "unconditional"): 32, ("drift", "omega_exponent"): 3.0,
-        ("drift", "no_guidance_fraction"): 0.5, ("drift", "queue_push"): 64,
+        ("drift", "no_guidance_fraction"): 0.5, ("drift", "push_per_step"): 2048,
     },
 }  # fmt: skip
 PUBLISHED_EVERYWHERE = {
@@ -89,6 +89,7 @@ PUBLISHED_EVERYWHERE = {
     ("drift", "grad_clip"): 2.0, ("drift", "ema_decays"): (0.999, 0.9995, 0.9998, 0.9999),
     ("drift", "omega_min"): 1.0, ("drift", "omega_max"): 4.0, ("drift", "queue_per_class"): 128,
     ("drift", "queue_global"): 1_000, ("fid", "images"): 50_000, ("data", "image_size"): 256,
+    ("drift", "class_sampling"): "pushed",
     ("data", "classes"): 1_000, ("encode", "crop_scale"): (0.2, 1.0), ("encode", "flip"): True,
 }  # fmt: skip
 
@@ -156,6 +157,19 @@ def test_settings_are_frozen():
         ({"drift__classes_per_pass": 8}, ["drift.classes_per_pass", "mean hardware.classes_per_pass?"]),
         ({"drift__coupling": "row"}, ["drift.coupling", "'row'", "did you mean coupling?"]),
         ({"drift__sampling": "random"}, ["drift.sampling", "'random'", "queue", "direct"]),
+        (
+            {"drift__queue_push": 64},
+            ["drift.queue_push (value 64)", "is now drift.push_per_step", "all processes"],
+        ),
+        ({"drift__class_sampling": "host"}, ["drift.class_sampling", "'host'", "pushed", "uniform"]),
+        (
+            {"drift__class_sampling": "pushed", "drift__push_per_step": 9},
+            ["drift.push_per_step = 9", "at least classes_per_step (10)"],
+        ),
+        (
+            {"drift__class_sampling": "pushed", "drift__sampling": "direct"},
+            ["drift.class_sampling = pushed", "uniform, where sampling is direct"],
+        ),
         ({"encode__on_bad_image": "ignore"}, ["encode.on_bad_image", "'ignore'", "error", "skip"]),
         ({"mae__evaluate_every": 0}, ["mae.evaluate_every", "1 or more"]),
         ({"hardware__precision": "half"}, ["hardware.precision", "'half'", "bfloat16", "float16"]),
@@ -256,7 +270,8 @@ def test_prior_presets_have_the_prior_field_in_the_ablation_setting():
     assert baseline.field() == FieldSettings.prior()
     assert sinkhorn.field() == FieldSettings.prior(coupling="sinkhorn", drift_form="split")
     for settings in (baseline, sinkhorn):
-        assert (settings.mae, settings.drift) == (ablation.mae, ablation.drift)
+        assert settings.mae == ablation.mae
+        assert settings.drift == ablation.drift.model_copy(update={"class_sampling": "uniform"})
         assert (settings.encode.vae, settings.encode.posterior) == ("stabilityai/sd-vae-ft-ema", "mean")
         assert settings.fid.reference == "val"
 

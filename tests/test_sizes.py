@@ -99,7 +99,7 @@ with tempfile.TemporaryDirectory() as folder:
     write_latents(folder, "train", latents, np.zeros(8, np.int64), {"num_classes": 1000})
     store = LatentStore.open(folder)
     if kind == "generator":
-        sizes = {"classes_per_step": 1, "generated": 2, "positives": 2, "unconditional": 1, "queue_push": 2}
+        sizes = {"classes_per_step": 1, "generated": 2, "positives": 2, "unconditional": 1}
         options = settings.drift.model_copy(update={**one_step, **sizes, "ema_decays": (0.999,)})
         drift.training.drift.choose_classes = lambda *args: np.zeros(1, np.int64)  # the one that has images
         drift.training.drift.SampleQueue.require = lambda *args: None

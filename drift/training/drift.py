@@ -16,6 +16,7 @@ from torch import Tensor
 
 from drift.data.latents import LatentReader, LatentStore, pinned
 from drift.data.queue import DirectSampling, SampleQueue, choose_classes
+from drift.errors import unknown
 from drift.field.loss import takes_triton
 from drift.field.settings import FieldSettings
 from drift.launch import Ranks
@@ -262,30 +263,42 @@ class RealSamples:
     """Classes, and rows of real samples, of one step after the other."""
 
     def __init__(self, store: LatentStore, options: Drift, seed: int):
-        self._options, self._seed, self._num_classes = options, seed, store.num_classes
-        if options.sampling == "queue":
-            self._sampling = SampleQueue(
-                store.labels,
-                store.num_classes,
-                per_class=options.queue_per_class,
-                global_size=options.queue_global,
-                seed=seed,
-                class_names=store.class_names,
-            )
-        else:
-            self._sampling = DirectSampling(store.labels, store.num_classes, seed, store.class_names)
+        self._options, self._seed = options, seed
+        self._labels, self._classes = store.labels, np.arange(store.num_classes)
+        data = {
+            "labels": store.labels,
+            "num_classes": store.num_classes,
+            "seed": seed,
+            "class_names": store.class_names,
+            "per_image": store.per_image,
+        }
+        match options.sampling:
+            case "queue":
+                sizes = {"per_class": options.queue_per_class, "global_size": options.queue_global}
+                self._sampling = SampleQueue(**data, **sizes)
+            case "direct":
+                self._sampling = DirectSampling(**data)
+            case _:
+                raise unknown("sampling", options.sampling, ("queue", "direct"))
         self._sampling.require(options.positives, options.unconditional)
 
     def draw(self, step: int, slots: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The classes of the whole step, and of the slots the rows of each class and of any."""
         options = self._options
-        self._sampling.push(step, options.queue_push)
-        classes = choose_classes(self._seed, step, options.classes_per_step, self._num_classes)
+        pushed = self._sampling.push(step, options.push_per_step)
+        match options.class_sampling:
+            case "pushed":
+                candidates = self._labels[pushed]
+            case "uniform":
+                candidates = self._classes
+            case _:
+                raise unknown("class_sampling", options.class_sampling, ("pushed", "uniform"))
+        classes = choose_classes(self._seed, step, options.classes_per_step, candidates)
         rows = self._sampling.draw(step, classes, options.positives, options.unconditional, slots)
         return classes, *rows
 
     def state_after(self, steps: int) -> dict[str, Tensor]:
-        return self._sampling.state_after(steps, self._options.queue_push)
+        return self._sampling.state_after(steps, self._options.push_per_step)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self._sampling.load_state_dict(state)

@@ -23,7 +23,7 @@ SETTINGS = load_settings(Path(__file__).parents[2] / "presets" / "digits.yaml")
 OPTIONS = SETTINGS.drift.model_copy(
     update={
         "hidden": 16, "depth": 1, "heads": 2, "style_codebooks": 2, "classes_per_step": 4, "generated": 3,
-        "positives": 2, "unconditional": 2, "queue_push": 16, "steps": 2, "warmup_steps": 0,
+        "positives": 2, "unconditional": 2, "push_per_step": 16, "steps": 2, "warmup_steps": 0,
     }
 )  # fmt: skip
 HARDWARE = SETTINGS.hardware.model_copy(update={"log_every": 1, "checkpoint_every": 2})
@@ -46,11 +46,11 @@ def encoder() -> LatentMAE:
     )
 
 
-def train(store, encoder, field, folder, ranks=ALONE, options=OPTIONS, **hardware):
+def train(store, encoder, field, folder, ranks=ALONE, options=None, **hardware):
     return train_generator(
         store,
         encoder,
-        options,
+        options or OPTIONS,
         field,
         seed=0,
         hardware=HARDWARE.model_copy(update=hardware),
@@ -179,16 +179,109 @@ def test_float16_trains_and_goes_on_with_its_scale(store, encoder, tmp_path):
     assert 0 < (weights(whole) - weights(single)).norm() < 0.1 * weights(single).norm()
 
 
-@pytest.mark.parametrize("sampling", ["queue", "direct"])
-def test_real_samples_are_of_their_class_and_the_same_for_any_share(store, sampling):
-    options = OPTIONS.model_copy(update={"sampling": sampling})
-    real = RealSamples(store, options, seed=0)
-    classes, of_class, of_any = real.draw(0, range(4))
-    assert (store.labels[of_class] == classes[:, None]).all()
-    assert of_class.shape == (4, 2) and of_any.shape == (4, 2)
-    share = RealSamples(store, options, seed=0).draw(0, range(2, 4))
-    assert np.array_equal(share[0], classes)
-    assert np.array_equal(share[1], of_class[2:]) and np.array_equal(share[2], of_any[2:])
+REAL = [
+    {"sampling": "queue", "class_sampling": "uniform"},
+    {"sampling": "queue", "class_sampling": "pushed"},
+    {"sampling": "direct", "class_sampling": "uniform"},
+]
+
+
+@pytest.mark.parametrize("how", REAL, ids=lambda how: "-".join(how.values()))
+def test_real_samples_are_of_their_class_and_the_same_for_any_share(store, how):
+    options = OPTIONS.model_copy(update=how)
+    real, share = RealSamples(store, options, seed=0), RealSamples(store, options, seed=0)
+    for step in range(5):
+        classes, of_class, of_any = real.draw(step, range(4))
+        assert (store.labels[of_class] == classes[:, None]).all()
+        assert of_class.shape == (4, 2) and of_any.shape == (4, 2)
+        some = share.draw(step, range(2, 4))
+        assert np.array_equal(some[0], classes)
+        assert np.array_equal(some[1], of_class[2:]) and np.array_equal(some[2], of_any[2:])
+
+
+@pytest.mark.parametrize("how", REAL, ids=lambda how: "-".join(how.values()))
+def test_real_samples_go_on_from_a_checkpoint(store, how):
+    options = OPTIONS.model_copy(update=how)
+    real, resumed = RealSamples(store, options, seed=0), RealSamples(store, options, seed=0)
+    expected = [real.draw(step, range(4)) for step in range(6)]
+    resumed.load_state_dict(real.state_after(3))
+    for step in range(3, 6):
+        for got, wanted in zip(resumed.draw(step, range(4)), expected[step], strict=True):
+            assert np.array_equal(got, wanted)
+
+
+class Rows:
+    """What `RealSamples` needs of a store: labels of images and their mirrors."""
+
+    def __init__(self, images: int, classes: int, per_image: int = 1):
+        self.labels = np.repeat(np.random.default_rng(0).permutation(images) % classes, per_image)
+        self.num_classes, self.per_image = classes, per_image
+        self.class_names = [str(label) for label in range(classes)]
+
+
+def test_classes_are_those_of_images_just_pushed():
+    """With as many pushed as classes are trained, they are the labels of these images, each as often."""
+    options = OPTIONS.model_copy(
+        update={"class_sampling": "pushed", "push_per_step": 8, "classes_per_step": 8, "queue_global": 8}
+    )
+    store = Rows(200, 6, per_image=2)
+    real = RealSamples(store, options.model_copy(update={"unconditional": 8}), seed=0)
+    repeated = 0
+    for step in range(20):
+        classes, _, of_any = real.draw(step, range(8))
+        newest = of_any[0]  # all of a queue of the latest eight
+        assert np.array_equal(np.sort(classes), np.sort(store.labels[newest]))
+        repeated += len(set(classes)) < 8
+    assert repeated == 20  # eight of six classes
+
+
+@pytest.mark.parametrize(
+    ("preset", "published"), [("imagenet256_ablation", 16), ("imagenet256_b2", 32), ("imagenet256_l2", 16)]
+)
+def test_a_class_is_trained_on_as_many_new_images_as_published(preset, published):
+    """Images in the queue of a class that were not there when it was last trained, counted one by one."""
+    options = load_settings(Path(__file__).parents[2] / "presets" / f"{preset}.yaml").drift
+    everything = options.model_copy(update={"positives": options.queue_per_class, "unconditional": 0})
+    images = 1_280_000
+    real = RealSamples(Rows(images, 1000), everything, seed=0)
+    begin = images // 2 // options.push_per_step  # in the middle of an epoch, where no image comes again
+    real.load_state_dict(real.state_after(begin))
+    slots, seen, new = range(options.classes_per_step), {}, []
+    for step in range(140):
+        classes, of_class, _ = real.draw(begin + step, slots)
+        for label, rows in dict(zip(classes.tolist(), of_class, strict=True)).items():
+            if label in seen:
+                new.append(len(set(rows) - seen.pop(label)))
+            if step < 50:  # as all that begin then have an end
+                seen[label] = set(rows)
+    assert len(seen) < 0.01 * len(new)
+    assert np.mean(new) == pytest.approx(published, rel=0.08)
+
+
+def test_a_class_that_occurs_twice_does_not_depend_on_the_number_of_processes(
+    store, encoder, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(globals(), "OPTIONS", OPTIONS.model_copy(update={"class_sampling": "pushed"}))
+    classes, _, _ = RealSamples(store, OPTIONS, seed=0).draw(0, range(4))
+    assert len(set(classes)) < 4
+    whole = first_batches(store, encoder, SECOND_BATCH, tmp_path, monkeypatch)
+    shares = [
+        first_batches(store, encoder, SECOND_BATCH, tmp_path / str(r), monkeypatch, Ranks(r, 2, ALONE.device))
+        for r in range(2)
+    ]
+    for i in range(2):
+        torch.testing.assert_close(torch.cat([share[i] for share in shares]), whole[i])
+
+
+@pytest.mark.parametrize("hardware", [{}, {"classes_per_pass": 1}], ids=str)
+@pytest.mark.parametrize("scope", ["batch", "class"])
+def test_a_run_whose_classes_repeat_goes_on_to_the_same_bits(store, encoder, tmp_path, scope, hardware):
+    options = OPTIONS.model_copy(update={"class_sampling": "pushed", "steps": 4})
+    field = FieldSettings(normalization_scope=scope)
+    whole, _ = train(store, encoder, field, tmp_path / "whole", options=options, **hardware)
+    shutil.copytree(tmp_path / "whole" / "step-00000002", tmp_path / "resumed" / "step-00000002")
+    resumed, _ = train(store, encoder, field, tmp_path / "resumed", options=options, **hardware)
+    assert weights(whole).isfinite().all() and torch.equal(weights(whole), weights(resumed))
 
 
 def test_a_run_that_draws_directly_goes_on_to_the_same_bits(store, encoder, tmp_path):
