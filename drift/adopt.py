@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 from ruamel.yaml import YAML
 
+from drift.data.images import VIEW_OPTIONS
 from drift.data.latents import LatentStore, file_facts, latent_files
-from drift.errors import UserError
+from drift.errors import UserError, one_of
 from drift.files import atomic_write, check_writable, replace_folder, write_json
 from drift.models.prior_mae import PriorMAE
 from drift.models.vae import CONFIG_FILE, known_scaling_factor
@@ -314,7 +315,7 @@ _ASSUMED = {"view", "image_size", "vae", "scaling_factor", "num_classes"}
 def _expected(view: str, settings: Settings) -> dict[str, Any]:
     """Keys of a meta file that the settings decide; `drift.encoding` writes the same ones."""
     data, encode = settings.data, settings.encode
-    own = ("crops", "crop_scale", "crop_ratio", "flip") if view == "augmented" else ("mirror",)
+    own = VIEW_OPTIONS[one_of("view", view, *VIEW_OPTIONS)]
     expected = {
         "view": view,
         "image_size": data.image_size,

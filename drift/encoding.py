@@ -34,9 +34,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from drift.data.images import ImageSource, augmented_view, center_view
+from drift.data.images import VIEW_OPTIONS, ImageSource, augmented_view, center_view
 from drift.data.latents import file_facts, latent_files
-from drift.errors import Stopped, UserError
+from drift.errors import Stopped, UserError, one_of
 from drift.files import RowFile, atomic_write, write_json
 from drift.models.vae import VAE
 from drift.progress import ProgressLog
@@ -89,6 +89,9 @@ def encode_view(
     cannot be read at all; `FloatingPointError` if float16 cannot hold a latent; and `Stopped` in all
     processes, after the blocks at hand, once one of them is asked to stop. The next call goes on from there.
     """
+    one_of("view", view, *VIEW_OPTIONS)
+    one_of("posterior", posterior, "mean", "sample")
+    one_of("on_bad_image", on_bad_image, "error", "skip")
     pictures = _Pictures(source, view, image_size, crops, crop_scale, crop_ratio, flip, mirror, seed)
     files = _Files(Path(folder))
     result = files.result(on_bad_image)
@@ -330,8 +333,8 @@ class _Pictures(Dataset):
 
     def settings(self) -> dict[str, Any]:
         """For the meta file: what decides the pictures of this view."""
-        own = ("crops", "crop_scale", "crop_ratio", "flip") if self.view == "augmented" else ("mirror",)
-        return {name: getattr(self, name) for name in ("view", "image_size", "seed", *own)}
+        keys = ("view", "image_size", "seed", *VIEW_OPTIONS[self.view])
+        return {name: getattr(self, name) for name in keys}
 
     def __getitem__(self, block: range) -> _Decoded:
         size = self.image_size

@@ -1,6 +1,8 @@
 """How a run ends early: a mistake of the user, a signal, another process that is gone. The rest are bugs."""
 
-from collections.abc import Iterable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class UserError(Exception):
@@ -30,6 +32,11 @@ class PeerLost(Exception):
     """
 
 
-def unknown(what: str, value: object, allowed: Iterable[str]) -> ValueError:
-    """The error of a dispatch by name that does not know the name; a name is never taken for another."""
-    return ValueError(f"{what} = {value!r}: allowed: {' or '.join(allowed)}")
+def one_of(what: str, value: T, *allowed: T) -> T:
+    """`value`, which must be one of `allowed`: a dispatch by name takes no name for another.
+
+    Raises ValueError that names it and them.
+    """
+    if value not in allowed:
+        raise ValueError(f"{what} = {value!r}: allowed: {', '.join(map(str, allowed[:-1]))} or {allowed[-1]}")
+    return value

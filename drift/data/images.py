@@ -14,7 +14,9 @@ from PIL import Image, UnidentifiedImageError
 
 from drift.errors import UserError
 
-VIEWS = ("center", "augmented")
+VIEW_OPTIONS = {"center": ("mirror",), "augmented": ("crops", "crop_scale", "crop_ratio", "flip")}
+"""The views of an image, and the settings of `encode` that only one of them has."""
+VIEWS = tuple(VIEW_OPTIONS)
 IMAGE_SUFFIXES = (b".jpeg", b".jpg", b".png", b".webp", b".bmp")
 
 

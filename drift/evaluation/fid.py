@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from drift.errors import UserError
+from drift.errors import UserError, one_of
 from drift.evaluation.batches import one_behind
 from drift.evaluation.features import FeatureNetwork
 from drift.evaluation.metrics import InceptionScore, kernel_distance, precision_recall
@@ -53,6 +53,7 @@ class Samples:
 def check_metrics(metrics: Sequence[str], network: FeatureNetwork, reference_has_features: bool) -> None:
     """Raise `UserError` if the network or the reference does not allow one of the `metrics`."""
     for metric in metrics:
+        one_of("metric", metric, *METRICS)
         if metric == "inception_score" and network.classify is None:
             raise UserError(
                 f"fid.metrics has inception_score, but {network.name} does not classify; leave it out"

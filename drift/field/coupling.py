@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from drift.errors import one_of
+
 MAXIMA_RANGE = 160.0  # of logits: a quarter of it to either side is well within a float's exponents
 ITERATIONS_PER_KERNEL = 5
 KERNEL_RANGE = 20.0  # of the potentials: what underflows in the kernel then stays below 1e-20 of a plan
@@ -81,7 +83,7 @@ def normalised_rows(logits: Tensor, coupling: str) -> Tensor:
 
     for `row` (g = 0) and `partial_two_sided` (g_j = -1/2 log sum_i exp z_ij).
     """
-    if coupling == "partial_two_sided":
+    if one_of("coupling", coupling, "row", "partial_two_sided") == "partial_two_sided":
         logits = logits - logits.logsumexp(dim=-2, keepdim=True) / 2
     return logits.softmax(dim=-1)
 

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from drift.errors import one_of
+
 
 class Guards(NamedTuple):
     """Lower bounds that keep degenerate features, such as constant ones, from dividing by zero."""
@@ -74,7 +76,7 @@ def distances(squares: Tensor, metric: str, floor: float, self_pairs: bool) -> T
     squares.clamp_min_(floor)
     if self_pairs:
         squares.diagonal(dim1=1, dim2=2).fill_(floor)
-    return squares if metric == "l2_sq" else squares.sqrt_()
+    return squares if one_of("metric", metric, "l2", "l2_sq") == "l2_sq" else squares.sqrt_()
 
 
 def weighted_sums(distances: Tensor, weights: Tensor, *, self_pairs: bool, count_self_pairs: bool) -> Tensor:

@@ -8,13 +8,13 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from drift.errors import UserError
+from drift.errors import UserError, one_of
 from drift.field.distance import GUARDS, feature_scale, on_device
 from drift.field.guidance import unconditional_weight
 from drift.field.problems import Chunk, Coefficients, FeatureSet, Measured
@@ -114,7 +114,7 @@ def takes_triton(
     Raises:
         UserError: `impl` is `triton`, and the kernel does not do this, or not here.
     """
-    if impl == "reference" or (impl == "auto" and not AUTO_IS_TRITON):
+    if one_of("impl", impl, *get_args(FieldImpl)) == "reference" or (impl == "auto" and not AUTO_IS_TRITON):
         return False
     obstacle = beyond_triton(
         settings, generated=generated, positives=positives, unconditional=unconditional

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from drift.errors import one_of
 from drift.field.coupling import COUPLINGS, REMOVED, normalised_rows, sinkhorn
 from drift.field.distance import (
     distances,
@@ -261,6 +262,8 @@ class Chunk:
                 weights[:, k : k + u] = w.clamp_min(UNCONDITIONAL_MARGINAL_FLOOR)
             case "none":
                 weights[:, k : k + u] = (w > 0).float()
+            case marginal:
+                one_of("sinkhorn_marginal", marginal, "post_guidance")  # uniform
         return weights
 
     def inner_products(

@@ -1,7 +1,9 @@
 """The knobs of the drifting field, as one frozen object that knows nothing of files."""
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
+
+from drift.errors import one_of
 
 FieldImpl = Literal["auto", "reference", "triton"]
 """What computes the field: `drift/field/problems.py` or `drift/field/triton_kernel.py`."""
@@ -17,7 +19,7 @@ class FieldSettings:
     """How distances become a drift; the defaults are the release's.
 
     The fields are named as the top-level keys of `params.yaml`; what each one does, and the range of each
-    number, is told in `drift/params.py`. Raises `ValueError` for a word that is none of the allowed ones.
+    number, is told in `drift/params.py`. Raises `ValueError` for a value that is none of the allowed ones.
     """
 
     coupling: Literal["row", "partial_two_sided", "sinkhorn"] = "partial_two_sided"
@@ -42,9 +44,13 @@ class FieldSettings:
 
     def __post_init__(self):
         for key, kind in get_type_hints(type(self)).items():
-            value, allowed = getattr(self, key), get_args(kind)
-            if allowed and isinstance(allowed[0], str) and value not in allowed:
-                raise ValueError(f"{key} = {value!r}: allowed: {', '.join(allowed[:-1])} or {allowed[-1]}")
+            if get_origin(kind) is Literal or kind is bool:
+                one_of(key, getattr(self, key), *(get_args(kind) or (False, True)))
+        if not self.temps or min(self.temps) <= 0:
+            raise ValueError(f"temps = {self.temps}: allowed: temperatures above 0")
+        for key, least in (("sinkhorn_iters", 1), ("sinkhorn_tolerance", 0), ("affinity_floor", 0)):
+            if not getattr(self, key) >= least:
+                raise ValueError(f"{key} = {getattr(self, key)}: allowed: {least} or more")
 
     @classmethod
     def prior(cls, **changes) -> "FieldSettings":

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from drift.data.latents import LatentReader, LatentStore, pinned
 from drift.data.queue import DirectSampling, SampleQueue, choose_classes
-from drift.errors import unknown
+from drift.errors import one_of
 from drift.field.loss import takes_triton
 from drift.field.settings import FieldSettings
 from drift.launch import Ranks
@@ -113,7 +113,7 @@ def train_generator(
     real = RealSamples(store, options, seed)
     reduce = ranks.sum if ranks.world_size > 1 else None
     objective_options = {
-        "drop_duplicates": options.duplicate_features == "drop",
+        "drop_duplicates": one_of("duplicate_features", options.duplicate_features, "keep", "drop") == "drop",
         "feature_batch": hardware.feature_batch,
         "feature_dtype": feature_dtype(hardware.precision),
         "field_impl": hardware.field_impl,
@@ -225,7 +225,7 @@ def feature_dtype(precision: str) -> torch.dtype:
 
     Not float16, whose range gradients of single features leave.
     """
-    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float32}[precision]
 
 
 class _Batch(NamedTuple):
@@ -272,27 +272,19 @@ class RealSamples:
             "class_names": store.class_names,
             "per_image": store.per_image,
         }
-        match options.sampling:
-            case "queue":
-                sizes = {"per_class": options.queue_per_class, "global_size": options.queue_global}
-                self._sampling = SampleQueue(**data, **sizes)
-            case "direct":
-                self._sampling = DirectSampling(**data)
-            case _:
-                raise unknown("sampling", options.sampling, ("queue", "direct"))
+        if one_of("sampling", options.sampling, "queue", "direct") == "queue":
+            sizes = {"per_class": options.queue_per_class, "global_size": options.queue_global}
+            self._sampling = SampleQueue(**data, **sizes)
+        else:
+            self._sampling = DirectSampling(**data)
+        self._of_pushed = one_of("class_sampling", options.class_sampling, "pushed", "uniform") == "pushed"
         self._sampling.require(options.positives, options.unconditional)
 
     def draw(self, step: int, slots: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The classes of the whole step, and of the slots the rows of each class and of any."""
         options = self._options
         pushed = self._sampling.push(step, options.push_per_step)
-        match options.class_sampling:
-            case "pushed":
-                candidates = self._labels[pushed]
-            case "uniform":
-                candidates = self._classes
-            case _:
-                raise unknown("class_sampling", options.class_sampling, ("pushed", "uniform"))
+        candidates = self._labels[pushed] if self._of_pushed else self._classes
         classes = choose_classes(self._seed, step, options.classes_per_step, candidates)
         rows = self._sampling.draw(step, classes, options.positives, options.unconditional, slots)
         return classes, *rows
