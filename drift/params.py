@@ -14,7 +14,14 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from drift.errors import UserError
-from drift.field.settings import FieldImpl, FieldSettings, beyond_triton, contradiction
+from drift.field.settings import (
+    FieldImpl,
+    FieldSettings,
+    beyond_triton,
+    contradiction,
+    unused,
+    without_effect,
+)
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 CountOrZero = Annotated[int, Field(strict=True, ge=0)]
@@ -31,6 +38,10 @@ Text = Annotated[str, Field(strict=True, min_length=1)]
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    def without_effect(self) -> dict[str, str]:
+        """The keys that change nothing beside the others, and why."""
+        return {}
+
 
 class Data(Section):
     dataset: Literal["digits", "folder"]
@@ -41,6 +52,9 @@ class Data(Section):
     """Side in pixels of the square images that the VAE sees."""
     classes: Count
     """Number of classes; checked against the data."""
+
+    def without_effect(self) -> dict[str, str]:
+        return unused((self.dataset != "folder", f"dataset is {self.dataset}", "root"))
 
 
 class Encode(Section):
@@ -88,6 +102,12 @@ class Optimizer(Section):
             raise ValueError(f"warmup_steps = {self.warmup_steps}: allowed: at most steps ({self.steps})")
         return self
 
+    def without_effect(self) -> dict[str, str]:
+        return unused(
+            (self.lr_schedule == "constant", "lr_schedule is constant", "lr_final"),
+            (self.warmup_steps == 0, "warmup_steps is 0", "warmup_start_lr"),
+        )
+
 
 class Mae(Optimizer):
     source: Text | None
@@ -125,6 +145,14 @@ class Mae(Optimizer):
         if self.finetune_steps > self.steps:
             raise ValueError(f"finetune_steps = {self.finetune_steps}: allowed: at most steps ({self.steps})")
         return self
+
+    def without_effect(self) -> dict[str, str]:
+        if self.source is not None:  # plainly trains nothing
+            return {}
+        return super().without_effect() | unused(
+            (self.finetune_steps == 0, "finetune_steps is 0", "finetune_weight finetune_ramp_steps"),
+            (self.held_out == 0, "held_out is 0", "evaluate_every"),
+        )
 
 
 class Drift(Optimizer):
@@ -203,6 +231,16 @@ class Drift(Optimizer):
             raise ValueError(f"ema_decays = {list(self.ema_decays)}: allowed: each decay once")
         return self
 
+    def without_effect(self) -> dict[str, str]:
+        unguided, one_omega = self.no_guidance_fraction == 1, self.omega_min == self.omega_max
+        return super().without_effect() | unused(
+            (self.style_codebooks == 0, "style_codebooks is 0", "style_entries"),
+            (one_omega, "omega_min is omega_max", "omega_exponent"),
+            (unguided, "no_guidance_fraction is 1", "omega_min omega_max omega_exponent"),
+            (self.unconditional == 0, "unconditional is 0", "queue_global"),
+            (self.sampling == "direct", "sampling is direct", "queue_per_class queue_global push_per_step"),
+        )
+
 
 class Fid(Section):
     features: Text
@@ -251,6 +289,13 @@ class Fid(Section):
                         f"images, where reference is a file of statistics ({self.reference})"
                     )
         return self
+
+    def without_effect(self) -> dict[str, str]:
+        without = "precision_recall" not in self.metrics
+        return unused(
+            (without, "metrics is without precision_recall", "precision_recall_images"),
+            (self.features != "inception", "features is not inception", "mode"),
+        )
 
 
 class Hardware(Section):
@@ -317,7 +362,7 @@ class Settings(Section):
     temps: Annotated[tuple[Positive, ...], Field(min_length=1)]
     """Kernel temperatures tau."""
     mask_self_neg: Switch
-    """Mask a generated sample out of its own negatives; `sinkhorn` never does (prior)."""
+    """Mask a generated sample out of its own negatives; `sinkhorn` never does (prior), and says so."""
     alg2_impl: Literal["logspace", "kernel"]
     """Softmaxes with each sum's own maximum, or exponentials first (prior), which may underflow."""
     sinkhorn_iters: Count
@@ -429,6 +474,54 @@ class Settings(Section):
     def field(self) -> FieldSettings:
         """The knobs of the drifting field."""
         return FieldSettings(**{key: getattr(self, key) for key in FIELD_KEYS})
+
+    def without_effect(self) -> dict[str, str]:
+        """The dotted keys of all sections."""
+        found = without_effect(self.field(), self.drift.unconditional > 0)
+        found |= unused(
+            (
+                "augmented" not in self.views,
+                "views is without augmented",
+                "encode.crops encode.crop_scale encode.crop_ratio encode.flip",
+            )
+        )
+        for name in ("data", "encode", "mae", "drift", "fid"):
+            found |= {f"{name}.{key}": why for key, why in getattr(self, name).without_effect().items()}
+        return found
+
+    def deciding(self, stage: str) -> dict[str, Any]:
+        """What decides the result of a stage, as JSON holds it: of its section, and for `drift` of the field.
+
+        Without what has no effect, so that a change of that is no other run.
+        """
+        content, idle = self.model_dump(mode="json"), self.without_effect()
+        section = {key: value for key, value in content[stage].items() if f"{stage}.{key}" not in idle}
+        field = FIELD_KEYS if stage == "drift" else ()
+        return {**{key: content[key] for key in field if key not in idle}, stage: section}
+
+    def remarks(self, stage: str) -> list[str]:
+        """What is to be told of a stage's settings that do nothing, or not what their names say, in lines."""
+        idle = self.without_effect()
+        places = {"encode": ("data", "encode"), "drift": ("", "drift")}.get(stage, (stage,))
+        by_reason: dict[str, list[str]] = {}
+        for key, why in idle.items():
+            section, _, name = key.rpartition(".")
+            off = getattr(getattr(self, section) if section else self, name) in (None, False)
+            if section in places and not off:
+                by_reason.setdefault(why, []).append(key)
+        told = "; ".join(f"{', '.join(keys)} ({why})" for why, keys in by_reason.items())
+        lines = [f"without effect here: {told}"] if told else []
+        if (
+            stage == "drift"
+            and self.coupling == "sinkhorn"
+            and self.mask_self_neg
+            and "mask_self_neg" not in idle
+        ):
+            lines.append(
+                "mask_self_neg = true: coupling sinkhorn masks nothing (prior); only S leaves out pairs of a "
+                "sample with itself"
+            )
+        return lines
 
 
 RENAMED = {"drift.queue_push": "drift.push_per_step, which counts the images of all processes together"}

@@ -12,7 +12,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -103,13 +103,23 @@ class Work:
     and the digests of the code that has worked on it, oldest first.
     """
 
-    def __init__(self, stage: str, decides: Mapping[str, Any], *, fresh: bool = False, first: bool = True):
+    def __init__(
+        self,
+        stage: str,
+        decides: Mapping[str, Any],
+        *,
+        fresh: bool = False,
+        first: bool = True,
+        remarks: Sequence[str] = (),
+    ):
         """`first`: whether this process manages the folder; other ranks only look up where it is.
 
-        `fresh`: throw away what is there. Raises `UserError` if the folder cannot be written.
+        `fresh`: throw away what is there. `remarks` on the settings go to the screen, and into the settings
+        file. Raises `UserError` if the folder cannot be written.
         """
         self.stage, self.decides, self.fresh, self.first = stage, dict(decides), fresh, first
         self.folder = work_root() / stage / fingerprint(decides)
+        self.remarks = list(remarks)
         self.code: list[str] = []
         self._lock = FileLock(_lock_file(self.folder))
 
@@ -123,6 +133,8 @@ class Work:
                     f"{self.folder}: another run of {self.stage} with the same settings and inputs is at "
                     "work there; wait for it, or end it"
                 ) from None
+            for remark in self.remarks:
+                print(f"{self.stage}: {remark}", flush=True)
             self._prepare()
             write_json(_holder_file(self.folder), asdict(Holder(platform.node(), os.getpid(), time.time())))
         return self
@@ -189,6 +201,8 @@ class Work:
         how: dict[str, Any] = {"code": list(self.code), "torch": str(torch.__version__)}
         if precision:
             how["precision"] = precision
+        if self.remarks:
+            how["remarks"] = self.remarks
         yaml = YAML(typ="safe", pure=True)
         yaml.default_flow_style = False
         with atomic_write(source / SETTINGS_FILE) as file:

@@ -16,7 +16,7 @@ from drift.files import check_writable, sha256, write_json
 from drift.launch import join, run_stage, spawn, stage_parser, wanted_processes
 from drift.models.generator import CLASSES_FILE
 from drift.models.mae import LatentMAE
-from drift.params import FIELD_KEYS, load_settings
+from drift.params import load_settings
 from drift.training.drift import plot_columns, train_generator
 from drift.training.export import export_run
 from drift.training.inputs import check_latents
@@ -43,19 +43,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if code is not None:
         return code
 
-    content = settings.model_dump(mode="json")
     decides = {
         "seed": settings.seed,
-        **{key: content[key] for key in FIELD_KEYS},
-        "drift": content["drift"],
+        **settings.deciding("drift"),
         "latents": store.digest,
         "vae": settings.encode.vae,  # that of the latents, which decodes what the generator makes
         "vae_revision": settings.encode.vae_revision,
         "mae": {name: sha256(args.mae / name) for name in ("config.json", "model.safetensors")},
     }
+    remarks = settings.remarks("drift")
     with (
         join(hardware.time_limit) as ranks,
-        Work("drift", decides, fresh=args.fresh, first=ranks.first) as work,
+        Work("drift", decides, fresh=args.fresh, first=ranks.first, remarks=remarks) as work,
     ):
         ranks.barrier()
         model, emas = train_generator(

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from drift.data.images import VIEWS, open_images
+from drift.data.images import VIEW_OPTIONS, VIEWS, open_images
 from drift.encoding import encode_view
 from drift.files import check_writable
 from drift.launch import join, run_stage, spawn, stage_parser, wanted_processes
@@ -38,19 +38,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if code is not None:
         return code
 
+    of_other_views = {key for view, keys in VIEW_OPTIONS.items() if view != args.view for key in keys}
     decides = {
         "seed": settings.seed,
         "view": args.view,
         "data": data.model_dump(mode="json"),
         # Whoever learns at the end that images are damaged may skip them without starting over
-        "encode": encode.model_dump(mode="json", exclude={"on_bad_image"}),
+        "encode": encode.model_dump(mode="json", exclude={"on_bad_image", *of_other_views}),
         "images": source.digest,
         "vae": vae.digest,
         "vae_precision": vae.precision,
     }
+    remarks = settings.remarks("encode")
     with (
         join(hardware.time_limit) as ranks,
-        Work("encode", decides, fresh=args.fresh, first=ranks.first) as work,
+        Work("encode", decides, fresh=args.fresh, first=ranks.first, remarks=remarks) as work,
         Signals() as signals,
     ):
         if hardware.compile and ranks.device.type == "cuda":

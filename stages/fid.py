@@ -114,7 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         peers = Peers(ranks.rank, ranks.world_size, ranks.sum, ranks.device)
         real = (0 if reference_images is None else len(reference_images)) + floor_images
-        with Work("fid", decides, fresh=args.fresh, first=ranks.first) as work:
+        remarks = settings.remarks("fid")
+        with Work("fid", decides, fresh=args.fresh, first=ranks.first, remarks=remarks) as work:
             ranks.barrier()
             progress = work.folder / "sweep.json"
             finished = json.loads(progress.read_text()) if progress.exists() else []

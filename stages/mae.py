@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     source = settings.mae.source
     if source is None:
         mae_config(settings.mae, store)
-        decides["mae"] = settings.mae.model_dump(mode="json")
+        decides |= settings.deciding("mae")
     else:
         encoder = open_encoder(source, store)
         files = {name: sha256(Path(source, name)) for name in ("config.json", "model.safetensors")}
@@ -58,9 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if code is not None:
         return code
 
+    remarks = settings.remarks("mae")
     with (
         join(hardware.time_limit) as ranks,
-        Work("mae", decides, fresh=args.fresh, first=ranks.first) as work,
+        Work("mae", decides, fresh=args.fresh, first=ranks.first, remarks=remarks) as work,
     ):
         ranks.barrier()
         common = {"seed": settings.seed, "hardware": hardware, "ranks": ranks, "folder": work.folder}

@@ -8,6 +8,7 @@ from complaints import complaint
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
+from drift.data.images import VIEW_OPTIONS
 from drift.errors import UserError
 from drift.field.settings import FieldSettings
 from drift.params import FIELD_KEYS, load_settings
@@ -274,6 +275,95 @@ def test_prior_presets_have_the_prior_field_in_the_ablation_setting():
         assert settings.drift == ablation.drift.model_copy(update={"class_sampling": "uniform"})
         assert (settings.encode.vae, settings.encode.posterior) == ("stabilityai/sd-vae-ft-ema", "mean")
         assert settings.fid.reference == "val"
+
+
+SINGLE_VIEW = {"views": ["center"], "mae__view": "center"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "told"),
+    [
+        (
+            "drift",
+            {"coupling": "sinkhorn"},
+            ["without effect here: uncond_weighting, affinity_floor, mask_self_neg (coupling is sinkhorn)"],
+        ),
+        (
+            "drift",
+            {
+                "coupling": "sinkhorn",
+                "self_in_scale": False,
+                "uncond_weighting": "logit",
+                "affinity_floor": 0.0,
+            },
+            [
+                "without effect here: uncond_weighting (coupling is sinkhorn)",
+                "mask_self_neg = true: coupling sinkhorn masks nothing (prior); only S leaves out pairs of a "
+                "sample with itself",
+            ],
+        ),
+        (
+            "drift",
+            {"coupling": "sinkhorn", "mask_self_neg": False, "drift__sampling": "direct"},
+            [
+                "without effect here: uncond_weighting, affinity_floor (coupling is sinkhorn); self_in_scale "
+                "(mask_self_neg is false); drift.queue_per_class, drift.queue_global, drift.push_per_step "
+                "(sampling is direct)"
+            ],
+        ),
+        ("mae", {}, []),
+        (
+            "mae",
+            {"mae__finetune_steps": 0, "mae__held_out": 0, "mae__lr_schedule": "constant"},
+            [
+                "without effect here: mae.lr_final (lr_schedule is constant); mae.finetune_weight, "
+                "mae.finetune_ramp_steps (finetune_steps is 0); mae.evaluate_every (held_out is 0)"
+            ],
+        ),
+        ("encode", {}, []),
+        (
+            "encode",
+            SINGLE_VIEW | {"encode__flip": True, "data__root": "elsewhere"},
+            [
+                "without effect here: encode.crops, encode.crop_scale, encode.crop_ratio, encode.flip (views "
+                "is without augmented); data.root (dataset is digits)"
+            ],
+        ),
+        (
+            "fid",
+            {"fid__metrics": ["kid"]},
+            [
+                "without effect here: fid.precision_recall_images (metrics is without precision_recall); "
+                "fid.mode (features is not inception)"
+            ],
+        ),
+    ],
+)
+def test_what_has_no_effect_is_told(tmp_path, stage, changes, told):
+    assert load_settings(changed(tmp_path, **changes)).remarks(stage) == told
+
+
+def test_the_options_of_the_other_view_are_those_of_encode(tmp_path):
+    idle = load_settings(changed(tmp_path, **SINGLE_VIEW)).without_effect()
+    assert {key for key in idle if key.startswith("encode.")} == {
+        f"encode.{key}" for key in VIEW_OPTIONS["augmented"]
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({"sinkhorn_iters": 7}, True),
+        ({"drift__lr_final": 0.5}, False),
+        ({"drift__positives": 31}, False),
+        ({"affinity_floor": 0.0}, False),
+        ({"coupling": "sinkhorn", "affinity_floor": 0.0, "mask_self_neg": False}, False),
+    ],
+    ids=str,
+)
+def test_only_what_has_an_effect_decides_a_run(tmp_path, changes, same):
+    before = load_settings(changed(tmp_path)).deciding("drift")
+    assert (load_settings(changed(tmp_path, **changes)).deciding("drift") == before) == same
 
 
 def test_several_mistakes_are_counted(tmp_path):

@@ -29,8 +29,8 @@ def leave(decides, name="progress", **options):
     return work.folder
 
 
-def finish(decides, destination):
-    with Work("stage", decides) as work:
+def finish(decides, destination, **options):
+    with Work("stage", decides, **options) as work:
         (work.folder / "export").mkdir()
         (work.folder / "export" / "result").write_text("42")
         (work.folder / "progress").touch()
@@ -66,6 +66,16 @@ def test_changed_code_is_reported_and_recorded_but_goes_on(monkeypatch, capsys, 
     settings = YAML(typ="safe", pure=True).load(tmp_path / "out" / "settings.yaml")
     assert settings["how"]["code"] == ["code-1", "code-2"]
     assert settings["decides"] == {"lr": 1}
+
+
+def test_remarks_go_to_the_screen_and_into_the_settings_file(capsys, tmp_path):
+    work = finish({"lr": 1}, tmp_path / "out", remarks=["without effect here: a (b is c)"])
+    assert capsys.readouterr().out.count("stage: without effect here: a (b is c)\n") == 1
+    settings = YAML(typ="safe", pure=True).load(tmp_path / "out" / "settings.yaml")
+    assert settings["how"]["remarks"] == ["without effect here: a (b is c)"]
+    finish({"lr": 2}, tmp_path / "plain")
+    assert "remarks" not in (tmp_path / "plain" / "settings.yaml").read_text()
+    assert work.folder == Work("stage", {"lr": 1}).folder  # they decide nothing
 
 
 def test_a_finished_run_is_exported_again_until_dvc_has_it(tmp_path):

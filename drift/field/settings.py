@@ -95,6 +95,32 @@ def contradiction(settings: FieldSettings) -> str | None:
     return None
 
 
+def unused(*rules: tuple[bool, str, str]) -> dict[str, str]:
+    """The keys of all rules (whether it holds, why, keys with spaces between) that hold, each with why."""
+    return {key: why for holds, why, keys in rules if holds for key in keys.split()}
+
+
+def without_effect(settings: FieldSettings, unconditional: bool = True) -> dict[str, str]:
+    """The knobs that change nothing beside the others, and why; values that are refused do not count.
+
+    `unconditional`: whether there are such samples.
+    """
+    s, sinkhorn = settings, settings.coupling == "sinkhorn"
+    row_of_split = s.coupling == "row" and s.drift_form == "split" and s.affinity_floor == 0
+    return unused(
+        (not unconditional, "unconditional is 0", "uncond_weighting sinkhorn_marginal"),
+        (row_of_split, "rows are normalised after the coupling", "uncond_weighting"),
+        (sinkhorn, "coupling is sinkhorn", "uncond_weighting affinity_floor"),
+        (sinkhorn and (s.self_in_scale or s.vanilla), "coupling is sinkhorn", "mask_self_neg"),
+        (not sinkhorn, f"coupling is {s.coupling}", "sinkhorn_iters sinkhorn_tolerance sinkhorn_marginal"),
+        (len(s.temps) == 1, "there is one temperature", "sinkhorn_agg_kernel"),
+        (s.normalize_drift_theta, "normalize_drift_theta is true", "drift_tau_scale"),
+        (not s.mask_self_neg, "mask_self_neg is false", "self_in_scale"),
+        (s.vanilla, "vanilla is true", "self_in_scale"),
+        (s.negatives == "second_batch", "negatives is second_batch", "mask_self_neg self_in_scale"),
+    )
+
+
 def beyond_triton(
     settings: FieldSettings, *, generated: int, positives: int, unconditional: int
 ) -> str | None:

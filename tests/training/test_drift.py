@@ -131,6 +131,33 @@ def test_every_line_of_the_log_tells_about_the_field(store, encoder, tmp_path, f
     assert {"loss", "scale", "lr", *names, *(f"{n}_{t:g}" for n in names for t in field.temps)} <= set(header)
 
 
+# What has no effect
+
+IDLE = [
+    (
+        {"sampling": "direct", "lr_schedule": "constant", "style_codebooks": 0, "no_guidance_fraction": 1.0},
+        {
+            "lr_final": 0.5, "warmup_start_lr": 0.1, "style_entries": 3, "queue_per_class": 1,
+            "queue_global": 1, "push_per_step": 1, "omega_min": 1.5, "omega_max": 9.0, "omega_exponent": 1.0,
+        },
+    ),
+    (
+        {"omega_min": 2.0, "omega_max": 2.0, "unconditional": 0},
+        {"omega_exponent": 1.0, "queue_global": 1, "warmup_start_lr": 0.1},
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "turned"), IDLE, ids=["direct", "one_omega"])
+def test_settings_that_are_declared_without_effect_change_no_bit(store, encoder, tmp_path, options, turned):
+    options = OPTIONS.model_copy(update=options)
+    assert options.without_effect().keys() == turned.keys()
+    one, _ = train(store, encoder, FieldSettings(), tmp_path / "one", options=options)
+    other_options = options.model_copy(update=turned)
+    other, _ = train(store, encoder, FieldSettings(), tmp_path / "other", options=other_options)
+    assert torch.equal(weights(one), weights(other))
+
+
 # How a step is taken
 
 MEMORY = [

@@ -53,6 +53,18 @@ def weights(model) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+def test_settings_that_are_declared_without_effect_change_no_bit(store, tmp_path):
+    options = OPTIONS.model_copy(update={"finetune_steps": 0, "held_out": 0, "lr_schedule": "constant"})
+    turned = {
+        "finetune_weight": 0.7, "finetune_ramp_steps": 3, "evaluate_every": 1, "lr_final": 0.5,
+        "warmup_start_lr": 0.1,
+    }  # fmt: skip
+    assert options.without_effect().keys() == turned.keys()
+    one, _ = train(store, tmp_path / "one", options)
+    other, _ = train(store, tmp_path / "other", options.model_copy(update=turned))
+    assert torch.equal(weights(one), weights(other))
+
+
 @pytest.mark.parametrize("size", [1, 4, 5, 100])
 def test_micro_batches_add_up_to_the_batch(store, tmp_path, size):
     whole, _ = train(store, tmp_path / "whole")
