@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "images": training.digest,
             "reference": sha256(fid.reference) if reference_images is None else reference_images.digest,
         }
-        peers = Peers(ranks.rank, ranks.world_size, ranks.sum, ranks.device)
+        peers = Peers(ranks.rank, ranks.world_size, ranks.sum, ranks.device, ranks.barrier)
         real = (0 if reference_images is None else len(reference_images)) + floor_images
         with Work("fid", decides, fresh=args.fresh, first=ranks.first) as work:
             ranks.barrier()

@@ -4,12 +4,15 @@ import errno
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import torch
 from imports import ROOT
+from processes import in_processes
 
 from drift.errors import UserError
 from drift.launch import Ranks, run_stage, stage_parser, wanted_processes
@@ -139,6 +142,20 @@ def test_a_request_to_save_before_the_first_step_is_passed_over():
     program = "import os, signal, stages; os.kill(os.getpid(), signal.SIGUSR1); print('alive')"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "alive\n"
+
+
+def write_late(ranks: Ranks, folder: Path) -> None:
+    for turn in range(2):
+        if ranks.rank == 1:
+            time.sleep(1)
+            (folder / f"written-{turn}").touch()
+        ranks.barrier()
+        assert (folder / f"written-{turn}").exists()
+
+
+def test_a_barrier_guards_files_where_a_sum_does_not(tmp_path):
+    """Collectives on a GPU return to the host at once."""
+    assert in_processes(write_late, 2, tmp_path, like_nccl=True) == [0, 0]
 
 
 def test_shares_cover_everything_once():

@@ -37,6 +37,10 @@ _SHIFT = 0.1  # of each feature, in its standard deviations
 _SCALE = 0.1  # by which features grow
 
 
+def _nobody() -> None:
+    """Whom a process without peers waits for."""
+
+
 @dataclass(frozen=True)
 class Peers:
     """The processes that measure together, and this one among them."""
@@ -46,14 +50,15 @@ class Peers:
     all_reduce_sum: AllReduceSum = alone
     device: str | torch.device = "cpu"
     """Where the tensors are that `all_reduce_sum` takes."""
+    wait: Callable[[], None] = _nobody
+    """Returns when all have come here. Not `all_reduce_sum`, which makes no host wait where it is a GPU's."""
+
+    def __post_init__(self) -> None:
+        assert self.world_size == 1 or self.wait is not _nobody, "the files of several need a barrier"
 
     @property
     def first(self) -> bool:
         return self.rank == 0
-
-    def wait(self) -> None:
-        """Return when all have come here."""
-        self.all_reduce_sum(torch.zeros((), device=self.device))
 
 
 @dataclass(frozen=True)
