@@ -155,12 +155,13 @@ def spawn(module: str, arguments: Sequence[str], processes: int) -> int | None:
     """Run `python -m module arguments` in several processes of this machine, and wait for them.
 
     Returns the exit code, or None where nothing was to be started: one process is wanted, or torchrun
-    is already there. SIGTERM, SIGINT and SIGUSR1 are passed on to the processes, which take the time that
-    they need. A process that fails takes the others down; mistakes of the user are told once, whichever
-    processes have noticed them.
+    is already there. Raises `UserError` if they are more than the CUDA devices, if there are any. SIGTERM,
+    SIGINT and SIGUSR1 are passed on to the processes, which take the time they need. A process that fails takes
+    the others down; mistakes of the user are told once, whichever processes have noticed them.
     """
     if processes == 1 or under_torchrun():
         return None
+    _require_a_device_each(processes, "lower hardware.processes or --nproc")
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -224,11 +225,22 @@ def _told(failures: Mapping[int, "ProcessFailure"]) -> int:
     return max(128 - code if code < 0 else code for code in codes)
 
 
+def _require_a_device_each(processes: int, way_out: str) -> None:
+    """Refuse what NCCL would: two processes on one CUDA device. Raises `UserError`."""
+    devices = torch.cuda.device_count()
+    if torch.cuda.is_available() and processes > devices:
+        raise UserError(
+            f"{processes} processes on a machine with {devices} CUDA device{'s' if devices > 1 else ''}: "
+            f"each needs one of its own; {way_out}, or compute on CPUs (CUDA_VISIBLE_DEVICES= hides the devices)"
+        )
+
+
 @contextmanager
 def join(time_limit: float) -> Iterator[Ranks]:
     """Enter the process group, if there is one, and leave it at the end.
 
-    A process that has waited `time_limit` minutes for the others gives up.
+    A process that has waited `time_limit` minutes for the others gives up. Raises `UserError` if there are
+    more processes on this machine than CUDA devices, if there are any.
     """
     if not under_torchrun():
         yield Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -240,7 +252,8 @@ def join(time_limit: float) -> Iterator[Ranks]:
             sys.exit(_PEER_LOST)
     local_rank, limit = int(os.environ["LOCAL_RANK"]), timedelta(minutes=time_limit)
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        _require_a_device_each(int(os.environ["LOCAL_WORLD_SIZE"]), "lower torchrun's --nproc-per-node")
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device, timeout=limit)
         control = dist.new_group(backend="gloo", timeout=limit)

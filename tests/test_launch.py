@@ -11,11 +11,12 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from imports import ROOT
 from processes import in_processes
 
 from drift.errors import UserError
-from drift.launch import Ranks, run_stage, stage_parser, wanted_processes
+from drift.launch import Ranks, join, run_stage, spawn, stage_parser, wanted_processes
 
 PROGRAM = """
 import os
@@ -169,6 +170,22 @@ def test_the_command_line_wins_over_the_setting():
     assert wanted_processes(3, 2) == 3
     assert wanted_processes(None, 2) == 2
     assert wanted_processes(None, None) == max(1, torch.cuda.device_count())
+
+
+@pytest.mark.parametrize("by", ["the setting", "torchrun"])
+def test_more_processes_than_gpus_are_refused_before_nccl_does(monkeypatch, by):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: pytest.fail("NCCL is asked"))
+    if by == "torchrun":
+        for name, value in {"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "3"}.items():
+            monkeypatch.setenv(name, value)
+    setting = {"the setting": r"hardware\.processes", "torchrun": "--nproc-per-node"}[by]
+    with pytest.raises(UserError, match=rf"^3 processes .* 2 CUDA devices: .*lower .*{setting}"):
+        if by == "torchrun":
+            join(1.0).__enter__()
+        else:
+            spawn("no_module", [], wanted_processes(None, 3))
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "two"])
