@@ -220,7 +220,8 @@ class _Files:
             marks = self.marks()
             marks[marks == _UNDECODABLE] = _TO_DO  # may have been repaired
         else:
-            self.latents.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(self.latents, ignore_errors=True)  # not overwritten: a result may share the files
+            self.latents.mkdir(parents=True)
             latents_path, labels_path, _ = latent_files(self.latents)
             shape = (len(source) * per_image, *latent_shape)
             _require_room(self.folder, shape)
