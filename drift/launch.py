@@ -155,9 +155,9 @@ def spawn(module: str, arguments: Sequence[str], processes: int) -> int | None:
     """Run `python -m module arguments` in several processes of this machine, and wait for them.
 
     Returns the exit code, or None where nothing was to be started: one process is wanted, or torchrun
-    is already there. Raises `UserError` if they are more than the CUDA devices, if there are any. SIGTERM,
-    SIGINT and SIGUSR1 are passed on to the processes, which take the time they need. A process that fails takes
-    the others down; mistakes of the user are told once, whichever processes have noticed them.
+    is already there. SIGTERM, SIGINT and SIGUSR1 are passed on to the processes, which take the time that
+    they need. A process that fails takes the others down; mistakes of the user are told once, whichever
+    processes have noticed them. Raises `UserError` if the machine has CUDA devices, but fewer.
     """
     if processes == 1 or under_torchrun():
         return None
@@ -231,7 +231,7 @@ def _require_a_device_each(processes: int, way_out: str) -> None:
     if torch.cuda.is_available() and processes > devices:
         raise UserError(
             f"{processes} processes on a machine with {devices} CUDA device{'s' if devices > 1 else ''}: "
-            f"each needs one of its own; {way_out}, or compute on CPUs (CUDA_VISIBLE_DEVICES= hides the devices)"
+            f"each needs one of its own; {way_out}, or compute on CPUs (CUDA_VISIBLE_DEVICES= hides them)"
         )
 
 
@@ -240,7 +240,7 @@ def join(time_limit: float) -> Iterator[Ranks]:
     """Enter the process group, if there is one, and leave it at the end.
 
     A process that has waited `time_limit` minutes for the others gives up. Raises `UserError` if there are
-    more processes on this machine than CUDA devices, if there are any.
+    fewer CUDA devices on this machine than processes, if there are any.
     """
     if not under_torchrun():
         yield Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -273,7 +273,7 @@ def stage_parser(description: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="settings (params.yaml)")
     parser.add_argument("--nproc", type=_positive, help="processes on this machine")
-    parser.add_argument("--fresh", action="store_true", help="throw away unfinished work and start over")
+    parser.add_argument("--fresh", action="store_true", help="start over, and set aside what is there")
     return parser
 
 

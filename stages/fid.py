@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     | {"fid": decides["fid"], "data": decides["data"]},
                     training_log=args.generator / "logs.jsonl",
                 )
-                work.finish()
+                work.finish(outputs.metrics)
                 print_report(outputs.metrics, outputs.beside_metrics, hardware.png_folder)
     return 0
 

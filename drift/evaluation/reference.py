@@ -5,6 +5,7 @@ digest of all that they depend on.
 """
 
 import hashlib
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,9 +26,11 @@ from drift.evaluation.features import FeatureNetwork
 from drift.evaluation.moments import AllReduceSum, Moments, alone, frechet_distance
 from drift.evaluation.store import FeatureStore
 from drift.files import atomic_write, sha256
+from drift.lock import Lock
 from drift.seeds import numpy_generator
 
 _KEYS = (("mu", "sigma"), ("ref_mu", "ref_sigma"))  # clean-fid's and the prior's names; the release's
+_WAIT_S = 1.0  # between two looks at a lock
 _DECIDING = ("clean-fid", "pillow", "torch", "torchvision")  # packages whose version decides features
 
 # Of the self-test, relative to the trace of the covariance. The square root leaves 1e-9 where all is well.
@@ -202,14 +204,14 @@ def measure_images(
             lock.release()
 
 
-def _lock(folder: Path) -> FileLock:
+def _lock(folder: Path) -> Lock:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_suffix(".lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"waiting for another run that measures the same real images (in {folder})", flush=True)
-        lock.acquire()
+    lock = Lock(folder)
+    told = ""
+    while not lock.acquire():
+        if told != (told := lock.holder()):
+            print(f"{folder}: waiting for another run that measures the same images ({told})", flush=True)
+        time.sleep(_WAIT_S)
     return lock
 
 
