@@ -25,7 +25,7 @@ from drift.errors import UserError
 from drift.files import atomic_write, check_writable, replace_folder, write_json
 from drift.models.prior_mae import PriorMAE
 from drift.models.vae import CONFIG_FILE, known_scaling_factor
-from drift.params import Settings
+from drift.params import Settings, output_around
 from drift.release import import_prior_mae
 from drift.remote import check_remote, find_rclone
 from drift.signals import when_parent_ends
@@ -98,6 +98,8 @@ def adopt_mae(source: str, destination: str | Path, *, force: bool = False) -> P
     Raises `UserError` as `fetch_source` and `import_prior_mae` do.
     """
     destination = Path(destination)
+    if output := output_around(destination):
+        raise UserError(f"{destination}: in {output}, which a stage writes; name another folder")
     if destination.exists() and not force:
         raise UserError(f"{destination}: exists already; --force replaces it")
     check_writable(destination.parent)

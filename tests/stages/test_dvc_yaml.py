@@ -7,7 +7,7 @@ import pytest
 from imports import ROOT, all_imports
 from ruamel.yaml import YAML
 
-from drift.params import FIELD_KEYS, Settings
+from drift.params import FIELD_KEYS, OUTPUTS, Settings
 from drift.work import PLUMBING
 
 DVC = YAML(typ="safe", pure=True).load(ROOT / "dvc.yaml")
@@ -76,6 +76,11 @@ def test_metrics_and_plots_are_in_git_and_artifacts_in_the_cache():
     in_git = outputs("metrics") | outputs("plots")
     assert all(options["cache"] is False for options in in_git.values())
     assert all("cache" not in options for options in outputs("outs").values())
+
+
+def test_settings_know_the_folders_that_stages_write():
+    written = {path.removesuffix("/${item.view}") for path in outputs("outs")}
+    assert written == set(OUTPUTS)
 
 
 def test_every_further_plot_is_of_a_file_that_a_stage_writes():
