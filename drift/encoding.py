@@ -225,7 +225,7 @@ class _Files:
             latents_path, labels_path, _ = latent_files(self.latents)
             shape = (len(source) * per_image, *latent_shape)
             _require_room(self.folder, shape)
-            np.lib.format.open_memmap(latents_path, "w+", np.float16, shape)
+            RowFile.create(latents_path, np.float16, shape)
             _save(labels_path, np.repeat(source.labels, per_image))
             marks = np.full(len(source), _TO_DO, np.uint8)
         _save(self._marks, marks)  # after the others, for which it vouches

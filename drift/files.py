@@ -247,6 +247,21 @@ class RowFile:
         self._offset: int = stored.offset
         self._row_bytes = stored.dtype.itemsize * math.prod(stored.shape[1:])
 
+    @classmethod
+    def create(cls, path: str | Path, dtype: "np.typing.DTypeLike", shape: tuple[int, ...]) -> "RowFile":
+        """A new file of zeros, which take no room on the disk until they are overwritten.
+
+        Without a writable memory map, which some network filesystems do not have.
+        """
+        import numpy as np
+
+        dtype = np.dtype(dtype)
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        with naming(path), Path(path).open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            file.truncate(file.tell() + dtype.itemsize * math.prod(shape))
+        return cls(path)
+
     def __len__(self) -> int:
         return self.shape[0]
 

@@ -2,6 +2,7 @@ import errno
 import gc
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import subprocess
@@ -296,6 +297,21 @@ def test_rows_are_read_and_written_in_place(tmp_path):
     os.truncate(tmp_path / "a.npy", 300)
     with pytest.raises(AssertionError, match="cut short"):
         rows.read()
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 2), (7,)])
+def test_new_rows_are_zeros_and_need_no_writable_map(tmp_path, monkeypatch, shape):
+    np.save(tmp_path / "expected.npy", np.zeros(shape, np.float16))
+    memmap = mmap.mmap
+
+    def refuse(*arguments, access, **options):
+        if access == mmap.ACCESS_WRITE:
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+        return memmap(*arguments, access=access, **options)
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    assert files.RowFile.create(tmp_path / "a.npy", np.float16, shape).shape == shape
+    assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "expected.npy").read_bytes()
 
 
 def test_rows_need_no_compiler_once_they_are_open(tmp_path, monkeypatch):

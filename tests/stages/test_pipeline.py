@@ -104,9 +104,17 @@ def test_an_experiment_with_another_coupling_reruns_drift_and_fid(finished):
     assert finished.repro() == []  # all of it is in the run cache
 
 
-def test_changed_code_of_the_mae_reruns_what_uses_it(finished):
+def test_a_changed_comment_trains_nothing_again(finished):
     with open(finished.folder / "drift/models/mae.py", "a") as file:
         file.write("# changed\n")
+    said = finished.run("dvc", "repro").stdout
+    assert [f"{stage}: finished already" in said for stage in ("mae", "drift")] == [True, True]
+    assert "Running stage 'fid'" not in said  # what it reads has the same bytes
+
+
+def test_changed_code_of_the_mae_reruns_what_uses_it(finished):
+    with open(finished.folder / "drift/models/mae.py", "a") as file:
+        file.write("CHANGED = True\n")
     assert finished.repro() == ["mae", "drift", "fid"]
 
 
