@@ -22,7 +22,7 @@ from ruamel.yaml import YAML
 
 from drift.data.latents import LatentStore, file_facts, latent_files
 from drift.errors import UserError
-from drift.files import atomic_write, check_writable, replace_folder, write_json
+from drift.files import atomic_write, check_output, check_writable, replace_folder, write_json
 from drift.models.prior_mae import PriorMAE
 from drift.models.vae import CONFIG_FILE, known_scaling_factor
 from drift.params import Settings, output_around
@@ -77,7 +77,7 @@ def adopt_latents(
     out = Path(out)
     if out.exists() and not force:
         raise UserError(f"{out}: exists already; --force replaces it")
-    check_writable(out.parent)
+    check_output(out)
     key = hashlib.sha256(f"{view} {source}".encode()).hexdigest()[:16]
     folder = fetch_source(source, work_root() / "adopt" / key, LATENT_FILES)
     try:
@@ -102,7 +102,7 @@ def adopt_mae(source: str, destination: str | Path, *, force: bool = False) -> P
         raise UserError(f"{destination}: in {output}, which a stage writes; name another folder")
     if destination.exists() and not force:
         raise UserError(f"{destination}: exists already; --force replaces it")
-    check_writable(destination.parent)
+    check_output(destination)
     if not source.endswith(".pt"):
         source = f"{source.rstrip('/')}/checkpoints/{CHECKPOINT}"
     key = hashlib.sha256(f"mae {source}".encode()).hexdigest()[:16]

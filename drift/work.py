@@ -121,7 +121,11 @@ class Work:
                     f"{self.folder}: another run of {self.stage} with the same settings and inputs is at "
                     f"work there; wait for it, or end it ({self._lock.holder()})"
                 )
-            self._prepare()
+            try:
+                self._prepare()
+            except BaseException:
+                self._lock.release()
+                raise
         return self
 
     def __exit__(
