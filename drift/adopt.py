@@ -23,10 +23,10 @@ from ruamel.yaml import YAML
 from drift.data.images import VIEW_OPTIONS
 from drift.data.latents import LatentStore, file_facts, latent_files
 from drift.errors import UserError, one_of
-from drift.files import atomic_write, check_writable, replace_folder, write_json
+from drift.files import atomic_write, check_output, check_writable, replace_folder, write_json
 from drift.models.prior_mae import PriorMAE
 from drift.models.vae import CONFIG_FILE, known_scaling_factor
-from drift.params import Settings
+from drift.params import Settings, output_around
 from drift.release import import_prior_mae
 from drift.remote import check_remote, find_rclone
 from drift.signals import when_parent_ends
@@ -78,7 +78,7 @@ def adopt_latents(
     out = Path(out)
     if out.exists() and not force:
         raise UserError(f"{out}: exists already; --force replaces it")
-    check_writable(out.parent)
+    check_output(out)
     key = hashlib.sha256(f"{view} {source}".encode()).hexdigest()[:16]
     folder = fetch_source(source, work_root() / "adopt" / key, LATENT_FILES)
     try:
@@ -99,9 +99,11 @@ def adopt_mae(source: str, destination: str | Path, *, force: bool = False) -> P
     Raises `UserError` as `fetch_source` and `import_prior_mae` do.
     """
     destination = Path(destination)
+    if output := output_around(destination):
+        raise UserError(f"{destination}: in {output}, which a stage writes; name another folder")
     if destination.exists() and not force:
         raise UserError(f"{destination}: exists already; --force replaces it")
-    check_writable(destination.parent)
+    check_output(destination)
     if not source.endswith(".pt"):
         source = f"{source.rstrip('/')}/checkpoints/{CHECKPOINT}"
     key = hashlib.sha256(f"mae {source}".encode()).hexdigest()[:16]

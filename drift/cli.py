@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from drift.commands import (
     adopt,
+    clean,
     export,
     fid_selftest,
     import_prior,
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 _COMMANDS: dict[str, Add] = {
     "watch": watch.add,
+    "clean": clean.add,
     "fid-selftest": fid_selftest.add,
     "inspect": inspect.add,
     "sample": sample.add,

@@ -223,11 +223,12 @@ class _Files:
             marks = self.marks()
             marks[marks == _UNDECODABLE] = _TO_DO  # may have been repaired
         else:
-            self.latents.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(self.latents, ignore_errors=True)  # not overwritten: a result may share the files
+            self.latents.mkdir(parents=True)
             latents_path, labels_path, _ = latent_files(self.latents)
             shape = (len(source) * per_image, *latent_shape)
             _require_room(self.folder, shape)
-            np.lib.format.open_memmap(latents_path, "w+", np.float16, shape)
+            RowFile.create(latents_path, np.float16, shape)
             _save(labels_path, np.repeat(source.labels, per_image))
             marks = np.full(len(source), _TO_DO, np.uint8)
         _save(self._marks, marks)  # after the others, for which it vouches

@@ -35,6 +35,10 @@ Switch = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(strict=True, min_length=1)]
 
 
+OUTPUTS = ("artifacts/latents", "artifacts/mae", "artifacts/generator", "reports")
+"""Folders that the stages write."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -405,6 +409,7 @@ class Settings(Section):
     def _consistent(self):
         if complaint := contradiction(self.field()):
             raise ValueError(complaint)
+        self._require_inputs_of_its_own()
         self._require_a_difference()
         self._require_feasible_marginals()
         if self.hardware.field_impl == "triton":
@@ -436,6 +441,23 @@ class Settings(Section):
                 f"allowed: at most data.classes ({self.data.classes})"
             )
         return self
+
+    def _require_inputs_of_its_own(self) -> None:
+        """Refuse to read what DVC removes before the stage that is to read it has begun."""
+        inputs = {
+            "data.root": self.data.root,
+            "encode.vae": self.encode.vae,
+            "mae.source": self.mae.source,
+            "fid.features": self.fid.features,
+            "fid.inception": self.fid.inception,
+            "fid.reference": self.fid.reference,
+        }
+        for key, value in inputs.items():
+            if value is not None and (output := output_around(value)):
+                raise ValueError(
+                    f"{key} = {value!r}: allowed: outside of {output}, which DVC empties for the stage that "
+                    "writes it; copy it to a folder of its own"
+                )
 
     def _require_a_difference(self) -> None:
         """Refuse what would train for days and end as another run does."""
@@ -526,6 +548,14 @@ class Settings(Section):
 
 RENAMED = {"drift.queue_push": "drift.push_per_step, which counts the images of all processes together"}
 """Keys of earlier files, and what has become of them."""
+
+
+def output_around(path: str | Path) -> str | None:
+    """The output of a stage that `path` is or lies in."""
+    here = Path(path).resolve()
+    return next((output for output in OUTPUTS if here.is_relative_to(Path(output).resolve())), None)
+
+
 FIELD_KEYS: tuple[str, ...] = tuple(FieldSettings.__dataclass_fields__)
 
 
@@ -539,6 +569,11 @@ def load_settings(path: str | Path) -> Settings:
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); presets/ holds complete files to copy"
+        ) from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"{path}: line {line} is not UTF-8 (byte 0x{error.object[error.start]:02x}); save it as UTF-8"
         ) from None
     # YAML 1.2, as DVC reads it: 1e-6 is a number
     try:

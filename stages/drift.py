@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from drift.data.latents import LatentStore
-from drift.files import check_writable, sha256, write_json
+from drift.files import check_output, sha256, write_json
 from drift.launch import join, run_stage, spawn, stage_parser, wanted_processes
 from drift.models.generator import CLASSES_FILE
 from drift.models.mae import LatentMAE
@@ -34,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     settings = load_settings(args.params)
     hardware = settings.hardware
-    check_writable(args.out.parent)
-    check_writable(args.plot.parent)
+    check_output(args.out)
+    check_output(args.plot)
     store = LatentStore.open(args.latents)
     check_latents(store, settings, "center")
     encoder = LatentMAE.from_pretrained(args.mae)

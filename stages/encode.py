@@ -13,7 +13,7 @@ from pathlib import Path
 
 from drift.data.images import VIEW_OPTIONS, VIEWS, open_images
 from drift.encoding import encode_view
-from drift.files import check_writable
+from drift.files import check_output, link_folder
 from drift.launch import join, run_stage, spawn, stage_parser, wanted_processes
 from drift.models.vae import VAE
 from drift.params import load_settings
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     settings = load_settings(args.params)
     data, encode, hardware = settings.data, settings.encode, settings.hardware
-    check_writable(args.out.parent)
+    check_output(args.out)
     source = open_images(data.dataset, data.root, "train", data.classes)
     vae = VAE.from_pretrained(encode.vae, encode.vae_revision, precision=hardware.vae_precision)
     code = spawn("stages.encode", argv, wanted_processes(args.nproc, hardware.processes))
@@ -83,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         vae.tell_recomputed()
         if ranks.first:
-            work.publish(export, args.out)
+            # By second names: the rows stay where a run that is started again looks for them
+            work.publish(link_folder(export, work.folder / "export"), args.out)
     return 0
 
 

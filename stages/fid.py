@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "images": training.digest,
             "reference": sha256(fid.reference) if reference_images is None else reference_images.digest,
         }
-        peers = Peers(ranks.rank, ranks.world_size, ranks.sum, ranks.device)
+        peers = Peers(ranks.rank, ranks.world_size, ranks.sum, ranks.device, ranks.barrier)
         real = (0 if reference_images is None else len(reference_images)) + floor_images
         remarks = settings.remarks("fid")
         with Work("fid", decides, fresh=args.fresh, first=ranks.first, remarks=remarks) as work:
@@ -215,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     | {"fid": decides["fid"], "data": decides["data"]},
                     training_log=args.generator / "logs.jsonl",
                 )
-                work.finish()
+                work.finish(outputs.metrics)
                 print_report(outputs.metrics, outputs.beside_metrics, hardware.png_folder)
     return 0
 

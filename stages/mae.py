@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from drift.data.latents import LatentStore
-from drift.files import check_writable, sha256
+from drift.files import check_output, sha256
 from drift.launch import join, run_stage, spawn, stage_parser, wanted_processes
 from drift.params import load_settings
 from drift.training.export import export_run
@@ -39,9 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     settings = load_settings(args.params)
     hardware = settings.hardware
-    check_writable(args.out.parent)
+    check_output(args.out)
     for path in (args.plot, args.held_out_plot):
-        check_writable(path.parent)
+        check_output(path)
     store = LatentStore.open(args.latents)
     check_latents(store, settings, settings.mae.view)
     plots = {args.plot: PLOT_COLUMNS, args.held_out_plot: HELD_OUT_COLUMNS}

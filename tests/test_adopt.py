@@ -315,6 +315,7 @@ def test_a_damaged_mae_is_refused_by_its_own_name_and_replaces_nothing(here, run
     assert str(path) in complaint(lambda: adopt_mae(str(run_folder), "imported/w4", force=True))
     assert file_bytes(here / "imported/w4") == before
     assert "nowhere" in complaint(lambda: adopt_mae("nowhere", "imported/x"))
+    assert "in artifacts/mae, which a stage writes" in complaint(lambda: adopt_mae(source, "artifacts/mae"))
 
 
 def file_bytes(folder):

@@ -53,6 +53,40 @@ def test_params_yaml_is_the_digits_preset_as_shipped():
     assert (ROOT / "params.yaml").read_bytes() == (ROOT / "presets" / "digits.yaml").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("encoding", "told"),
+    [("cp1252", "line 1 is not UTF-8 (byte 0xfc)"), ("utf-16", "line 1 is not UTF-8 (byte 0xff)")],
+)
+def test_a_file_in_another_encoding_is_one_line(tmp_path, encoding, told):
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    file = tmp_path / "params.yaml"
+    file.write_text("# für digits\n" + text, encoding=encoding)
+    assert complaint(lambda: load_settings(file)) == f"{file}: {told}; save it as UTF-8"
+    file.write_text("# für digits\n" + text, encoding="utf-8")
+    load_settings(file)
+    file.write_text(text, encoding="utf-16-le")  # no mark at its beginning, and valid UTF-8
+    complaint(lambda: load_settings(file))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "output"),
+    [
+        ("mae__source", "artifacts/mae", "artifacts/mae"),
+        ("mae__source", "./artifacts/../artifacts/mae/", "artifacts/mae"),
+        ("mae__source", "linked/encoder", "artifacts/mae"),
+        ("encode__vae", "artifacts/latents/center/vae", "artifacts/latents"),
+        ("fid__reference", "reports/real", "reports"),
+    ],
+)
+def test_what_dvc_empties_is_no_input(tmp_path, monkeypatch, key, value, output):
+    (tmp_path / "artifacts/mae/encoder").mkdir(parents=True)
+    (tmp_path / "linked").symlink_to(tmp_path / "artifacts/mae")
+    monkeypatch.chdir(tmp_path)
+    said = refusal(tmp_path, **{key: value})
+    assert key.replace("__", ".") in said and repr(value) in said and f"outside of {output}," in said
+    load_settings(changed(tmp_path, mae__source="artifacts/mae-of-another"))
+
+
 # Paper Table 8 and A.8; a second writing-down of the presets, so that a slip in either shows
 PUBLISHED = {
     "imagenet256_ablation": {

@@ -5,6 +5,7 @@ digest of all that they depend on.
 """
 
 import hashlib
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,15 +26,21 @@ from drift.evaluation.features import FeatureNetwork
 from drift.evaluation.moments import AllReduceSum, Moments, alone, frechet_distance
 from drift.evaluation.store import FeatureStore
 from drift.files import atomic_write, sha256
+from drift.lock import Lock
 from drift.seeds import numpy_generator
 
 _KEYS = (("mu", "sigma"), ("ref_mu", "ref_sigma"))  # clean-fid's and the prior's names; the release's
+_WAIT_S = 1.0  # between two looks at a lock
 _DECIDING = ("clean-fid", "pillow", "torch", "torchvision")  # packages whose version decides features
 
 # Of the self-test, relative to the trace of the covariance. The square root leaves 1e-9 where all is well.
 _ZERO = 1e-5
 _SHIFT = 0.1  # of each feature, in its standard deviations
 _SCALE = 0.1  # by which features grow
+
+
+def _nobody() -> None:
+    """Whom a process without peers waits for."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +52,15 @@ class Peers:
     all_reduce_sum: AllReduceSum = alone
     device: str | torch.device = "cpu"
     """Where the tensors are that `all_reduce_sum` takes."""
+    wait: Callable[[], None] = _nobody
+    """Returns when all have come here. Not `all_reduce_sum`, which makes no host wait where it is a GPU's."""
+
+    def __post_init__(self) -> None:
+        assert self.world_size == 1 or self.wait is not _nobody, "the files of several need a barrier"
 
     @property
     def first(self) -> bool:
         return self.rank == 0
-
-    def wait(self) -> None:
-        """Return when all have come here."""
-        self.all_reduce_sum(torch.zeros((), device=self.device))
 
 
 @dataclass(frozen=True)
@@ -197,14 +204,14 @@ def measure_images(
             lock.release()
 
 
-def _lock(folder: Path) -> FileLock:
+def _lock(folder: Path) -> Lock:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_suffix(".lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"waiting for another run that measures the same real images (in {folder})", flush=True)
-        lock.acquire()
+    lock = Lock(folder)
+    told = ""
+    while not lock.acquire():
+        if told != (told := lock.holder()):
+            print(f"{folder}: waiting for another run that measures the same images ({told})", flush=True)
+        time.sleep(_WAIT_S)
     return lock
 
 

@@ -34,7 +34,7 @@ class FeatureStore:
             pass
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        np.lib.format.open_memmap(folder / "features.npy", "w+", np.float32, (count, dimension))
+        RowFile.create(folder / "features.npy", np.float32, (count, dimension))
         np.save(folder / "done.npy", np.zeros(count, np.uint8))
         return cls(folder)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from painting import CLASSES, Decoder, Painter, Source, flat, pixel_network
 from PIL import Image
-from standins import random_port, run_ranks, save_inception
+from standins import peers_of, random_port, run_ranks, save_inception
 from torch_fidelity_shim import calculate_precision_recall_full, isc_features_to_metric
 
 from drift.data.images import ImageFiles
@@ -17,7 +17,7 @@ from drift.evaluation.features import load_feature_network
 from drift.evaluation.fid import METRICS, Samples, best_entry, evaluate_sweep, sweep_summary, write_sweep_csv
 from drift.evaluation.metrics import kernel_distance
 from drift.evaluation.moments import frechet_distance
-from drift.evaluation.reference import FeatureStatistics, Peers, Reference, measure_images
+from drift.evaluation.reference import FeatureStatistics, Reference, measure_images
 from drift.evaluation.sample import ImageDecoder, balanced_labels, sample_images
 from drift.seeds import derive_seed
 
@@ -86,7 +86,7 @@ def test_ranks_and_batches_do_not_change_the_sweep(network, reference, tmp_path,
             png=tmp_path / "png",
             writers=2,
             batch_size=batch_size,
-            peers=Peers(rank, world_size, all_reduce_sum),
+            peers=peers_of(rank, world_size, all_reduce_sum),
         )
 
     results = run_ranks(world_size, work)
@@ -236,7 +236,7 @@ def test_the_samples_of_the_whole_sweep_are_counted(network, reference, tmp_path
                 metrics=(),
                 finished=[{"omega": 1.0, "ema_decay": 0.9, "fid": 1.0}],
                 on_images=seen[rank].append,
-                peers=Peers(rank, world_size, all_reduce_sum),
+                peers=peers_of(rank, world_size, all_reduce_sum),
             )
 
         run_ranks(world_size, work)

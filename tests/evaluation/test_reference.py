@@ -1,13 +1,14 @@
 import itertools
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from painting import Source, flat, pixel_network
 from PIL import Image
-from standins import run_ranks
+from processes import in_processes
+from standins import peers_of, run_ranks
 
 from drift.data.images import ImageFiles, open_images
 from drift.errors import UserError
@@ -23,6 +24,7 @@ from drift.evaluation.reference import (
     self_test,
 )
 from drift.evaluation.store import FeatureStore
+from drift.launch import Ranks
 
 REAL = {"image_size": 4, "batch_size": 7}
 
@@ -60,7 +62,7 @@ def test_ranks_share_the_real_images(network, tmp_path):
     sources = [Source(50, seed=0) for _ in range(3)]
 
     def work(rank, all_reduce_sum):
-        peers = Peers(rank, 3, all_reduce_sum)
+        peers = peers_of(rank, 3, all_reduce_sum)
         return measure_images(sources[rank], network, tmp_path / "shared", peers=peers, **REAL)
 
     for found in run_ranks(3, work):
@@ -76,7 +78,7 @@ def test_ranks_that_come_late_find_their_share(network, tmp_path, monkeypatch):
 
     def work(rank, all_reduce_sum):
         measured = measure_images(
-            sources[rank], network, tmp_path, peers=Peers(rank, 2, all_reduce_sum), **REAL
+            sources[rank], network, tmp_path, peers=peers_of(rank, 2, all_reduce_sum), **REAL
         )
         return measured.features[:]
 
@@ -271,7 +273,21 @@ def test_a_covariance_that_is_none_fails_the_self_test():
         self_test(Reference("x.npz", "", FeatureStatistics(np.zeros(2), sigma)), seed=0)
 
 
-def test_peers_wait_where_their_tensors_are():
-    seen = []
-    Peers(all_reduce_sum=seen.append, device="meta").wait()
-    assert seen[0].device == torch.device("meta")
+def measure_without_waiting(ranks: Ranks, folder: Path) -> None:
+    peers = Peers(ranks.rank, ranks.world_size, ranks.sum, ranks.device, ranks.barrier)
+    source = Source(50, seed=0)
+    load = source.load
+
+    def late(index):
+        time.sleep(0.02 * ranks.rank)
+        return load(index)
+
+    source.load = late
+    found = measure_images(source, pixel_network(), folder / "cache", peers=peers, **REAL)
+    assert np.array_equal(found.features[:], flat(source.images).astype(np.float32))
+    assert found.statistics.mean == pytest.approx(flat(source.images).mean(0), rel=1e-12)
+
+
+def test_processes_on_gpus_wait_for_each_others_rows(tmp_path):
+    """Sums on a GPU make no host wait, so it took rows for measured that another had not written yet."""
+    assert in_processes(measure_without_waiting, 2, tmp_path, like_nccl=True) == [0, 0]

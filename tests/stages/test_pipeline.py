@@ -104,9 +104,17 @@ def test_an_experiment_with_another_coupling_reruns_drift_and_fid(finished):
     assert finished.repro() == []  # all of it is in the run cache
 
 
-def test_changed_code_of_the_mae_reruns_what_uses_it(finished):
+def test_a_changed_comment_trains_nothing_again(finished):
     with open(finished.folder / "drift/models/mae.py", "a") as file:
         file.write("# changed\n")
+    said = finished.run("dvc", "repro").stdout
+    assert [f"{stage}: finished already" in said for stage in ("mae", "drift")] == [True, True]
+    assert "Running stage 'fid'" not in said  # what it reads has the same bytes
+
+
+def test_changed_code_of_the_mae_reruns_what_uses_it(finished):
+    with open(finished.folder / "drift/models/mae.py", "a") as file:
+        file.write("CHANGED = True\n")
     assert finished.repro() == ["mae", "drift", "fid"]
 
 
@@ -155,6 +163,10 @@ def test_an_imported_encoder_is_the_output_of_mae_and_leaves_dvc_content(finishe
     assert made_by["decides"]["mae"]["source"] == "other/prior"
     [line] = read_log(finished.folder / "artifacts/mae/logs.jsonl")
     assert line["held_out"] > 0
+    finished.settings(mae={"source": "artifacts/mae"})
+    said = finished.run("dvc", "repro", "--single-item", "mae", check=False).stderr
+    assert "error: params.yaml: mae.source = 'artifacts/mae': allowed: outside of artifacts/mae" in said
+    assert weights(finished, "artifacts/mae").keys() == weights_of["other/prior"].keys()  # not emptied by DVC
     finished.settings(mae={"source": "other/nobody"})
     center = ("mae", "--latents", "artifacts/latents/center", "--out", "other/x")
     refused(finished.stage(*center, check=False), "other/nobody")
@@ -321,8 +333,7 @@ def refused(done, *wanted):
 
 def test_a_checkpoint_of_another_shape_is_refused(finished):
     def newest():
-        (path,) = finished.folder.glob(".work/drift/*/step-00000004")
-        return path
+        return max(finished.folder.glob(".work/drift/*/step-00000004"), key=os.path.getmtime)
 
     finished.settings(drift={"steps": 4, "warmup_steps": 2})
     finished.stage("drift", *DRIFT, "--out", "other/wide")
