@@ -201,7 +201,8 @@ class Fid(Section):
     """A split of the dataset, a folder of images (a path with a slash), or an `.npz` of statistics (`mu` and
     `sigma`, or `ref_mu` and `ref_sigma`)."""
     labels: Text
-    """`balanced`: sample i is of class i modulo `data.classes`; or a split, for the labels of its images."""
+    """`balanced`: sample i is of class i modulo `data.classes`; `random`: of any class (the Sinkhorn paper's
+    code); or a split, for the labels of its images in a random order."""
     images: Count
     """Generated images per omega."""
     floor_images: CountOrZero
@@ -212,10 +213,10 @@ class Fid(Section):
     metrics: tuple[Literal["kid", "inception_score", "precision_recall"], ...]
     """Beside the Fréchet distance."""
     precision_recall_images: Count
-    """Images of each side for precision and recall; the time grows with the square."""
+    """Random images of each side for precision and recall; the time grows with the square."""
     picture_omega: Omega
     picture_classes: Count
-    """Rows of `plots/samples.png` and `plots/omega.png`: the first so many classes."""
+    """Rows of `plots/samples.png` and `plots/omega.png`: so many classes, drawn at random."""
     picture_columns: Count
 
     @model_validator(mode="after")

@@ -32,7 +32,7 @@ from drift.evaluation.reference import (
     self_test,
 )
 from drift.evaluation.report import print_report
-from drift.evaluation.sample import ImageDecoder, balanced_labels
+from drift.evaluation.sample import ImageDecoder, balanced_labels, random_labels, split_labels
 from drift.files import sha256, write_json
 from drift.launch import join, run_stage, spawn, stage_parser, wanted_processes
 from drift.models.ema import ema_file
@@ -40,6 +40,7 @@ from drift.models.generator import Generator
 from drift.models.vae import VAE
 from drift.params import Settings, load_settings
 from drift.progress import ProgressLog
+from drift.seeds import numpy_generator
 from drift.training.compile import Compiled
 from drift.work import SETTINGS_FILE, Work, work_root
 
@@ -78,9 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     reference_images = open_reference(fid.reference, data.dataset, data.root, data.classes)
     if fid.labels == "balanced":
         labels = balanced_labels(fid.images, data.classes)
+    elif fid.labels == "random":
+        labels = random_labels(fid.images, data.classes, settings.seed)
     else:
-        split = open_images(data.dataset, data.root, fid.labels, data.classes).labels
-        labels = split[balanced_labels(fid.images, len(split))]
+        split = open_images(data.dataset, data.root, fid.labels, data.classes)
+        labels = split_labels(split.labels, fid.images, settings.seed)
     code = spawn("stages.fid", argv, wanted_processes(args.nproc, hardware.processes))
     if code is not None:
         return code
@@ -221,11 +224,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _draw(generator: Generator, decode: ImageDecoder, settings: Settings, training: ImageSource) -> Pictures:
     fid = settings.fid
-    classes = range(fid.picture_classes)
+    drawn = numpy_generator(settings.seed, "fid/pictures").permutation(settings.data.classes)
+    classes = sorted(drawn[: fid.picture_classes].tolist())
     how = {
         "batch_size": settings.hardware.sample_batch,
         "device": generator.device,
-        "names": training.class_names[: fid.picture_classes],
+        "names": [training.class_names[label] for label in classes],
     }
     return Pictures(
         samples=class_rows(

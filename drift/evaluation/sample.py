@@ -16,7 +16,7 @@ from tqdm import tqdm
 from drift.evaluation.batches import in_batches
 from drift.models.generator import Generator, GeneratorConfig
 from drift.models.vae import VAE, to_uint8
-from drift.seeds import torch_generator
+from drift.seeds import numpy_generator, torch_generator
 
 
 def sample_generator(seed: int, index: int) -> torch.Generator:
@@ -54,6 +54,20 @@ def draw_inputs(
 def balanced_labels(count: int, classes: int) -> np.ndarray:
     """Labels `[count]` in turn: label i is i modulo the number of classes."""
     return np.arange(count) % classes
+
+
+def random_labels(count: int, classes: int, seed: int) -> np.ndarray:
+    """Labels `[count]`, uniform and independent of each other, as the Sinkhorn paper's code draws them."""
+    return numpy_generator(seed, "fid/labels").integers(classes, size=count)
+
+
+def split_labels(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Labels `[count]` of a split's images in a random order: of each once before any of them comes again.
+
+    The split's own `labels [N]` are sorted, and the first of them would be of few classes.
+    """
+    order = numpy_generator(seed, "fid/labels").permutation(len(labels))
+    return labels[np.resize(order, count)]
 
 
 @torch.inference_mode()
