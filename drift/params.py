@@ -198,13 +198,16 @@ class Fid(Section):
     mode: Literal["clean", "legacy_tensorflow", "legacy_pytorch"]
     """How clean-fid resizes and which Inception it uses."""
     reference: Text
-    """A split of the dataset, a folder of images (a path with a slash), or an `.npz` of statistics (`mu` and
-    `sigma`, or `ref_mu` and `ref_sigma`)."""
+    """A split of the dataset (paper and release measure against `train`), a folder of images (a path with a
+    slash), or an `.npz` of statistics (`mu` and `sigma`, or `ref_mu` and `ref_sigma`)."""
     labels: Text
     """`balanced`: sample i is of class i modulo `data.classes`; `random`: of any class (the Sinkhorn paper's
     code); or a split, for the labels of its images in a random order."""
     images: Count
     """Generated images per omega."""
+    rounding: Literal["nearest", "down"]
+    """Of generated pixels to 8 bits; the release and the Sinkhorn paper's code cut off (`down`), which makes
+    images half a level darker."""
     floor_images: CountOrZero
     """Real training images that are measured like generated ones; 0 leaves them out."""
     omegas: Annotated[tuple[Omega, ...], Field(min_length=1)]

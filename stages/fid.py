@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_metrics(fid.metrics, network, reference_images is not None)
         if hardware.compile and ranks.device.type == "cuda":
             vae.compile_with(Compiled)
-        decode = ImageDecoder(vae.to(ranks.device), hardware.decode_batch)
+        decode = ImageDecoder(vae.to(ranks.device), hardware.decode_batch, fid.rounding)
         on_device = lru_cache(maxsize=1)(lambda decay: load(decay).to(ranks.device).eval())
         decides = {
             "seed": settings.seed,
@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             }
             cache = work_root() / "reference"
             if reference_images is None:
-                reference = load_statistics(fid.reference, network.dimension)
+                reference = load_statistics(fid.reference, network.dimension, network.digest)
             else:
                 reference = measure_images(reference_images, network, cache, **measuring, on_images=reached)
             tested = self_test(reference, settings.seed) if ranks.first else {}
@@ -248,6 +248,7 @@ def _protocol(
     return {
         "image_size": settings.data.image_size,
         "labels": fid.labels,
+        "rounding": fid.rounding,
         "features": fid.features,
         "features_sha256": network.digest,
         "published_weights": network.published,

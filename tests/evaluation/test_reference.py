@@ -164,6 +164,19 @@ def test_reference_from_npz(tmp_path, keys):
     assert found.statistics.mean.dtype == np.float64 and found.features is None
 
 
+def test_a_measured_reference_is_used_elsewhere_by_its_file_alone(network, tmp_path):
+    network.digest = "a"
+    measured = measure_images(Source(50, seed=0), network, tmp_path / "cache", **REAL)
+    copy = measured.file.rename(tmp_path / "train.npz")
+    found = load_statistics(copy, 7, "a")
+    pixels = flat(Source(50, seed=0).images)
+    np.testing.assert_allclose(found.statistics.mean, pixels.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(found.statistics.covariance, np.cov(pixels, rowvar=False), rtol=1e-10)
+    assert (found.statistics.accuracy, found.statistics.count, found.features) == (1, 50, None)
+    with pytest.raises(UserError, match=r"fid\.reference = .*train\.npz: was measured with another feature"):
+        load_statistics(copy, 7, "b")
+
+
 def test_reference_that_does_not_fit(tmp_path):
     path = tmp_path / "ref.npz"
 
