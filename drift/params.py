@@ -194,7 +194,7 @@ class Fid(Section):
     features: Text
     """`inception` (clean-fid's), a TorchScript file, or the folder of an image classifier of this project."""
     inception: Text | None
-    """A copy of Inception's weights for `mode`; null is where clean-fid keeps it, downloaded if need be."""
+    """A copy of Inception's weights for `mode`; null is PyTorch's cache, into which they are downloaded."""
     mode: Literal["clean", "legacy_tensorflow", "legacy_pytorch"]
     """How clean-fid resizes and which Inception it uses."""
     reference: Text

@@ -25,7 +25,7 @@ from drift.evaluation.batches import one_behind
 from drift.evaluation.features import FeatureNetwork
 from drift.evaluation.moments import AllReduceSum, Moments, alone, frechet_distance
 from drift.evaluation.store import FeatureStore
-from drift.files import atomic_write, sha256
+from drift.files import atomic_write, check_readable, sha256
 from drift.seeds import numpy_generator
 
 _KEYS = (("mu", "sigma"), ("ref_mu", "ref_sigma"))  # clean-fid's and the prior's names; the release's
@@ -91,8 +91,7 @@ def open_reference(name: str, dataset: str, root: str | None, classes: int) -> I
     None for an `.npz` of statistics. Raises `UserError` if they are not there.
     """
     if name.endswith(".npz"):
-        if not Path(name).is_file():
-            raise UserError(f"fid.reference = {name}: there is no such file; correct the path")
+        check_readable(name, f"fid.reference = {name}", "correct the path")
         return None
     return ImageFiles(name) if "/" in name else open_images(dataset, root, name, classes)
 
@@ -105,8 +104,7 @@ def load_statistics(path: str | Path, dimension: int, features: str | None = Non
     written with another feature network than that of the digest `features`.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such file of reference statistics; correct the path")
+    check_readable(path, f"fid.reference = {path}", "correct the path")
     if not is_zipfile(path):
         raise UserError(f"{path}: not an .npz file, or cut short; get a fresh copy")
     with np.load(path, allow_pickle=False) as file:
