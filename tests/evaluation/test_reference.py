@@ -128,8 +128,14 @@ def test_what_was_interrupted_goes_on(network, tmp_path):
     assert np.array_equal(found.statistics.covariance, whole.statistics.covariance)
 
 
-def test_another_run_that_measures_the_same_is_waited_for(network, tmp_path, capsys):
-    entered, go = threading.Event(), threading.Event()
+def test_another_run_that_measures_the_same_is_waited_for(network, tmp_path, monkeypatch):
+    entered, go, told = threading.Event(), threading.Event(), []
+
+    def tell(text, **how):
+        told.append(text)
+        go.set()
+
+    monkeypatch.setattr(module, "print", tell, raising=False)
     first, second = Source(50, seed=0), Source(50, seed=0)
     load = first.load
 
@@ -146,12 +152,10 @@ def test_another_run_that_measures_the_same_is_waited_for(network, tmp_path, cap
     threads[0].start()
     assert entered.wait(30)
     threads[1].start()
-    while "waiting for another run" not in capsys.readouterr().out:
-        assert threads[1].is_alive()
-    go.set()
     for thread in threads:
         thread.join()
     assert (len(first.loaded), len(second.loaded)) == (50, 0)
+    assert len(told) == 1 and told[0].startswith("waiting for another run")
 
 
 @pytest.mark.parametrize("keys", [("mu", "sigma"), ("ref_mu", "ref_sigma")])
