@@ -205,6 +205,17 @@ def _check_movable(folder: Path) -> None:
         full.rmdir()
 
 
+def check_readable(path: str | Path, what: str, way_out: str) -> None:
+    """Raise `UserError` with `what`, the reason and `way_out` if the file `path` cannot be opened."""
+    try:
+        with Path(path).open("rb"):
+            pass
+    except FileNotFoundError:
+        raise UserError(f"{what}: there is no such file; {way_out}") from None
+    except OSError as error:
+        raise UserError(f"{what}: cannot be read ({error.strerror}); {way_out}") from None
+
+
 def sync(path: str | Path) -> None:
     """Flush a file, or the names in a folder, to the disk: a rename survives a power failure only then."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -250,16 +250,20 @@ class Fid(Section):
     features: Text
     """`inception` (clean-fid's), a TorchScript file, or the folder of an image classifier of this project."""
     inception: Text | None
-    """A copy of Inception's weights for `mode`; null is where clean-fid keeps it, downloaded if need be."""
+    """A copy of Inception's weights for `mode`; null is PyTorch's cache, into which they are downloaded."""
     mode: Literal["clean", "legacy_tensorflow", "legacy_pytorch"]
     """How clean-fid resizes and which Inception it uses."""
     reference: Text
-    """A split of the dataset, a folder of images (a path with a slash), or an `.npz` of statistics (`mu` and
-    `sigma`, or `ref_mu` and `ref_sigma`)."""
+    """A split of the dataset (paper and release measure against `train`), a folder of images (a path with a
+    slash), or an `.npz` of statistics (`mu` and `sigma`, or `ref_mu` and `ref_sigma`)."""
     labels: Text
-    """`balanced`: sample i is of class i modulo `data.classes`; or a split, for the labels of its images."""
+    """`balanced`: sample i is of class i modulo `data.classes`; `random`: of any class (the Sinkhorn paper's
+    code); or a split, for the labels of its images in a random order."""
     images: Count
     """Generated images per omega."""
+    rounding: Literal["nearest", "down"]
+    """Of generated pixels to 8 bits; the release and the Sinkhorn paper's code cut off (`down`), which makes
+    images half a level darker."""
     floor_images: CountOrZero
     """Real training images that are measured like generated ones; 0 leaves them out."""
     omegas: Annotated[tuple[Omega, ...], Field(min_length=1)]
@@ -268,10 +272,10 @@ class Fid(Section):
     metrics: tuple[Literal["kid", "inception_score", "precision_recall"], ...]
     """Beside the Fréchet distance."""
     precision_recall_images: Count
-    """Images of each side for precision and recall; the time grows with the square."""
+    """Random images of each side for precision and recall; the time grows with the square."""
     picture_omega: Omega
     picture_classes: Count
-    """Rows of `plots/samples.png` and `plots/omega.png`: the first so many classes."""
+    """Rows of `plots/samples.png` and `plots/omega.png`: so many classes, drawn at random."""
     picture_columns: Count
 
     @model_validator(mode="after")

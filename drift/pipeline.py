@@ -27,7 +27,7 @@ from drift.files import write_json
 from drift.hub import download
 from drift.models.generator import CLASSES_FILE, Generator
 from drift.models.io import CONFIG_FILE
-from drift.models.vae import VAE, decode_latents, to_uint8
+from drift.models.vae import VAE, Rounding, decode_latents, to_uint8
 from drift.torchvision_shim import ensure_torchvision
 from drift.work import SETTINGS_FILE
 
@@ -105,6 +105,7 @@ class DriftPipeline(DiffusionPipeline):
         style_indices: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        rounding: Rounding = "nearest",
     ) -> DriftPipelineOutput | tuple:
         """One image for each class label.
 
@@ -119,6 +120,7 @@ class DriftPipeline(DiffusionPipeline):
                 `[B, 3, H, W]`; or `latent`, float32 `[B, C, h, w]` as the generator gives them. All but the
                 last have exactly the 8-bit values that a PNG holds.
             return_dict: a `DriftPipelineOutput`, or else a tuple of the images.
+            rounding: to 8 bits, as the setting `fid.rounding`.
 
         Raises:
             UserError: for a class, a number of generators or an output type that cannot be.
@@ -149,7 +151,7 @@ class DriftPipeline(DiffusionPipeline):
                 style_indices.to(device),
                 strength,
             ).float()
-        images = latents if output_type == "latent" else self._decode(latents, output_type)
+        images = latents if output_type == "latent" else self._decode(latents, output_type, rounding)
         return DriftPipelineOutput(images=images) if return_dict else (images,)
 
     def _draw(
@@ -174,8 +176,11 @@ class DriftPipeline(DiffusionPipeline):
             chosen.append(wanted if given is None else given)
         return chosen[0], chosen[1]
 
-    def _decode(self, latents: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
-        pixels = to_uint8(in_batches(lambda part: decode_latents(self.vae, part), latents)).cpu().numpy()
+    def _decode(
+        self, latents: Tensor, output_type: str, rounding: Rounding
+    ) -> list[Image.Image] | np.ndarray | Tensor:
+        decoded = in_batches(lambda part: decode_latents(self.vae, part), latents)
+        pixels = to_uint8(decoded, rounding).cpu().numpy()
         if output_type == "pil":
             return [Image.fromarray(image) for image in pixels]
         scaled = pixels.astype(np.float32) / 255

@@ -32,7 +32,7 @@ from drift.evaluation.reference import (
     self_test,
 )
 from drift.evaluation.report import print_report
-from drift.evaluation.sample import ImageDecoder, balanced_labels
+from drift.evaluation.sample import ImageDecoder, balanced_labels, random_labels, split_labels
 from drift.files import sha256, write_json
 from drift.launch import join, run_stage, spawn, stage_parser, wanted_processes
 from drift.models.ema import ema_file
@@ -40,6 +40,7 @@ from drift.models.generator import Generator
 from drift.models.vae import VAE
 from drift.params import Settings, load_settings
 from drift.progress import ProgressLog
+from drift.seeds import numpy_generator
 from drift.training.compile import Compiled
 from drift.work import SETTINGS_FILE, Work, work_root
 
@@ -78,9 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     reference_images = open_reference(fid.reference, data.dataset, data.root, data.classes)
     if fid.labels == "balanced":
         labels = balanced_labels(fid.images, data.classes)
+    elif fid.labels == "random":
+        labels = random_labels(fid.images, data.classes, settings.seed)
     else:
-        split = open_images(data.dataset, data.root, fid.labels, data.classes).labels
-        labels = split[balanced_labels(fid.images, len(split))]
+        split = open_images(data.dataset, data.root, fid.labels, data.classes)
+        labels = split_labels(split.labels, fid.images, settings.seed)
     code = spawn("stages.fid", argv, wanted_processes(args.nproc, hardware.processes))
     if code is not None:
         return code
@@ -96,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_metrics(fid.metrics, network, reference_images is not None)
         if hardware.compile and ranks.device.type == "cuda":
             vae.compile_with(Compiled)
-        decode = ImageDecoder(vae.to(ranks.device), hardware.decode_batch)
+        decode = ImageDecoder(vae.to(ranks.device), hardware.decode_batch, fid.rounding)
         on_device = lru_cache(maxsize=1)(lambda decay: load(decay).to(ranks.device).eval())
         decides = {
             "seed": settings.seed,
@@ -136,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             }
             cache = work_root() / "reference"
             if reference_images is None:
-                reference = load_statistics(fid.reference, network.dimension)
+                reference = load_statistics(fid.reference, network.dimension, network.digest)
             else:
                 reference = measure_images(reference_images, network, cache, **measuring, on_images=reached)
             tested = self_test(reference, settings.seed) if ranks.first else {}
@@ -222,11 +225,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _draw(generator: Generator, decode: ImageDecoder, settings: Settings, training: ImageSource) -> Pictures:
     fid = settings.fid
-    classes = range(fid.picture_classes)
+    drawn = numpy_generator(settings.seed, "fid/pictures").permutation(settings.data.classes)
+    classes = sorted(drawn[: fid.picture_classes].tolist())
     how = {
         "batch_size": settings.hardware.sample_batch,
         "device": generator.device,
-        "names": training.class_names[: fid.picture_classes],
+        "names": [training.class_names[label] for label in classes],
     }
     return Pictures(
         samples=class_rows(
@@ -245,6 +249,7 @@ def _protocol(
     return {
         "image_size": settings.data.image_size,
         "labels": fid.labels,
+        "rounding": fid.rounding,
         "features": fid.features,
         "features_sha256": network.digest,
         "published_weights": network.published,

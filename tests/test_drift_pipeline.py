@@ -58,14 +58,18 @@ def pipe(folder):
     return DriftPipeline.from_pretrained(folder)
 
 
-def test_pixels_are_those_of_the_fid_stage_and_do_not_depend_on_company(folder, pipe):
+@pytest.mark.parametrize("rounding", ["nearest", "down"])
+def test_pixels_are_those_of_the_fid_stage_and_do_not_depend_on_company(folder, pipe, rounding):
     labels = np.arange(40) % 3
-    decode = ImageDecoder(VAE.from_pretrained(VAE_FOLDER), 32)
+    decode = ImageDecoder(VAE.from_pretrained(VAE_FOLDER), 32, rounding)
     generator = Generator.from_pretrained(folder)
     expected = torch.cat([i for _, i in sample_images(generator, decode, range(40), labels, 1.5, 9, 64)])
     for indices in (range(40), [5], [30, 2, 39]):
         images = pipe(
-            labels[list(indices)].tolist(), omega=1.5, generator=pipe.sample_generators(9, indices)
+            labels[list(indices)].tolist(),
+            omega=1.5,
+            generator=pipe.sample_generators(9, indices),
+            rounding=rounding,
         ).images
         for index, image in zip(indices, images, strict=True):
             assert np.array_equal(np.asarray(image), expected[index])

@@ -1,5 +1,6 @@
 """Settings: the presets are complete and right, and every mistake is one line that helps."""
 
+import re
 from pathlib import Path
 from typing import Literal, get_origin, get_type_hints
 
@@ -44,6 +45,24 @@ def test_presets_are_valid_and_say_what_to_expect(preset):
     load_settings(preset)
     header = preset.read_text().split("seed:")[0]
     assert header.startswith("# ") and "To expect" in header and "Hardware" in header
+
+
+def test_presets_quote_a_published_fid_only_beside_the_protocol_that_gives_it():
+    quoting = {path for path in PRESETS if re.search(r"FID \d", path.read_text().split("seed:")[0])}
+    assert {path.stem for path in quoting} == {
+        "imagenet256_ablation", "imagenet256_b2", "imagenet256_l2",
+    }  # fmt: skip
+    for path in PRESETS:
+        fid = load_settings(path).fid
+        if path in quoting:  # release and paper
+            assert (fid.reference, fid.rounding, fid.labels, fid.images) == (
+                "train",
+                "down",
+                "balanced",
+                50_000,
+            )
+        elif path.stem.startswith("prior"):  # the Sinkhorn paper's code
+            assert (fid.reference, fid.rounding, fid.labels, fid.images) == ("val", "down", "random", 50_000)
 
 
 def test_params_yaml_is_the_digits_preset_as_shipped():

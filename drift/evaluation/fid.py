@@ -208,7 +208,7 @@ def _measure(
 
     if "inception_score" in metrics:
         classes = network.logits(torch.zeros(1, network.dimension, device=network.device)).shape[1]
-        score = InceptionScore(len(samples), classes, network.device)
+        score = InceptionScore(len(samples), classes, network.device, seed=samples.seed)
     statistics = store_statistics(store, network, samples.labels, peers, also)
     entry: Entry = {}
     if score is not None:
@@ -224,7 +224,9 @@ def _measure(
         if "kid" in metrics:
             values.append(kernel_distance(reference.features, store, samples.seed))
         if "precision_recall" in metrics:
-            values += precision_recall(store, reference.features, precision_recall_images, network.device)
+            values += precision_recall(
+                store, reference.features, precision_recall_images, network.device, seed=samples.seed
+            )
     told = torch.tensor(values or [0.0] * len(names), dtype=torch.float64, device=peers.device)
     return entry | dict(zip(names, peers.all_reduce_sum(told).tolist(), strict=True))
 

@@ -25,7 +25,7 @@ from drift.evaluation.batches import one_behind
 from drift.evaluation.features import FeatureNetwork
 from drift.evaluation.moments import AllReduceSum, Moments, alone, frechet_distance
 from drift.evaluation.store import FeatureStore
-from drift.files import atomic_write, sha256
+from drift.files import atomic_write, check_readable, sha256
 from drift.lock import Lock
 from drift.seeds import numpy_generator
 
@@ -88,6 +88,8 @@ class Reference:
     statistics: FeatureStatistics
     features: FeatureStore | None = None
     """None if only statistics are known."""
+    file: Path | None = None
+    """Where the statistics are; `load_statistics` takes a copy of it anywhere."""
 
 
 def open_reference(name: str, dataset: str, root: str | None, classes: int) -> ImageSource | None:
@@ -96,21 +98,20 @@ def open_reference(name: str, dataset: str, root: str | None, classes: int) -> I
     None for an `.npz` of statistics. Raises `UserError` if they are not there.
     """
     if name.endswith(".npz"):
-        if not Path(name).is_file():
-            raise UserError(f"fid.reference = {name}: there is no such file; correct the path")
+        check_readable(name, f"fid.reference = {name}", "correct the path")
         return None
     return ImageFiles(name) if "/" in name else open_images(dataset, root, name, classes)
 
 
-def load_statistics(path: str | Path, dimension: int) -> Reference:
+def load_statistics(path: str | Path, dimension: int, features: str | None = None) -> Reference:
     """A reference from an `.npz` with `mu` `[D]` and `sigma` `[D, D]`, or `ref_mu` and `ref_sigma`.
 
     Raises `UserError` if the file is missing or cut short, has neither pair of
-    floats, D is not `dimension`, or `sigma` is no covariance.
+    floats, D is not `dimension`, or `sigma` is no covariance; or if it is one that `measure_images` has
+    written with another feature network than that of the digest `features`.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such file of reference statistics; correct the path")
+    check_readable(path, f"fid.reference = {path}", "correct the path")
     if not is_zipfile(path):
         raise UserError(f"{path}: not an .npz file, or cut short; get a fresh copy")
     with np.load(path, allow_pickle=False) as file:
@@ -118,6 +119,7 @@ def load_statistics(path: str | Path, dimension: int) -> Reference:
         if keys is None:
             wanted = " or ".join(" and ".join(pair) for pair in _KEYS)
             raise UserError(f"{path}: has the arrays {', '.join(file)}; reference statistics are {wanted}")
+        made_with = str(file["feature_network"]) if "feature_network" in file else None
         try:
             mu, sigma = (np.asarray(file[key]) for key in keys)
         except (ValueError, BadZipFile) as error:  # ValueError: pickled objects
@@ -136,7 +138,15 @@ def load_statistics(path: str | Path, dimension: int) -> Reference:
         raise UserError(f"{path}: {keys[0]} or {keys[1]} has numbers that are not finite; get a fresh copy")
     if abs(sigma - sigma.T).max() > 1e-6 * abs(sigma).max() or (np.diag(sigma) < 0).any():
         raise UserError(f"{path}: {keys[1]} is not a covariance (not symmetric); get a fresh copy")
-    return Reference(str(path), sha256(path), FeatureStatistics(mu, sigma))
+    statistics = FeatureStatistics(mu, sigma)
+    if made_with is not None:
+        if features not in (None, made_with):
+            raise UserError(
+                f"fid.reference = {path}: was measured with another feature network ({made_with[:12]}) than "
+                f"that of fid.features and fid.mode ({features[:12]}); measure it again with this one"
+            )
+        statistics = _load(path)
+    return Reference(str(path), sha256(path), statistics, file=path)
 
 
 def measure_images(
@@ -195,10 +205,10 @@ def measure_images(
             labels = None if source.labels is None else source.labels[chosen]
             statistics = store_statistics(store, network, labels, peers)
             if peers.first:
-                _save(result, statistics)
+                _save(result, statistics, network.digest)
             peers.wait()
         on_images(count)
-        return Reference(source.split, digest, _load(result), store)
+        return Reference(source.split, digest, _load(result), store, result)
     finally:
         if lock is not None:
             lock.release()
@@ -215,7 +225,7 @@ def _lock(folder: Path) -> Lock:
     return lock
 
 
-def _save(path: Path, statistics: FeatureStatistics) -> None:
+def _save(path: Path, statistics: FeatureStatistics, feature_network: str) -> None:
     accuracy = np.nan if statistics.accuracy is None else statistics.accuracy
     with atomic_write(path) as file:
         np.savez(
@@ -224,6 +234,7 @@ def _save(path: Path, statistics: FeatureStatistics) -> None:
             sigma=statistics.covariance,
             accuracy=accuracy,
             count=statistics.count,
+            feature_network=feature_network,
         )
 
 

@@ -29,6 +29,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # diffusers' name for the weights of a model
 _SCALING_FACTOR = 0.18215  # diffusers' default, for configs from before there was such a key
 VAEPrecision = Literal["float32", "bfloat16"]
+Rounding = Literal["nearest", "down"]
 _IMAGES_PER_THREAD = 8  # on a CPU: enough to be efficient, few enough to keep many cores busy
 
 
@@ -37,9 +38,13 @@ def to_float(images: Tensor) -> Tensor:
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """Floats around [-1, 1], `[B, 3, H, W]` -> uint8 `[B, H, W, 3]`: the values that a PNG would hold."""
-    levels = ((images.float() + 1) * 127.5).round().clamp(0, 255)
+def to_uint8(images: Tensor, rounding: Rounding = "nearest") -> Tensor:
+    """Floats around [-1, 1], `[B, 3, H, W]` -> uint8 `[B, H, W, 3]`: the values that a PNG would hold.
+
+    `rounding` down cuts off what is beyond 8 bits, as release and prior do: half a level darker on average.
+    """
+    to_whole = {"nearest": torch.round, "down": torch.floor}[rounding]
+    levels = to_whole((images.float() + 1) * 127.5).clamp(0, 255)
     return levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 

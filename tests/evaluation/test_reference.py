@@ -130,8 +130,14 @@ def test_what_was_interrupted_goes_on(network, tmp_path):
     assert np.array_equal(found.statistics.covariance, whole.statistics.covariance)
 
 
-def test_another_run_that_measures_the_same_is_waited_for(network, tmp_path, capsys):
-    entered, go = threading.Event(), threading.Event()
+def test_another_run_that_measures_the_same_is_waited_for(network, tmp_path, monkeypatch):
+    entered, go, told = threading.Event(), threading.Event(), []
+
+    def tell(text, **how):
+        told.append(text)
+        go.set()
+
+    monkeypatch.setattr(module, "print", tell, raising=False)
     first, second = Source(50, seed=0), Source(50, seed=0)
     load = first.load
 
@@ -148,12 +154,10 @@ def test_another_run_that_measures_the_same_is_waited_for(network, tmp_path, cap
     threads[0].start()
     assert entered.wait(30)
     threads[1].start()
-    while "waiting for another run" not in capsys.readouterr().out:
-        assert threads[1].is_alive()
-    go.set()
     for thread in threads:
         thread.join()
     assert (len(first.loaded), len(second.loaded)) == (50, 0)
+    assert len(told) == 1 and told[0].startswith("waiting for another run")
 
 
 @pytest.mark.parametrize("keys", [("mu", "sigma"), ("ref_mu", "ref_sigma")])
@@ -164,6 +168,19 @@ def test_reference_from_npz(tmp_path, keys):
     np.testing.assert_array_equal(found.statistics.mean, mu)
     np.testing.assert_array_equal(found.statistics.covariance, sigma)
     assert found.statistics.mean.dtype == np.float64 and found.features is None
+
+
+def test_a_measured_reference_is_used_elsewhere_by_its_file_alone(network, tmp_path):
+    network.digest = "a"
+    measured = measure_images(Source(50, seed=0), network, tmp_path / "cache", **REAL)
+    copy = measured.file.rename(tmp_path / "train.npz")
+    found = load_statistics(copy, 7, "a")
+    pixels = flat(Source(50, seed=0).images)
+    np.testing.assert_allclose(found.statistics.mean, pixels.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(found.statistics.covariance, np.cov(pixels, rowvar=False), rtol=1e-10)
+    assert (found.statistics.accuracy, found.statistics.count, found.features) == (1, 50, None)
+    with pytest.raises(UserError, match=r"fid\.reference = .*train\.npz: was measured with another feature"):
+        load_statistics(copy, 7, "b")
 
 
 def test_reference_that_does_not_fit(tmp_path):

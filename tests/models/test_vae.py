@@ -76,6 +76,18 @@ def test_range_is_that_of_diffusers(images):
     assert np.array_equal(to_uint8(floats * 1.2), np.stack(pictures))
 
 
+def test_rounding_down_cuts_off_and_is_half_a_level_darker():
+    floats = torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(0)) * 2.2 - 1.1
+    nearest, down = (to_uint8(floats, rounding).numpy() for rounding in ("nearest", "down"))
+    # As code in use writes it: a cast to bytes cuts off
+    cut = ((floats.clamp(-1, 1) + 1) * 127.5).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(down, cut)
+    inside = (nearest > 0) & (nearest < 255)
+    assert (nearest[inside] - down[inside].astype(float)).mean() == pytest.approx(0.5, abs=0.02)
+    ends = torch.tensor([-2.0, -1.0, 1.0, 2.0]).view(1, 1, 2, 2).expand(1, 3, 2, 2)
+    assert to_uint8(ends, "down")[0, :, :, 0].flatten().tolist() == [0, 0, 255, 255]
+
+
 @torch.no_grad()
 def test_moments_scale_and_decode(network, folder, images):
     vae = VAE.from_pretrained(folder)
