@@ -1,5 +1,8 @@
 """How a run ends early: a mistake of the user, a signal, another process that is gone. The rest are bugs."""
 
+import io
+import sys
+
 
 class UserError(Exception):
     """A wrong setting, a missing or damaged file, a path that cannot be written.
@@ -26,3 +29,12 @@ class PeerLost(Exception):
 
     Entry points print the message and exit with code 3.
     """
+
+
+def escape_output() -> None:
+    """Let standard output show what its encoding cannot, such as names of files that are no UTF-8, escaped.
+
+    Standard error does so by itself. Entry points call this first: no run ends because of a name.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not of a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")
