@@ -130,6 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "image_size": data.image_size,
                 "batch_size": hardware.sample_batch,
                 "seed": settings.seed,
+                "on_bad_image": settings.encode.on_bad_image,
                 "workers": hardware.workers,
                 "peers": peers,
             }
@@ -188,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     "self_test": tested,
                     "protocol": _protocol(settings, network, reference, ranks.device.type)
                     | {
-                        "floor_images": floor_images,
+                        "floor_images": like_generated.statistics.count if like_generated else 0,
                         "vae_sha256": vae.digest,
                         "generator": made_by["how"] if made_by else None,
                         "generator_sha256": decides["generator"],
