@@ -19,6 +19,7 @@ from drift.errors import UserError
 VIEWS = ("center", "augmented")
 MOST_PIXELS = 89_478_485  # of one image: where Pillow warns of a decompression bomb; 0.36 GB once decoded
 _MOST_BYTES = 8 * MOST_PIXELS  # of one file: 16-bit RGBA without compression
+_LONGEST = 16  # sides; a picture that is longer is not resized as a whole, of which 15/16 would be cut off
 _NAMED = 3  # how many images or classes a message names
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `load_rgb` names the file
@@ -301,15 +302,21 @@ def center_view(image: Image.Image, size: int) -> np.ndarray:
     """The central square of an RGB image, as uint8 `[size, size, 3]` (release; from ADM).
 
     A box filter halves the image while its short side is at least twice the target, a bicubic one does
-    the rest; small images grow by the bicubic one.
+    the rest; small images grow by the bicubic one. Memory is bounded by the image's own and `size`, however
+    long and narrow it is.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
-    return np.array(image.crop((left, top, left + size, top + size)))
+    if max(width, height) <= _LONGEST * size:
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        return np.array(image.crop((left, top, left + size, top + size)))
+    # The same without the rest: Pillow rounds the box to float32, and may take the axes in the other order
+    x, y = image.width / width, image.height / height
+    box = (left * x, top * y, (left + size) * x, (top + size) * y)
+    return np.array(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
 def center_views(
@@ -330,6 +337,27 @@ def center_views(
     black = np.zeros((size, size, 3), np.uint8)
     bad = np.array([view is None for view in found])
     return np.stack([black if view is None else view for view in found]), bad
+
+
+def view_digest(view: str) -> str:
+    """SHA-256 of what a view makes of fixed pictures: another once a change here or in Pillow shows.
+
+    Whatever was made of views and is kept from one run to the next depends on it.
+    """
+    digest = hashlib.sha256()
+    for width, height in ((50, 37), (7, 9), (1, 200)):
+        count = np.arange(height * width * 3)
+        pixels = (count * count * 7 + count * 13) % 256
+        image = Image.fromarray(pixels.astype(np.uint8).reshape(height, width, 3))
+        grey = Image.fromarray((pixels[: height * width] * 256).astype(np.uint16).reshape(height, width))
+        for picture in (image, _to_rgb(grey)):
+            if view == "center":
+                made = center_view(picture, 12)
+            else:
+                rng = np.random.default_rng(0)
+                made = augmented_view(picture, 12, (0.2, 1.0), (3 / 4, 4 / 3), True, rng)
+            digest.update(made.tobytes())
+    return digest.hexdigest()
 
 
 def augmented_view(

@@ -25,6 +25,7 @@ from drift.data.images import (
     center_views,
     open_images,
     refuse_or_leave_out,
+    view_digest,
 )
 from drift.errors import UserError
 from drift.evaluation.batches import one_behind
@@ -163,7 +164,7 @@ def measure_images(
     require_enough(count, network, f"real images of {source.split}")
     chosen = np.sort(numpy_generator(seed, "fid/real").permutation(len(source))[:count])
     depends_on = [network.digest, source.digest, image_size, hashlib.sha256(chosen.tobytes()).hexdigest()]
-    depends_on += [version(package) for package in _DECIDING]
+    depends_on += [view_digest("center"), *(version(package) for package in _DECIDING)]
     digest = hashlib.sha256(repr(depends_on).encode()).hexdigest()
     folder = cache / digest[:16]
     result = folder / "statistics.npz"

@@ -1,6 +1,8 @@
 import errno
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -384,6 +386,53 @@ def test_center_view_is_halving_bicubic_and_central_crop(width, height, size, ha
     view = images.center_view(image, size)
     assert view.shape == (size, size, 3) and view.dtype == np.uint8
     assert np.abs(view - expected).max() <= 1 + halvings  # 8-bit rounding after each resize
+
+
+def whole_then_cut(image: Image.Image, size: int) -> np.ndarray:
+    """ADM's center_crop_arr, which the release took over: the whole picture is resized before it is cut."""
+    while min(*image.size) >= 2 * size:
+        image = image.resize(tuple(side // 2 for side in image.size), resample=Image.Resampling.BOX)
+    scale = size / min(*image.size)
+    image = image.resize(tuple(round(side * scale) for side in image.size), resample=Image.Resampling.BICUBIC)
+    pixels = np.array(image)
+    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    return pixels[top : top + size, left : left + size]
+
+
+@pytest.mark.parametrize(("width", "height"), [(500, 333), (97, 31), (31, 490), (33, 520), (8, 8), (3, 47)])
+def test_center_view_is_the_releases_to_the_bit(width, height):
+    image = noise_image(width, height)
+    assert np.array_equal(images.center_view(image, 32), whole_then_cut(image, 32))
+
+
+@pytest.mark.parametrize(
+    ("width", "height"), [(1, 2000), (2001, 3), (31, 999), (40, 5000), (4001, 97), (1, 1)]
+)
+def test_center_view_of_a_narrow_image_is_the_releases_within_rounding(width, height):
+    image = smooth_image(width, height)
+    difference = np.abs(images.center_view(image, 32).astype(int) - whole_then_cut(image, 32))
+    assert difference.max() <= 1 and (difference > 0).mean() < 0.01
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to measure")
+@pytest.mark.parametrize("shape", ["1, 2000", "2000, 1"])
+def test_center_view_of_a_narrow_image_takes_little_memory(shape):
+    program = f"""
+import re
+from pathlib import Path
+from PIL import Image
+from drift.data.images import center_view
+
+def peak():
+    return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
+
+center_view(Image.new("RGB", (300, 300)), 256)
+before = peak()
+center_view(Image.new("RGB", ({shape})), 256)
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 20_000  # KiB; the whole would be 512 000 x 256 pixels
 
 
 def test_center_view_of_a_square_of_the_right_size_is_the_image():

@@ -9,7 +9,8 @@ from painting import Source, flat, pixel_network
 from PIL import Image
 from standins import run_ranks
 
-from drift.data.images import BadImage, ImageFiles, open_images
+from drift.data import images as image_module
+from drift.data.images import BadImage, ImageFiles, center_view, open_images
 from drift.errors import UserError
 from drift.evaluation import reference as module
 from drift.evaluation.moments import trace_by_eigenvalues
@@ -104,6 +105,10 @@ def test_a_reference_is_measured_once_for_what_it_depends_on(network, tmp_path, 
     assert loaded(seed=3) == 0  # all of them are taken, whatever the seed
     assert loaded(digest="other") == loaded(network="other") == loaded(image_size=3) == 50
     assert loaded(images=20) == 20
+    with monkeypatch.context() as patched:
+        patched.setattr(image_module, "center_view", lambda image, size: center_view(image, size)[::-1])
+        assert loaded() == 50
+    assert loaded() == 0
     monkeypatch.setattr(module, "version", lambda package: "another")
     assert loaded() == 50
 
