@@ -74,6 +74,15 @@ def test_fid_leaves_out_what_encode_leaves_out(project):
     assert (protocol["reference_images"], protocol["floor_images"]) == (88, 89)
 
 
+def test_a_generator_of_other_classes_is_refused(project):
+    classes = project.folder / "generator/classes.json"
+    classes.write_text(json.dumps(["ant", "cat", "bee"]))
+    done = fid(project, check=False)
+    classes.unlink()
+    assert done.returncode == 2
+    assert "label 1 is 'cat' in generator/classes.json (3 classes), but 'bee' in the data" in done.stderr
+
+
 def test_a_split_of_other_classes_is_refused(project):
     val = project.folder / "images/val"
     shutil.move(val / "bee", val / "wasp")
