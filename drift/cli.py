@@ -23,7 +23,7 @@ from drift.commands import (
     watch,
 )
 from drift.commands.command import Add
-from drift.errors import UserError
+from drift.errors import UserError, escape_output
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         command.set_defaults(run=add(command))
     args = parser.parse_args(argv)
+    escape_output()
     try:
         args.run(args)
         sys.stdout.flush()

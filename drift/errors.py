@@ -1,5 +1,7 @@
 """How a run ends early: a mistake of the user, a signal, another process that is gone. The rest are bugs."""
 
+import io
+import sys
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -40,3 +42,12 @@ def one_of(what: str, value: T, *allowed: T) -> T:
     if value not in allowed:
         raise ValueError(f"{what} = {value!r}: allowed: {', '.join(map(str, allowed[:-1]))} or {allowed[-1]}")
     return value
+
+
+def escape_output() -> None:
+    """Let standard output show what its encoding cannot, such as names of files that are no UTF-8, escaped.
+
+    Standard error does so by itself. Entry points call this first: no run ends because of a name.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not of a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")

@@ -24,7 +24,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from drift.errors import PeerLost, Stopped, UserError
+from drift.errors import PeerLost, Stopped, UserError, escape_output
 from drift.signals import SAVE, STOP, when_parent_ends
 from drift.sums import pairwise_sum
 
@@ -292,6 +292,7 @@ def run_stage(main: Callable[[], int | None], *, memory: str = "the batch") -> N
     """
     if "DVC_STAGE" in os.environ and _SPAWNED not in os.environ:
         when_parent_ends(signal.SIGTERM)  # a DVC that is killed tells its command nothing
+    escape_output()
     try:
         code = main() or 0
     except UserError as error:

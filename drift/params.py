@@ -79,7 +79,8 @@ class Encode(Section):
     flip: Switch
     """Mirror a random crop with probability one half."""
     on_bad_image: Literal["error", "skip"]
-    """Of images that do not decode, told together at the end: refuse to go on, or leave them out."""
+    """Of images that do not decode, told together at the end: refuse to go on, or leave them out; of those
+    that fid compares with as well."""
 
 
 class Optimizer(Section):

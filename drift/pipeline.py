@@ -25,7 +25,7 @@ from drift.evaluation.batches import in_batches
 from drift.evaluation.sample import draw_sample, sample_generator, sample_latents
 from drift.files import write_json
 from drift.hub import download
-from drift.models.generator import CLASSES_FILE, Generator
+from drift.models.generator import Generator, read_class_names
 from drift.models.io import CONFIG_FILE
 from drift.models.vae import VAE, Rounding, decode_latents, to_uint8
 from drift.torchvision_shim import ensure_torchvision
@@ -266,7 +266,7 @@ class DriftPipeline(DiffusionPipeline):
             )
         else:
             generator = Generator.from_pretrained(folder, weights=weights)
-            reference, names = _made_with(folder), _class_names(folder)
+            reference, names = _made_with(folder), read_class_names(folder)
             id2label = dict(enumerate(names)) if names else None
         if load_vae:
             if vae is None and reference is None:
@@ -305,15 +305,3 @@ def _made_with(folder: Path) -> dict[str, str | None] | None:
         return None
     except YAMLError:
         raise UserError(f"{folder / SETTINGS_FILE}: damaged; get the folder again (dvc pull)") from None
-
-
-def _class_names(folder: Path) -> list[str] | None:
-    path = folder / CLASSES_FILE
-    if not path.exists():
-        return None
-    try:
-        names = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(names, list) and all(isinstance(name, str) for name in names)
-    except (OSError, ValueError, AssertionError):
-        raise UserError(f"{path}: damaged; get the folder again (dvc pull)") from None
-    return names

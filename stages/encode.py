@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from drift.data.images import VIEW_OPTIONS, VIEWS, open_images
+from drift.data.images import VIEW_OPTIONS, VIEWS, open_images, view_digest
 from drift.encoding import encode_view
 from drift.files import check_output, link_folder
 from drift.launch import join, run_stage, spawn, stage_parser, wanted_processes
@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever learns at the end that images are damaged may skip them without starting over
         "encode": encode.model_dump(mode="json", exclude={"on_bad_image", *of_other_views}),
         "images": source.digest,
+        "pictures": view_digest(args.view),
         "vae": vae.digest,
         "vae_precision": vae.precision,
     }

@@ -18,6 +18,8 @@ from ruamel.yaml import YAML
 
 import drift
 from drift.data.images import ImageSource, open_images
+from drift.data.listing import class_difference
+from drift.errors import UserError
 from drift.evaluation.features import FeatureNetwork, check_feature_network, load_feature_network
 from drift.evaluation.fid import Samples, best_entry, check_metrics, evaluate_sweep, sweep_summary
 from drift.evaluation.outputs import Outputs, Pictures
@@ -36,7 +38,7 @@ from drift.evaluation.sample import ImageDecoder, balanced_labels, random_labels
 from drift.files import sha256, write_json
 from drift.launch import join, run_stage, spawn, stage_parser, wanted_processes
 from drift.models.ema import ema_file
-from drift.models.generator import Generator
+from drift.models.generator import CLASSES_FILE, Generator, read_class_names
 from drift.models.vae import VAE
 from drift.params import Settings, load_settings
 from drift.progress import ProgressLog
@@ -76,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     check_feature_network(fid.features, fid.mode, fid.inception)
     training = open_images(data.dataset, data.root, "train", data.classes)
+    _require_classes(args.generator, training)
     reference_images = open_reference(fid.reference, data.dataset, data.root, data.classes)
     if fid.labels == "balanced":
         labels = balanced_labels(fid.images, data.classes)
@@ -134,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "image_size": data.image_size,
                 "batch_size": hardware.sample_batch,
                 "seed": settings.seed,
+                "on_bad_image": settings.encode.on_bad_image,
                 "workers": hardware.workers,
                 "peers": peers,
             }
@@ -192,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     "self_test": tested,
                     "protocol": _protocol(settings, network, reference, ranks.device.type)
                     | {
-                        "floor_images": floor_images,
+                        "floor_images": like_generated.statistics.count if like_generated else 0,
                         "vae_sha256": vae.digest,
                         "generator": made_by["how"] if made_by else None,
                         "generator_sha256": decides["generator"],
@@ -221,6 +225,18 @@ def main(argv: Sequence[str] | None = None) -> int:
                 work.finish(outputs.metrics)
                 print_report(outputs.metrics, outputs.beside_metrics, hardware.png_folder)
     return 0
+
+
+def _require_classes(generator: Path, training: ImageSource) -> None:
+    """Refuse a generator whose labels mean other classes than those of the data, as far as it tells."""
+    names = read_class_names(generator)
+    if names is None or names == [str(label) for label in range(len(names))]:  # of latents without names
+        return
+    if difference := class_difference(str(generator / CLASSES_FILE), names, "the data", training.class_names):
+        raise UserError(
+            f"{difference}; take the data that it was trained on, or remove {CLASSES_FILE} if its labels are "
+            "those of the data all the same"
+        )
 
 
 def _draw(generator: Generator, decode: ImageDecoder, settings: Settings, training: ImageSource) -> Pictures:

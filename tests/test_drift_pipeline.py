@@ -315,6 +315,21 @@ def test_sample_makes_the_grid(folder, pipe, tmp_path, monkeypatch, capsys):
     assert np.array_equal(right[::4, ::4], np.asarray(expected[2]))
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_sample_tells_of_a_class_whose_name_the_terminal_cannot_show(tmp_path, encoding):
+    """`\\udcff` is how Python reads the byte 0xff in the name of a folder."""
+    source = write_generator(tmp_path / "generator", names=["a\udcff", "\u732b", "7"])
+    done = subprocess.run(
+        [sys.executable, "-m", "drift.cli", "sample", str(source), "--count", "1", "--device", "cpu"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding},
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"a\\udcff (0), " in done.stdout and b"wrote outputs/samples.png" in done.stdout
+    assert Image.open(tmp_path / "outputs/samples.png").height > 3 * VISIBLE_SIDE - 64
+
+
 def test_sample_writes_files(folder, pipe, tmp_path):
     assert cli.main(["sample", str(folder), "--classes", "1", "--count", "2", "--files", "--device", "cpu",
                      "--out", str(tmp_path / "png")]) == 0  # fmt: skip

@@ -41,6 +41,7 @@ The stage fid does the same before each sweep, and uses what this has measured."
                 image_size=data.image_size,
                 batch_size=hardware.sample_batch,
                 seed=settings.seed,
+                on_bad_image=settings.encode.on_bad_image,
                 workers=hardware.workers,
             )
         found = self_test(reference, settings.seed)

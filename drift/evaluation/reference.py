@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from drift.data.images import ImageFiles, ImageSource, center_view, open_images
+from drift.data.images import (
+    ImageFiles,
+    ImageSource,
+    center_views,
+    open_images,
+    refuse_or_leave_out,
+    view_digest,
+)
 from drift.errors import UserError
 from drift.evaluation.batches import one_behind
 from drift.evaluation.features import FeatureNetwork
@@ -158,6 +165,7 @@ def measure_images(
     batch_size: int,
     images: int | None = None,
     seed: int = 0,
+    on_bad_image: str = "error",
     workers: int = 1,
     peers: Peers = Peers(),
     on_images: Callable[[int], None] = lambda images: None,
@@ -166,20 +174,26 @@ def measure_images(
 
     They are kept in a folder within `cache` and read from there the next time; what was interrupted goes on.
     `workers` threads decode. `on_images` sees how many images are measured. Raises `UserError` if there are
-    too few images for the network's features.
+    too few images for the network's features, or if some do not decode and `on_bad_image` is `error`; with
+    `skip` these are left out.
     """
     count = len(source) if images is None else min(images, len(source))
     require_enough(count, network, f"real images of {source.split}")
     chosen = np.sort(numpy_generator(seed, "fid/real").permutation(len(source))[:count])
     depends_on = [network.digest, source.digest, image_size, hashlib.sha256(chosen.tobytes()).hexdigest()]
-    depends_on += [version(package) for package in _DECIDING]
+    depends_on += [view_digest("center"), *(version(package) for package in _DECIDING)]
     digest = hashlib.sha256(repr(depends_on).encode()).hexdigest()
     folder = cache / digest[:16]
     result = folder / "statistics.npz"
     lock = _lock(folder) if peers.first else None
     try:
         if peers.first:
-            FeatureStore.create(folder, count, network.dimension)
+            if source.passed_over:
+                print(source.passed_over, flush=True)
+            store = FeatureStore.create(folder, count, network.dimension)
+            if len(bad := store.undecodable()):  # may have been repaired
+                result.unlink(missing_ok=True)
+                store.forget(bad)
         peers.wait()
         store = FeatureStore(folder)
         if not result.exists():
@@ -193,15 +207,21 @@ def measure_images(
             ):
                 batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
 
-                def resized(rows: np.ndarray) -> Tensor:
-                    views = pool.map(lambda index: center_view(source.load(index), image_size), chosen[rows])
-                    return network.resized(torch.from_numpy(np.stack(list(views))))
+                def resized(rows: np.ndarray) -> tuple[Tensor, np.ndarray]:
+                    views, undecodable = center_views(source, chosen[rows], image_size, pool)
+                    return network.resized(torch.from_numpy(views)), undecodable
 
-                for rows, ready in one_behind(batches, resized):
-                    store.write(rows, network.features(ready).cpu().numpy())
+                for rows, (ready, undecodable) in one_behind(batches, resized):
+                    store.write(rows, network.features(ready).cpu().numpy(), undecodable)
                     progress.update(len(rows))
                     on_images(min(before + progress.n * peers.world_size, count))
             peers.wait()
+            bad = store.undecodable()
+            refuse_or_leave_out(source, chosen[bad], on_bad_image, told=peers.first)
+            require_enough(count - len(bad), network, f"real images of {source.split} that decode")
+            if len(bad):
+                store, chosen = FeatureStore(folder, leave_out=bad), np.delete(chosen, bad)
+                digest = hashlib.sha256(digest.encode() + chosen.tobytes()).hexdigest()
             labels = None if source.labels is None else source.labels[chosen]
             statistics = store_statistics(store, network, labels, peers)
             if peers.first:

@@ -10,7 +10,8 @@ from PIL import Image
 from processes import in_processes
 from standins import peers_of, run_ranks
 
-from drift.data.images import ImageFiles, open_images
+from drift.data import images as image_module
+from drift.data.images import BadImage, ImageFiles, center_view, open_images
 from drift.errors import UserError
 from drift.evaluation import reference as module
 from drift.evaluation.moments import trace_by_eigenvalues
@@ -106,6 +107,10 @@ def test_a_reference_is_measured_once_for_what_it_depends_on(network, tmp_path, 
     assert loaded(seed=3) == 0  # all of them are taken, whatever the seed
     assert loaded(digest="other") == loaded(network="other") == loaded(image_size=3) == 50
     assert loaded(images=20) == 20
+    with monkeypatch.context() as patched:
+        patched.setattr(image_module, "center_view", lambda image, size: center_view(image, size)[::-1])
+        assert loaded() == 50
+    assert loaded() == 0
     monkeypatch.setattr(module, "version", lambda package: "another")
     assert loaded() == 50
 
@@ -128,6 +133,97 @@ def test_what_was_interrupted_goes_on(network, tmp_path):
     assert sorted(again.loaded) == list(range(28, 50))
     assert seen == [35, 42, 49, 50, 50]
     assert np.array_equal(found.statistics.covariance, whole.statistics.covariance)
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """Twelve images in a folder, of which one is cut short, one is empty, and one is a text."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (12, 4, 4, 3), dtype=np.uint8)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{i:02d}.png")
+    whole = (folder / "03.png").read_bytes()
+    for name, content in (("03", whole[: len(whole) // 2]), ("07", b""), ("09", b"no image")):
+        (folder / f"{name}.png").write_bytes(content)
+    return folder, pixels[[0, 1, 2, 4, 5, 6, 8, 10, 11]]
+
+
+def test_images_that_do_not_decode_are_told_together(network, damaged, tmp_path):
+    folder, _ = damaged
+    with pytest.raises(UserError) as told:
+        measure_images(ImageFiles(folder), network, tmp_path / "cache", **REAL)
+    message = str(told.value)
+    assert message.startswith("3 of 12 images do not decode: ") and "\n" not in message
+    for name in ("03.png (", "07.png (an empty file)", "09.png (of no known image format)"):
+        assert f"{folder}/{name}" in message
+    assert "encode.on_bad_image: skip" in message
+
+
+def test_images_that_do_not_decode_are_left_out(network, damaged, tmp_path, capsys):
+    folder, kept = damaged
+    skip = {"on_bad_image": "skip"}
+    found = measure_images(ImageFiles(folder), network, tmp_path / "cache", **skip, **REAL)
+    assert "left out 3 of 12 images" in capsys.readouterr().out
+    np.testing.assert_allclose(found.statistics.mean, flat(kept).mean(0), rtol=1e-12)
+    np.testing.assert_allclose(found.statistics.covariance, np.cov(flat(kept), rowvar=False), rtol=1e-10)
+    assert found.statistics.count == len(found.features) == 9
+    assert np.array_equal(found.features[:], flat(kept).astype(np.float32))
+    assert np.array_equal(np.concatenate([block for _, block in found.features.blocks()]), flat(kept))
+    assert np.array_equal(found.features[np.array([8, 3])], flat(kept)[[8, 3]])
+    with pytest.raises(UserError, match="3 of 12 images do not decode"):  # whoever has skipped them before
+        measure_images(ImageFiles(folder), network, tmp_path / "cache", **REAL)
+    again = measure_images(ImageFiles(folder), network, tmp_path / "cache", **skip, **REAL)
+    assert again.digest == found.digest
+    (folder / "00.png").write_bytes(b"")
+    (folder / "01.png").write_bytes(b"")
+    told = "7 real images of .* that decode: too few for"
+    with pytest.raises(UserError, match=told):
+        measure_images(ImageFiles(folder), network, tmp_path / "cache", **skip, **REAL)
+
+
+def test_a_label_stays_with_its_image_where_others_are_left_out(network, tmp_path):
+    class Damaged(Source):
+        def load(self, index):
+            if index in (0, 7, 31):
+                raise BadImage(self.name(index), "broken")
+            return super().load(index)
+
+        def name(self, index):
+            return f"image {index}"
+
+    sources = [Damaged(50, seed=0) for _ in range(2)]
+    kept = np.delete(np.arange(50), [0, 7, 31])
+    for source in sources:
+        source.labels[9] = 1  # looks like class 0
+    measure = {"on_bad_image": "skip", **REAL}
+    alone = measure_images(sources[0], network, tmp_path / "alone", **measure)
+    assert alone.statistics.accuracy == 46 / 47
+    np.testing.assert_allclose(alone.statistics.mean, flat(sources[0].images[kept]).mean(0), rtol=1e-12)
+
+    def work(rank, all_reduce_sum):
+        return measure_images(
+            sources[rank], network, tmp_path / "x", peers=peers_of(rank, 2, all_reduce_sum), **measure
+        )
+
+    for found in run_ranks(2, work):
+        assert found.statistics.accuracy == 46 / 47 and found.digest == alone.digest
+        np.testing.assert_allclose(found.statistics.mean, alone.statistics.mean, rtol=1e-12)
+
+
+def test_a_repaired_image_is_measured(network, damaged, tmp_path):
+    """Of the same size, so that the folder looks as before."""
+    folder, _ = damaged
+    content = (folder / "11.png").read_bytes()
+    (folder / "11.png").write_bytes(content[:-20] + bytes(20))
+    for name in ("03", "07", "09"):
+        (folder / f"{name}.png").unlink()
+    with pytest.raises(UserError, match="1 of 9 images do not decode"):
+        measure_images(ImageFiles(folder), network, tmp_path / "cache", **REAL)
+    (folder / "11.png").write_bytes(content)
+    found = measure_images(ImageFiles(folder), network, tmp_path / "cache", **REAL)
+    assert found.statistics.count == 9 and np.isfinite(found.features[:]).all()
 
 
 def test_another_run_that_measures_the_same_is_waited_for(network, tmp_path, monkeypatch):
