@@ -110,9 +110,9 @@ class Mae(Optimizer):
     finetune_steps: CountOrZero
     """The last steps, in which a class loss is mixed in (paper A.3); 0 is none."""
     finetune_weight: Share
-    """Share of the class loss at the end of its ramp."""
+    """Share of the class loss at the end of its ramp; the rest is that of the masked error."""
     finetune_ramp_steps: CountOrZero
-    """Steps over which that share rises from 0."""
+    """Steps over which that share rises from 0, its value at the first of them; 0 is no ramp."""
     held_out: CountOrZero
     """Images, all crops of each, that are kept out of training to measure reconstruction on; 0 is none."""
     evaluate_every: Count
