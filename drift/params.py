@@ -62,6 +62,9 @@ class Encode(Section):
     """Mirror a random crop with probability one half."""
     on_bad_image: Literal["error", "skip"]
     """Of images that do not decode, told together at the end: refuse to go on, or leave them out."""
+    precision: Literal["float32", "bfloat16"]
+    """Of the VAE, by autocast. In bfloat16 it is faster and writes other latents; what is not finite in it is
+    computed again in float32. On a GPU PyTorch's convolutions in float32 round their inputs to TF32."""
 
 
 class Optimizer(Section):
@@ -81,6 +84,10 @@ class Optimizer(Section):
     weight_decay: NotNegative
     grad_clip: Positive
     """Largest norm of the whole gradient."""
+    precision: Literal["float32", "bfloat16", "float16"]
+    """Of the networks, by autocast, also where the MAE's held-out error is measured; weights, their moments
+    and the field stay float32. With bfloat16, features of locations and patches are held in it too; with
+    float16, the loss is scaled."""
 
     @model_validator(mode="after")
     def _warm_up_fits(self):
@@ -197,6 +204,8 @@ class Fid(Section):
     """A copy of Inception's weights for `mode`; null is where clean-fid keeps it, downloaded if need be."""
     mode: Literal["clean", "legacy_tensorflow", "legacy_pytorch"]
     """How clean-fid resizes and which Inception it uses."""
+    precision: Literal["float32", "bfloat16"]
+    """Of the VAE that decodes, as in `encode`; generator and features are float32 always."""
     reference: Text
     """A split of the dataset, a folder of images (a path with a slash), or an `.npz` of statistics (`mu` and
     `sigma`, or `ref_mu` and `ref_sigma`)."""
@@ -240,14 +249,8 @@ class Fid(Section):
 
 
 class Hardware(Section):
-    """How, not what: tracked by no stage, so a change reruns nothing."""
+    """How, not what: tracked by no stage, so a change reruns nothing; it changes results by rounding."""
 
-    precision: Literal["float32", "bfloat16", "float16"]
-    """Autocast type of the networks; the field is float32 always. bfloat16 is also what features of locations
-    and patches are held in; float16 scales the loss."""
-    vae_precision: Literal["float32", "bfloat16"]
-    """Of the VAE in encode and fid. Latents, and the images that are measured, depend on it, so bfloat16
-    (autocast) is for speed alone; what is not finite in it is computed again in float32."""
     compile: Switch
     """torch.compile for the networks; for the VAE on a CUDA device only."""
     field_impl: FieldImpl
@@ -417,6 +420,11 @@ class Settings(Section):
         return FieldSettings(**{key: getattr(self, key) for key in FIELD_KEYS})
 
 
+_MOVED = {
+    "hardware.precision": "mae.precision and drift.precision",
+    "hardware.vae_precision": "encode.precision and fid.precision",
+}
+"""Keys of earlier versions, and where each is now."""
 FIELD_KEYS: tuple[str, ...] = tuple(FieldSettings.__dataclass_fields__)
 
 
@@ -463,6 +471,8 @@ def _one_complaint(problem: dict[str, Any]) -> str:
     kind, value, context = problem["type"], problem["input"], problem.get("ctx", {})
     if kind == "extra_forbidden":
         name = problem["loc"][-1]
+        if key in _MOVED:
+            return f"{key} (value {_show(value)}) is gone; write {_MOVED[key]} instead"
         close = _places_of(name) or difflib.get_close_matches(name, _known_keys(problem["loc"][:-1]), n=1)
         hint = f"; did you mean {close[0]}?" if close else "; remove it"
         return f"unknown key {key} (value {_show(value)}){hint}"

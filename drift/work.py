@@ -178,7 +178,7 @@ class Work:
         note = {"stage": self.stage, "decides": self.decides, "code": self.code, "finished": finished}
         write_json(self.folder / "work.json", note)
 
-    def publish(self, source: Path, destination: Path, *, precision: str | None = None) -> None:
+    def publish(self, source: Path, destination: Path) -> None:
         """Add the resolved settings to the finished folder `source` and rename it to `destination`.
 
         The settings file tells what decides the result and how it came about, and nothing that changes
@@ -186,9 +186,7 @@ class Work:
         """
         import torch  # here, as `drift watch` reads work folders and would wait for it
 
-        how: dict[str, Any] = {"code": list(self.code), "torch": str(torch.__version__)}
-        if precision:
-            how["precision"] = precision
+        how = {"code": list(self.code), "torch": str(torch.__version__)}
         yaml = YAML(typ="safe", pure=True)
         yaml.default_flow_style = False
         with atomic_write(source / SETTINGS_FILE) as file:

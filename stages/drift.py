@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if ranks.first:
             export = export_run(model, emas, work.folder, {args.plot: plot_columns(settings.field())})
             write_json(export / CLASSES_FILE, store.class_names)
-            work.publish(export, args.out, precision=hardware.precision)
+            work.publish(export, args.out)
     return 0
 
 

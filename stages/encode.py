@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     data, encode, hardware = settings.data, settings.encode, settings.hardware
     check_writable(args.out.parent)
     source = open_images(data.dataset, data.root, "train", data.classes)
-    vae = VAE.from_pretrained(encode.vae, encode.vae_revision, precision=hardware.vae_precision)
+    vae = VAE.from_pretrained(encode.vae, encode.vae_revision, precision=encode.precision)
     code = spawn("stages.encode", argv, wanted_processes(args.nproc, hardware.processes))
     if code is not None:
         return code
@@ -46,7 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         "encode": encode.model_dump(mode="json", exclude={"on_bad_image"}),
         "images": source.digest,
         "vae": vae.digest,
-        "vae_precision": vae.precision,
     }
     with (
         join(hardware.time_limit) as ranks,

@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             export = adopt_encoder(encoder, Path(source), store, settings.mae, plots, **common)
         if export is not None:
-            work.publish(export, args.out, precision=hardware.precision)
+            work.publish(export, args.out)
     return 0
 
 

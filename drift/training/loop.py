@@ -98,7 +98,7 @@ def train(
         parameters, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay, fused=True
     )
     emas = [EMA(model, decay) for decay in ema_decays]
-    scaler = torch.amp.GradScaler(ranks.device.type, enabled=hardware.precision == "float16")
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=options.precision == "float16")
     gradients = _Gradients(parameters, scaler, ranks)
 
     def state(steps: int) -> dict[str, Tensor]:

@@ -117,7 +117,7 @@ def train_mae(
         sums = PairwiseSum()
         for part in parts(len(labels), hardware.mae_micro_batch):
             wanted, hidden = (x[part].to(ranks.device, non_blocking=True) for x in (labels, mask))
-            with autocast(ranks, hardware.precision):
+            with autocast(ranks, options.precision):
                 loss, reconstruction, logits = mae_loss(
                     network, reader.place(latents[part]), hidden, wanted, share
                 )
@@ -175,7 +175,7 @@ def masked_error(
             draw_mask((1, *grid), options.mask_ratio, torch_generator(seed, "mae/held_out", int(row)))
             for row in mine[part]
         ]
-        with autocast(ranks, hardware.precision):
+        with autocast(ranks, options.precision):
             per_sample, _ = functional_call(
                 model, dict(weights), (latents, torch.cat(masks).to(ranks.device))
             )

@@ -164,16 +164,13 @@ def test_what_changes_no_sum_changes_no_bit(store, encoder, tmp_path, hardware):
 
 def test_float16_trains_and_goes_on_with_its_scale(store, encoder, tmp_path):
     options = OPTIONS.model_copy(update={"steps": 5})
-    whole, _ = train(
-        store, encoder, FieldSettings(), tmp_path / "whole", options=options, precision="float16"
-    )
+    half = options.model_copy(update={"precision": "float16"})
+    whole, _ = train(store, encoder, FieldSettings(), tmp_path / "whole", options=half)
     assert weights(whole).isfinite().all()
     checkpoint = load_checkpoint(tmp_path / "whole")
     assert checkpoint.step == 5 and checkpoint.state["scaler"]["scale"] > 1
     shutil.copytree(tmp_path / "whole" / "step-00000004", tmp_path / "resumed" / "step-00000004")
-    resumed, _ = train(
-        store, encoder, FieldSettings(), tmp_path / "resumed", options=options, precision="float16"
-    )
+    resumed, _ = train(store, encoder, FieldSettings(), tmp_path / "resumed", options=half)
     assert torch.equal(weights(whole), weights(resumed))
     single, _ = train(store, encoder, FieldSettings(), tmp_path / "single", options=options)
     assert 0 < (weights(whole) - weights(single)).norm() < 0.1 * weights(single).norm()

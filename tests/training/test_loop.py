@@ -35,6 +35,7 @@ def options(steps: int) -> Optimizer:
         betas=(0.9, 0.95),
         weight_decay=0.01,
         grad_clip=1.0,
+        precision="float32",
     )
 
 
