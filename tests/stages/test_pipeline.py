@@ -194,19 +194,22 @@ def test_fid_measures_the_same_images_for_any_processes_and_batches(finished):
     )
 
 
-@pytest.mark.parametrize(("stage", "arguments"), [("mae", MAE), ("drift", DRIFT)])
-def test_training_in_another_precision_is_another_run(finished, stage, arguments):
+# Not bfloat16 for the MAE: PyTorch's gradients of its convolutions on a CPU are not finite on maps of 1x1
+@pytest.mark.parametrize(
+    ("stage", "arguments", "half"), [("mae", MAE, "float16"), ("drift", DRIFT, "bfloat16")]
+)
+def test_training_in_another_precision_is_another_run(finished, stage, arguments, half):
     decides = {}
-    for precision in ("float32", "bfloat16"):
+    for precision in ("float32", half):
         finished.settings(**{stage: {"precision": precision}})
         command = [sys.executable, "-m", f"stages.{stage}", *arguments, "--out", f"other/{precision}"]
         finished.run(*command, DRIFT_WORK_DIR=f"other/{stage}-{precision}")
         (note,) = (finished.folder / f"other/{stage}-{precision}" / stage).glob("*/work.json")
         decides[precision] = json.loads(note.read_text())["decides"]
         changed = finished.run("dvc", "status", stage).stdout
-        assert ("params.yaml" in changed) == (precision == "bfloat16"), changed
+        assert ("params.yaml" in changed) == (precision == half), changed
     exact = decides["float32"]
-    assert exact | {stage: exact[stage] | {"precision": "bfloat16"}} == decides["bfloat16"]
+    assert exact | {stage: exact[stage] | {"precision": half}} == decides[half]
     finished.settings(**{stage: {"precision": "float32"}})
 
 
