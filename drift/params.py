@@ -251,6 +251,9 @@ class Fid(Section):
 class Hardware(Section):
     """How, not what: tracked by no stage, so a change reruns nothing; it changes results by rounding."""
 
+    deterministic: Switch
+    """Only algorithms that give the same bits every time, which are slower: then a run on a GPU ends with the
+    same bits whether it was cut or not. On a CPU it does so anyway."""
     compile: Switch
     """torch.compile for the networks; for the VAE on a CUDA device only."""
     field_impl: FieldImpl
@@ -292,6 +295,17 @@ class Hardware(Section):
     """Steps between two checkpoints, of which the newest two are kept."""
     checkpoint_keep_every: CountOrZero
     """Checkpoints of a multiple of so many steps are kept as well; 0 keeps none."""
+
+
+ROUNDING_KEYS = (
+    "deterministic",
+    "compile",
+    "field_impl",
+    "mae_micro_batch",
+    "classes_per_pass",
+    "feature_batch",
+)
+"""Settings of `Hardware` that change results of training by rounding; the others change no bit of them."""
 
 
 class Settings(Section):

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "mae": {name: sha256(args.mae / name) for name in ("config.json", "model.safetensors")},
     }
     with (
-        join(hardware.time_limit) as ranks,
+        join(hardware.time_limit, deterministic=hardware.deterministic) as ranks,
         Work("drift", decides, fresh=args.fresh, first=ranks.first) as work,
     ):
         ranks.barrier()

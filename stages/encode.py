@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "vae": vae.digest,
     }
     with (
-        join(hardware.time_limit) as ranks,
+        join(hardware.time_limit, deterministic=hardware.deterministic) as ranks,
         Work("encode", decides, fresh=args.fresh, first=ranks.first) as work,
         Signals() as signals,
     ):

@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if code is not None:
         return code
 
-    with join(hardware.time_limit) as ranks:
+    with join(hardware.time_limit, deterministic=hardware.deterministic) as ranks:
         network = load_feature_network(
             fid.features, fid.mode, ranks.device, workers=hardware.workers, inception=fid.inception
         )

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
 
     with (
-        join(hardware.time_limit) as ranks,
+        join(hardware.time_limit, deterministic=hardware.deterministic) as ranks,
         Work("mae", decides, fresh=args.fresh, first=ranks.first) as work,
     ):
         ranks.barrier()

@@ -194,6 +194,29 @@ def test_fid_measures_the_same_images_for_any_processes_and_batches(finished):
     )
 
 
+DETERMINISTIC = """
+import importlib, sys, drift.launch
+drift.launch.make_deterministic = lambda: sys.exit("asked for")
+importlib.import_module(f"stages.{sys.argv[1]}").main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("stage", "arguments"),
+    [
+        ("encode", ("--view", "center", "--out", "other/latents")),
+        ("mae", (*MAE, "--out", "other/mae")),
+        ("drift", (*DRIFT, "--out", "other/generator")),
+        ("fid", ("--generator", "artifacts/generator", "--out", "other/fid.json", "--plots", "other")),
+    ],
+)
+def test_every_stage_asks_for_deterministic_algorithms_by_setting(finished, stage, arguments):
+    finished.settings(hardware={"deterministic": True})
+    done = finished.run(sys.executable, "-c", DETERMINISTIC, stage, *arguments, check=False)
+    assert done.stderr == "asked for\n"
+    finished.settings(hardware={"deterministic": False})
+
+
 # Not bfloat16 for the MAE: PyTorch's gradients of its convolutions on a CPU are not finite on maps of 1x1
 @pytest.mark.parametrize(
     ("stage", "arguments", "half"), [("mae", MAE, "float16"), ("drift", DRIFT, "bfloat16")]
