@@ -236,12 +236,15 @@ def _require_a_device_each(processes: int, way_out: str) -> None:
 
 
 @contextmanager
-def join(time_limit: float) -> Iterator[Ranks]:
+def join(time_limit: float, *, deterministic: bool = False) -> Iterator[Ranks]:
     """Enter the process group, if there is one, and leave it at the end.
 
-    A process that has waited `time_limit` minutes for the others gives up. Raises `UserError` if there are
-    fewer CUDA devices on this machine than processes, if there are any.
+    A process that has waited `time_limit` minutes for the others gives up. With `deterministic`, this process
+    uses deterministic algorithms alone, from here to its end. Raises `UserError` if there are fewer CUDA
+    devices on this machine than processes, if there are any.
     """
+    if deterministic:
+        make_deterministic()
     if not under_torchrun():
         yield Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         return
@@ -264,6 +267,17 @@ def join(time_limit: float) -> Iterator[Ranks]:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device, control)
     finally:
         dist.destroy_process_group()
+
+
+def make_deterministic() -> None:
+    """Same inputs, same bits, on a GPU too; must come before CUDA's first use in the process.
+
+    An operation that cannot be computed so raises RuntimeError.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as PyTorch's notes on reproducibility ask
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
 
 
 def stage_parser(description: str | None) -> argparse.ArgumentParser:

@@ -81,6 +81,9 @@ class Encode(Section):
     on_bad_image: Literal["error", "skip"]
     """Of images that do not decode, told together at the end: refuse to go on, or leave them out; of those
     that fid compares with as well."""
+    precision: Literal["float32", "bfloat16"]
+    """Of the VAE, by autocast. In bfloat16 it is faster and writes other latents; what is not finite in it is
+    computed again in float32. On a GPU PyTorch's convolutions in float32 round their inputs to TF32."""
 
 
 class Optimizer(Section):
@@ -100,6 +103,10 @@ class Optimizer(Section):
     weight_decay: NotNegative
     grad_clip: Positive
     """Largest norm of the whole gradient."""
+    precision: Literal["float32", "bfloat16", "float16"]
+    """Of the networks, by autocast, also where the MAE's held-out error is measured; weights, their moments
+    and the field stay float32. With bfloat16, features of locations and patches are held in it too; with
+    float16, the loss is scaled."""
 
     @model_validator(mode="after")
     def _warm_up_fits(self):
@@ -135,9 +142,9 @@ class Mae(Optimizer):
     finetune_steps: CountOrZero
     """The last steps, in which a class loss is mixed in (paper A.3); 0 is none."""
     finetune_weight: Share
-    """Share of the class loss at the end of its ramp."""
+    """Share of the class loss at the end of its ramp; the rest is that of the masked error."""
     finetune_ramp_steps: CountOrZero
-    """Steps over which that share rises from 0."""
+    """Steps over which that share rises from 0, its value at the first of them; 0 is no ramp."""
     held_out: CountOrZero
     """Images, all crops of each, that are kept out of training to measure reconstruction on; 0 is none."""
     evaluate_every: Count
@@ -254,6 +261,8 @@ class Fid(Section):
     """A copy of Inception's weights for `mode`; null is PyTorch's cache, into which they are downloaded."""
     mode: Literal["clean", "legacy_tensorflow", "legacy_pytorch"]
     """How clean-fid resizes and which Inception it uses."""
+    precision: Literal["float32", "bfloat16"]
+    """Of the VAE that decodes, as in `encode`; generator and features are float32 always."""
     reference: Text
     """A split of the dataset (paper and release measure against `train`), a folder of images (a path with a
     slash), or an `.npz` of statistics (`mu` and `sigma`, or `ref_mu` and `ref_sigma`)."""
@@ -308,14 +317,11 @@ class Fid(Section):
 
 
 class Hardware(Section):
-    """How, not what: tracked by no stage, so a change reruns nothing."""
+    """How, not what: tracked by no stage, so a change reruns nothing; it changes results by rounding."""
 
-    precision: Literal["float32", "bfloat16", "float16"]
-    """Autocast type of the networks; the field is float32 always. bfloat16 is also what features of locations
-    and patches are held in; float16 scales the loss."""
-    vae_precision: Literal["float32", "bfloat16"]
-    """Of the VAE in encode and fid. Latents, and the images that are measured, depend on it, so bfloat16
-    (autocast) is for speed alone; what is not finite in it is computed again in float32."""
+    deterministic: Switch
+    """Only algorithms that give the same bits every time, which are slower: then a run on a GPU ends with the
+    same bits whether it was cut or not. On a CPU it does so anyway."""
     compile: Switch
     """torch.compile for the networks; for the VAE on a CUDA device only."""
     field_impl: FieldImpl
@@ -357,6 +363,17 @@ class Hardware(Section):
     """Steps between two checkpoints, of which the newest two are kept."""
     checkpoint_keep_every: CountOrZero
     """Checkpoints of a multiple of so many steps are kept as well; 0 keeps none."""
+
+
+ROUNDING_KEYS = (
+    "deterministic",
+    "compile",
+    "field_impl",
+    "mae_micro_batch",
+    "classes_per_pass",
+    "feature_batch",
+)
+"""Settings of `Hardware` that change results of training by rounding; the others change no bit of them."""
 
 
 class Settings(Section):
@@ -551,7 +568,11 @@ class Settings(Section):
         return lines
 
 
-RENAMED = {"drift.queue_push": "drift.push_per_step, which counts the images of all processes together"}
+RENAMED = {
+    "drift.queue_push": "drift.push_per_step, which counts the images of all processes together",
+    "hardware.precision": "mae.precision and drift.precision",
+    "hardware.vae_precision": "encode.precision and fid.precision",
+}
 """Keys of earlier files, and what has become of them."""
 
 

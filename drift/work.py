@@ -184,7 +184,7 @@ class Work:
         note = {"stage": self.stage, "decides": self.decides, "code": self.code, "finished": finished}
         write_json(self.folder / "work.json", note | {"result": result})
 
-    def publish(self, source: Path, destination: Path, *, precision: str | None = None) -> None:
+    def publish(self, source: Path, destination: Path) -> None:
         """Add the resolved settings to the finished folder `source` and rename it to `destination`.
 
         The settings file tells what decides the result and how it came about, and nothing that changes
@@ -193,8 +193,6 @@ class Work:
         import torch  # here, as `drift watch` reads work folders and would wait for it
 
         how: dict[str, Any] = {"code": list(self.code), "torch": str(torch.__version__)}
-        if precision:
-            how["precision"] = precision
         if self.remarks:
             how["remarks"] = self.remarks
         yaml = YAML(typ="safe", pure=True)

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     remarks = settings.remarks("drift")
     with (
-        join(hardware.time_limit) as ranks,
+        join(hardware.time_limit, deterministic=hardware.deterministic) as ranks,
         Work("drift", decides, fresh=args.fresh, first=ranks.first, remarks=remarks) as work,
     ):
         ranks.barrier()
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if ranks.first:
             export = export_run(model, emas, work.folder, {args.plot: plot_columns(settings.field())})
             write_json(export / CLASSES_FILE, store.class_names)
-            work.publish(export, args.out, precision=hardware.precision)
+            work.publish(export, args.out)
     return 0
 
 

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     data, encode, hardware = settings.data, settings.encode, settings.hardware
     check_output(args.out)
     source = open_images(data.dataset, data.root, "train", data.classes)
-    vae = VAE.from_pretrained(encode.vae, encode.vae_revision, precision=hardware.vae_precision)
+    vae = VAE.from_pretrained(encode.vae, encode.vae_revision, precision=encode.precision)
     code = spawn("stages.encode", argv, wanted_processes(args.nproc, hardware.processes))
     if code is not None:
         return code
@@ -48,11 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "images": source.digest,
         "pictures": view_digest(args.view),
         "vae": vae.digest,
-        "vae_precision": vae.precision,
     }
     remarks = settings.remarks("encode")
     with (
-        join(hardware.time_limit) as ranks,
+        join(hardware.time_limit, deterministic=hardware.deterministic) as ranks,
         Work("encode", decides, fresh=args.fresh, first=ranks.first, remarks=remarks) as work,
         Signals() as signals,
     ):

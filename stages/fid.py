@@ -73,9 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     for decay in reversed(decays):
         load(decay)
-    vae = VAE.from_pretrained(
-        settings.encode.vae, settings.encode.vae_revision, precision=hardware.vae_precision
-    )
+    vae = VAE.from_pretrained(settings.encode.vae, settings.encode.vae_revision, precision=fid.precision)
     check_feature_network(fid.features, fid.mode, fid.inception)
     training = open_images(data.dataset, data.root, "train", data.classes)
     _require_classes(args.generator, training)
@@ -91,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if code is not None:
         return code
 
-    with join(hardware.time_limit) as ranks:
+    with join(hardware.time_limit, deterministic=hardware.deterministic) as ranks:
         network = load_feature_network(
             fid.features, fid.mode, ranks.device, workers=hardware.workers, inception=fid.inception
         )
@@ -113,7 +111,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for name in ("config.json", *(f"{weights[decay]}.safetensors" for decay in decays))
             ],
             "vae": vae.digest,
-            "vae_precision": vae.precision,
             "features": network.digest,
             "images": training.digest,
             "reference": sha256(fid.reference) if reference_images is None else reference_images.digest,
@@ -277,7 +274,7 @@ def _protocol(
         "seed": settings.seed,
         "device": device,
         "vae": settings.encode.vae,
-        "vae_precision": settings.hardware.vae_precision,
+        "vae_precision": fid.precision,
         "versions": {"drift": drift.__version__} | {name: version(name) for name in PACKAGES},
     }
 

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     remarks = settings.remarks("mae")
     with (
-        join(hardware.time_limit) as ranks,
+        join(hardware.time_limit, deterministic=hardware.deterministic) as ranks,
         Work("mae", decides, fresh=args.fresh, first=ranks.first, remarks=remarks) as work,
     ):
         ranks.barrier()
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             export = adopt_encoder(encoder, Path(source), store, settings.mae, plots, **common)
         if export is not None:
-            work.publish(export, args.out, precision=hardware.precision)
+            work.publish(export, args.out)
     return 0
 
 

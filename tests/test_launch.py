@@ -31,7 +31,7 @@ def main():
     code = spawn("two_ranks", sys.argv[1:], 2)
     if code is not None:
         return code
-    with join(0.05 if "--silent" in sys.argv else 1) as ranks:
+    with join(0.05 if "--silent" in sys.argv else 1, deterministic="--deterministic" in sys.argv) as ranks:
         total = ranks.sum(torch.tensor([1.0 + ranks.rank]))
         if ranks.first:
             print("sum", total.item(), "of", ranks.world_size, flush=True)
@@ -48,6 +48,10 @@ def main():
         if "--share" in sys.argv:
             mine = {"a": torch.arange(3) + 5, "b": torch.tensor(0.5)} if ranks.first else {}
             print({name: t.tolist() for name, t in ranks.tensors_from_first(mine).items()}, flush=True)
+        if "--flags" in sys.argv:
+            cudnn, workspace = torch.backends.cudnn, os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+            exact = torch.are_deterministic_algorithms_enabled()
+            print("flags", exact, cudnn.deterministic, cudnn.benchmark, workspace, flush=True)
         ranks.barrier()
 
 run_stage(main)
@@ -74,6 +78,14 @@ def test_two_processes_start_and_add_up(tmp_path):
 def test_every_process_gets_the_tensors_of_the_first(tmp_path):
     done = run_program(tmp_path, "--share")
     assert done.stdout.count("{'a': [5, 6, 7], 'b': 0.5}") == 2
+
+
+@pytest.mark.parametrize(
+    ("argument", "flags"),
+    [("--deterministic", "True True False :4096:8"), ("--default", "False False False None")],
+)
+def test_deterministic_algorithms_are_for_every_process_if_asked_for(tmp_path, argument, flags):
+    assert run_program(tmp_path, "--flags", argument).stdout.count(f"flags {flags}") == 2
 
 
 def test_a_mistake_in_ranks_ends_with_code_2_and_one_line(tmp_path):

@@ -226,8 +226,16 @@ def test_settings_are_frozen():
         ),
         ({"encode__on_bad_image": "ignore"}, ["encode.on_bad_image", "'ignore'", "error", "skip"]),
         ({"mae__evaluate_every": 0}, ["mae.evaluate_every", "1 or more"]),
-        ({"hardware__precision": "half"}, ["hardware.precision", "'half'", "bfloat16", "float16"]),
-        ({"hardware__vae_precision": "float16"}, ["hardware.vae_precision", "float32 or bfloat16"]),
+        ({"drift__precision": "half"}, ["drift.precision", "'half'", "bfloat16", "float16"]),
+        ({"encode__precision": "float16"}, ["encode.precision", "float32 or bfloat16"]),
+        (
+            {"hardware__precision": "bfloat16", "mae__precision": ...},
+            ["hardware.precision (value 'bfloat16') is gone", "mae.precision and drift.precision instead"],
+        ),
+        (
+            {"hardware__vae_precision": "float32", "fid__precision": ...},
+            ["hardware.vae_precision (value 'float32') is gone", "encode.precision and fid.precision"],
+        ),
         ({"hardware__mae_micro_batch": 0}, ["hardware.mae_micro_batch", "1 or more"]),
         ({"hardware__time_limit": 0}, ["hardware.time_limit", "above 0"]),
     ],

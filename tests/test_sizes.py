@@ -89,9 +89,9 @@ from drift.training.mae import train_mae
 
 kind, preset = sys.argv[1:]
 settings = load_settings(f"presets/{preset}.yaml")
-hardware = settings.hardware.model_copy(update={"precision": "float32", "compile": False})
+hardware = settings.hardware.model_copy(update={"compile": False})
 common = {"seed": 0, "hardware": hardware, "ranks": Ranks(0, 1, torch.device("cpu"))}
-one_step = {"steps": 1, "warmup_steps": 0}
+one_step = {"steps": 1, "warmup_steps": 0, "precision": "float32"}
 drift.training.loop.save_checkpoint = lambda *args, **kwargs: None  # gigabytes that nobody reads
 with tempfile.TemporaryDirectory() as folder:
     folder = Path(folder)

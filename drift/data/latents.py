@@ -28,6 +28,7 @@ _SAID_BY = {
     "view": ("this stage needs", "name the folder of that view"),
     "image_size": ("data.image_size is", "correct data.image_size"),
     "vae": ("encode.vae is", "correct encode.vae"),
+    "vae_precision": ("encode.precision is", "correct encode.precision"),
     "vae_revision": ("encode.vae_revision is", "correct encode.vae_revision"),
     "scaling_factor": ("that of encode.vae is", "correct encode.vae"),
 }

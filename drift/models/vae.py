@@ -115,7 +115,7 @@ class VAE(nn.Module):
         if self.recomputed == 1:
             tqdm.write(
                 f"note: VAE {self.id} has overflowed in {self.precision}; what is not finite is computed "
-                "again in float32 (hardware.vae_precision: float32 does so from the start)"
+                "again in float32 (precision: float32 in encode or fid does so from the start)"
             )
         return VAE(self.model, self.id, self.revision)
 

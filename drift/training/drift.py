@@ -115,7 +115,7 @@ def train_generator(
     objective_options = {
         "drop_duplicates": one_of("duplicate_features", options.duplicate_features, "keep", "drop") == "drop",
         "feature_batch": hardware.feature_batch,
-        "feature_dtype": feature_dtype(hardware.precision),
+        "feature_dtype": feature_dtype(options.precision),
         "field_impl": hardware.field_impl,
     }
     n = options.generated
@@ -159,7 +159,7 @@ def train_generator(
         """Samples of the classes of a part `[Nc, N, C, H, W]`."""
         noise, style = (place(x[part].flatten(0, 1)) for x in batch.drawn[what])
         labels, omega = (place(x[part]).repeat_interleave(n) for x in (batch.classes, batch.omega))
-        with autocast(ranks, hardware.precision):
+        with autocast(ranks, options.precision):
             return network(noise, labels, omega, style).unflatten(0, (-1, n))
 
     def samples(batch: _Batch, part: slice) -> Samples:
@@ -181,12 +181,12 @@ def train_generator(
         if len(passes) > 1 and field.normalization_scope == "batch":
             with torch.no_grad():
                 given = [samples(batch, part) for part in passes]
-            with autocast(ranks, hardware.precision):
+            with autocast(ranks, options.precision):
                 sums = step_sums(given, frozen, field, reduce=reduce, **objective_options)
         gathered, shares = [], []
         for part in passes:
             *inputs, negatives = samples(batch, part)
-            with autocast(ranks, hardware.precision):
+            with autocast(ranks, options.precision):
                 loss, statistics = drift_objective(
                     *inputs,
                     frozen,

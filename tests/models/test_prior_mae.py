@@ -64,7 +64,7 @@ def test_masked_error_is_that_of_masked_places(model, expected):
     reconstruction, _ = model.reconstruct(torch.where(hidden, 0, x))
     found, _ = model(x, mask)
     for b in range(2):
-        wanted = (reconstruction[b] - x[b])[:, hidden[b, 0]].square().mean()
+        wanted = (reconstruction[b] - x[b])[:, hidden[b, 0]].square().sum(dim=0).mean()
         torch.testing.assert_close(found[b], wanted)
 
 

@@ -104,9 +104,9 @@ def test_another_precision_of_the_vae_does_not_go_on_with_these_rows(project, ex
     process = start(project, "rough")
     process.kill()
     process.communicate()
-    project.settings(hardware={"vae_precision": "bfloat16"})
+    project.settings(encode={"precision": "bfloat16"})
     assert "going on" not in project.run(*COMMAND, "rough").stdout
-    project.settings(hardware={"vae_precision": "float32"})
+    project.settings(encode={"precision": "float32"})
     rough = contents(project, "rough")
     assert b'"vae_precision": "bfloat16"' in rough["train_meta.json"]
     assert b'"vae_precision": "float32"' in expected["train_meta.json"]

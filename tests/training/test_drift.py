@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.compilers import nop
 
 import drift.training.drift
 import drift.training.loop
@@ -191,16 +193,13 @@ def test_what_changes_no_sum_changes_no_bit(store, encoder, tmp_path, hardware):
 
 def test_float16_trains_and_goes_on_with_its_scale(store, encoder, tmp_path):
     options = OPTIONS.model_copy(update={"steps": 5})
-    whole, _ = train(
-        store, encoder, FieldSettings(), tmp_path / "whole", options=options, precision="float16"
-    )
+    half = options.model_copy(update={"precision": "float16"})
+    whole, _ = train(store, encoder, FieldSettings(), tmp_path / "whole", options=half)
     assert weights(whole).isfinite().all()
     checkpoint = load_checkpoint(tmp_path / "whole")
     assert checkpoint.step == 5 and checkpoint.state["scaler"]["scale"] > 1
     shutil.copytree(tmp_path / "whole" / "step-00000004", tmp_path / "resumed" / "step-00000004")
-    resumed, _ = train(
-        store, encoder, FieldSettings(), tmp_path / "resumed", options=options, precision="float16"
-    )
+    resumed, _ = train(store, encoder, FieldSettings(), tmp_path / "resumed", options=half)
     assert torch.equal(weights(whole), weights(resumed))
     single, _ = train(store, encoder, FieldSettings(), tmp_path / "single", options=options)
     assert 0 < (weights(whole) - weights(single)).norm() < 0.1 * weights(single).norm()
@@ -319,6 +318,23 @@ def test_a_run_that_draws_directly_goes_on_to_the_same_bits(store, encoder, tmp_
     assert torch.equal(weights(whole), weights(resumed))
     queued, _ = train(store, encoder, FieldSettings(), tmp_path / "queued")
     assert not torch.equal(weights(whole), weights(queued))
+
+
+def test_networks_whose_backward_pass_does_not_compile_train_uncompiled(
+    store, encoder, tmp_path, monkeypatch, capsys
+):
+    plain, _ = train(store, encoder, FieldSettings(), tmp_path / "plain", feature_batch=4)
+
+    def broken(graph, inputs):
+        raise RuntimeError("no such compiler")
+
+    compile, backend = torch.compile, aot_autograd(fw_compiler=nop, bw_compiler=broken)
+    monkeypatch.setattr(torch, "compile", lambda function, **how: compile(function, backend=backend, **how))
+    other, _ = train(store, encoder, FieldSettings(), tmp_path / "other", feature_batch=4, compile=True)
+    assert torch.equal(weights(plain), weights(other))
+    out = capsys.readouterr().out
+    for name in ("generator", "encoder"):
+        assert out.count(f"torch.compile of the {name} has failed") == 1
 
 
 @pytest.mark.large
