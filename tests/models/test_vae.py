@@ -13,7 +13,15 @@ import torch
 
 from drift.data.images import center_view, open_images
 from drift.errors import UserError
-from drift.models.vae import CONFIG_FILE, VAE, WEIGHTS_FILE, known_scaling_factor, to_float, to_uint8
+from drift.models.vae import (
+    CONFIG_FILE,
+    VAE,
+    WEIGHTS_FILE,
+    decode_latents,
+    known_scaling_factor,
+    to_float,
+    to_uint8,
+)
 from drift.torchvision_shim import ensure_torchvision
 from drift.training.compile import Compiled
 
@@ -89,6 +97,50 @@ def test_moments_scale_and_decode(network, folder, images):
     torch.testing.assert_close(latents, (mean - 0.25) * 0.4)
     torch.testing.assert_close(vae.decode(latents), network.decode(mean).sample, rtol=1e-4, atol=1e-4)
     assert vae.scaling_factor == 0.4
+
+
+NORMALISED = {"shift_factor": None, "latents_mean": [-1.5, 0.5, 2.0], "latents_std": [8.0, 0.5, 3.0]}
+
+
+@torch.no_grad()
+def test_latents_are_normalised_per_channel_as_in_stable_diffusion_xl(network, folder, images):
+    """diffusers: `latents = (z - latents_mean) * scaling_factor / latents_std`, and back before decoding."""
+    plain = VAE.from_pretrained(folder)
+    edit_config(folder, **NORMALISED)
+    vae = VAE.from_pretrained(folder)
+    mean, _ = vae.moments(images)
+    latents = vae.scale(mean)
+    for channel, (shift, std) in enumerate(zip((-1.5, 0.5, 2.0), (8.0, 0.5, 3.0), strict=True)):
+        np.testing.assert_allclose(latents[:, channel], (mean[:, channel] - shift) * 0.4 / std, rtol=1e-5)
+    for decoded in (vae.decode(latents), decode_latents(vae.model, latents)):
+        torch.testing.assert_close(decoded, network.decode(mean).sample, rtol=1e-4, atol=1e-4)
+    assert vae.digest != plain.digest
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"scaling_factor": None}, "scaling_factor is null where a positive number is wanted"),
+        ({"scaling_factor": 0}, "scaling_factor is 0 where"),
+        ({"scaling_factor": "0.18"}, 'scaling_factor is "0.18" where'),
+        ({"shift_factor": [1, 2]}, r"shift_factor is \[1, 2\] where a number is wanted"),
+        ({"latents_mean": [0.0] * 3}, "has shift_factor = 0.25 beside latents_mean"),
+        (NORMALISED | {"latents_std": None}, "latents_std is null where a list of 3 positive numbers"),
+        (
+            NORMALISED | {"latents_std": [1.0, 0.0, 1.0]},
+            "latents_std is .* where a list of 3 positive",
+        ),
+        (NORMALISED | {"latents_mean": [0.0] * 4}, "latents_mean is .* where a list of 3 numbers"),
+    ],
+)
+def test_a_scale_that_cannot_be_is_refused_in_one_line(folder, changes, said):
+    edit_config(folder, **changes)
+    with pytest.raises(UserError, match=f"{folder}: {said}") as caught:
+        VAE.from_pretrained(folder)
+    assert "\n" not in str(caught.value) and CONFIG_FILE in str(caught.value)
+    if "scaling_factor" in changes:
+        with pytest.raises(UserError, match=said):
+            known_scaling_factor(folder)
 
 
 def test_the_number_of_threads_changes_no_bit():
