@@ -9,18 +9,23 @@ of an image are not those of the mirrored image.
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from drift.errors import UserError
+from drift.files import without_wrappers
 from drift.hub import download
 from drift.torchvision_shim import ensure_torchvision
 
@@ -304,13 +309,14 @@ def _load(source: str, folder: Path) -> "AutoencoderKL":
     from diffusers import AutoencoderKL
 
     try:
-        model, info = AutoencoderKL.from_pretrained(
-            folder,
-            local_files_only=True,
-            use_safetensors=True,
-            low_cpu_mem_usage=False,  # needs the package accelerate otherwise
-            output_loading_info=True,
-        )
+        with _without_wrappers(folder) as bare:
+            model, info = AutoencoderKL.from_pretrained(
+                bare,
+                local_files_only=True,
+                use_safetensors=True,
+                low_cpu_mem_usage=False,  # needs the package accelerate otherwise
+                output_loading_info=True,
+            )
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
@@ -324,3 +330,20 @@ def _load(source: str, folder: Path) -> "AutoencoderKL":
             f"({len(foreign)} parameters differ, such as {min(foreign)}); fetch them again"
         )
     return model
+
+
+@contextmanager
+def _without_wrappers(folder: Path) -> Iterator[Path]:
+    """`folder`, or a temporary copy of it if its weights have names that a wrapper has changed."""
+    try:
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+            names = dict.fromkeys(file.keys())
+    except (SafetensorError, OSError):
+        names = {}  # damaged: diffusers says how
+    if without_wrappers(names).keys() == names.keys():
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as copy:
+        shutil.copyfile(folder / CONFIG_FILE, Path(copy, CONFIG_FILE))
+        save_file(without_wrappers(load_file(folder / WEIGHTS_FILE)), Path(copy, WEIGHTS_FILE))
+        yield Path(copy)

@@ -10,6 +10,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from drift.data.images import center_view, open_images
 from drift.errors import UserError
@@ -285,6 +286,13 @@ def test_a_damaged_folder_is_named(folder, damage, said):
     with pytest.raises(UserError, match=said) as caught:
         VAE.from_pretrained(folder)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_names_of_wrappers_are_taken_off(folder, prefix):
+    digest, file = VAE.from_pretrained(folder).digest, folder / WEIGHTS_FILE
+    save_file({prefix + name: tensor for name, tensor in load_file(file).items()}, file)
+    assert VAE.from_pretrained(folder).digest == digest
 
 
 def test_hub_ids_go_through_the_hub(folder, monkeypatch):
