@@ -145,19 +145,28 @@ class VAE(nn.Module):
         revision: str | None = None,
         device: str | torch.device = "cpu",
         precision: VAEPrecision = "float32",
+        variant: str | None = None,
+        **hub: Any,
     ) -> "VAE":
         """Load from a folder or, where there is none of that name, from the Hugging Face hub.
 
         `revision` is a branch, tag or commit on the hub; folders have none. What the hub once gave is found
-        again without a network. Raises `UserError` if neither exists or what is there is no whole VAE.
+        again without a network. `variant` is diffusers' name for another copy of the weights, such as fp16,
+        which is taken where there is one; `hub` are options of `drift.hub.download`. Raises `UserError` if
+        neither exists or what is there is no whole VAE.
         """
         source = str(source)
-        if Path(source).is_dir():
-            folder, revision = Path(source), None
-        else:
-            folder = _download(source, revision)
-            revision = folder.name  # the hub's cache names its folders by commit
-        return cls(_load(source, folder), source, revision, precision).to(device)
+        for weights in dict.fromkeys((_weights_file(variant), WEIGHTS_FILE)):
+            if Path(source).is_dir():
+                folder, commit = Path(source), None
+            else:
+                folder = _download(source, revision, weights, hub)
+                commit = folder.name  # the hub's cache names its folders by commit
+            if (folder / weights).is_file():
+                break
+        if weights == WEIGHTS_FILE:
+            variant = None
+        return cls(_load(source, folder, variant), source, commit, precision).to(device)
 
     def compile_with(self, compiler: Callable[[Callable, str], Callable]) -> None:
         """Let `compiler` (function, name -> a faster function) have both networks, for shapes that repeat.
@@ -257,8 +266,11 @@ class VAE(nn.Module):
 
 
 def decode_latents(model: "AutoencoderKL", latents: Tensor) -> Tensor:
-    """Latents `[B, C, h, w]` -> images around [-1, 1], `[B, 3, H, W]`, in the precision of `model`."""
-    z = latent_scale(model.config, "of the pipeline").invert(latents.to(model.device, torch.float32))
+    """Latents `[B, C, h, w]` -> images around [-1, 1], `[B, 3, H, W]`, in the precision of `model`.
+
+    The latents must be on the device that the model computes on.
+    """
+    z = latent_scale(model.config, "of the pipeline").invert(latents.float())
     return model.decode(z.to(model.dtype)).sample
 
 
@@ -285,20 +297,26 @@ def known_scaling_factor(source: str | Path, revision: str | None = None) -> flo
     return float(factor)
 
 
-def _download(source: str, revision: str | None) -> Path:
+def _download(source: str, revision: str | None, weights: str, options: Mapping[str, Any]) -> Path:
     """The folder of the hub's cache that holds the VAE `source`, downloaded if it is not there."""
     # Not by diffusers' own downloader, which retries for half a minute where there is no network
     return download(
         source,
         revision,
-        [CONFIG_FILE, WEIGHTS_FILE],
+        [CONFIG_FILE, weights],
         what=f"VAE {source}: is not a local folder, and",
-        way_out=f"put its {CONFIG_FILE} and {WEIGHTS_FILE} into a folder and name that",
+        way_out=f"put its {CONFIG_FILE} and {weights} into a folder and name that",
+        **options,
     )
 
 
-def _load(source: str, folder: Path) -> "AutoencoderKL":
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
+def _weights_file(variant: str | None) -> str:
+    return WEIGHTS_FILE.replace(".", f".{variant}.") if variant else WEIGHTS_FILE
+
+
+def _load(source: str, folder: Path, variant: str | None) -> "AutoencoderKL":
+    weights = _weights_file(variant)
+    for name in (CONFIG_FILE, weights):
         if not (folder / name).is_file():
             raise UserError(
                 f"VAE {source}: there is no {name} in {folder}; name a folder that holds an AutoencoderKL "
@@ -309,10 +327,11 @@ def _load(source: str, folder: Path) -> "AutoencoderKL":
     from diffusers import AutoencoderKL
 
     try:
-        with _without_wrappers(folder) as bare:
+        with _without_wrappers(folder, weights) as bare:
             model, info = AutoencoderKL.from_pretrained(
                 bare,
                 local_files_only=True,
+                variant=variant,
                 use_safetensors=True,
                 low_cpu_mem_usage=False,  # needs the package accelerate otherwise
                 output_loading_info=True,
@@ -326,17 +345,17 @@ def _load(source: str, folder: Path) -> "AutoencoderKL":
     foreign = [name for kind in ("missing_keys", "unexpected_keys") for name in info[kind]]
     if foreign:
         raise UserError(
-            f"VAE {source}: {CONFIG_FILE} and {WEIGHTS_FILE} in {folder} do not belong together "
+            f"VAE {source}: {CONFIG_FILE} and {weights} in {folder} do not belong together "
             f"({len(foreign)} parameters differ, such as {min(foreign)}); fetch them again"
         )
     return model
 
 
 @contextmanager
-def _without_wrappers(folder: Path) -> Iterator[Path]:
+def _without_wrappers(folder: Path, weights: str) -> Iterator[Path]:
     """`folder`, or a temporary copy of it if its weights have names that a wrapper has changed."""
     try:
-        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+        with safe_open(folder / weights, framework="pt") as file:
             names = dict.fromkeys(file.keys())
     except (SafetensorError, OSError):
         names = {}  # damaged: diffusers says how
@@ -345,5 +364,5 @@ def _without_wrappers(folder: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as copy:
         shutil.copyfile(folder / CONFIG_FILE, Path(copy, CONFIG_FILE))
-        save_file(without_wrappers(load_file(folder / WEIGHTS_FILE)), Path(copy, WEIGHTS_FILE))
+        save_file(without_wrappers(load_file(folder / weights)), Path(copy, weights))
         yield Path(copy)

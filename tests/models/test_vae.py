@@ -377,6 +377,38 @@ def test_without_the_hub_one_line_tells_the_way_out(variables, tmp_path):
     assert "revision v1" in line and f"put its {CONFIG_FILE} and {WEIGHTS_FILE} into a folder" in line
 
 
+LOADS_FROM_THE_CACHE = """
+from drift.models.vae import VAE
+print(VAE.from_pretrained("somebody/vae").revision)
+try:
+    VAE.from_pretrained("somebody/half")
+except Exception as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("offline", ["0", "1"])
+def test_a_proxy_that_cannot_be_used_does_not_matter_if_the_cache_is_whole(folder, tmp_path, offline):
+    """Without a package for SOCKS the hub's client gives up before it looks into its cache."""
+    commit = "1" * 40
+    for name in ("vae", "half"):
+        cache = tmp_path / f"hub/models--somebody--{name}"
+        shutil.copytree(folder, cache / "snapshots" / commit)
+        (cache / "refs").mkdir()
+        (cache / "refs/main").write_text(commit)
+    (cache / "snapshots" / commit / WEIGHTS_FILE).unlink()
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": offline}
+    for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        environment[name] = "socks5h://127.0.0.1:1"
+    done = subprocess.run(
+        [sys.executable, "-c", LOADS_FROM_THE_CACHE], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found, refused = done.stdout.splitlines()
+    assert found == commit
+    assert refused.startswith("VAE somebody/half: is not a local folder, and cannot be had")
+
+
 def test_committed_vae_reconstructs_held_out_digits():
     vae = VAE.from_pretrained(COMMITTED)
     images = digits("held_out")
