@@ -56,7 +56,7 @@ def balanced_labels(count: int, classes: int) -> np.ndarray:
     return np.arange(count) % classes
 
 
-@torch.inference_mode()
+@torch.no_grad()  # and no inference mode, in which hooks that move the network to its device would fail
 def sample_latents(
     generator: Generator, noise: Tensor, labels: Tensor, style_indices: Tensor, omega: float | Tensor
 ) -> Tensor:
