@@ -16,7 +16,6 @@ from ruamel.yaml import YAML
 from safetensors.torch import load_file
 
 from drift import cli
-from drift.errors import UserError
 from drift.evaluation.pictures import VISIBLE_SIDE
 from drift.evaluation.sample import ImageDecoder, sample_images
 from drift.files import sha256
@@ -547,12 +546,3 @@ def test_the_hub_is_not_asked_for_a_generator_that_is_not_trained_yet(tmp_path, 
         "error: artifacts/generator: there is none; dvc repro trains it, dvc pull fetches it"
     )
     assert not list(tmp_path.glob("out*/*"))
-
-
-def test_a_revision_outside_of_git_is_refused(tmp_path, monkeypatch):
-    from drift.revisions import fetch_revision
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
-    with pytest.raises(UserError, match="main"):
-        fetch_revision("artifacts/generator", "main")
