@@ -8,19 +8,23 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from drift.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
 
+Value = TypeVar("Value")
+
 _PARSING = threading.Lock()
 _NO_SUCH_CALL = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+# Words that torch.compile, FSDP and activation checkpointing put anywhere into a parameter's name
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 @contextmanager
@@ -326,3 +330,22 @@ def _swap_in(folder: Path, destination: Path) -> None:
         raise
     sync(destination.parent)
     remove(old)
+
+
+def without_wrappers(tensors: Mapping[str, Value]) -> dict[str, Value]:
+    """Tensors, or what is known of them, by the names that they have in the bare model.
+
+    What was saved from inside DistributedDataParallel, torch.compile and the like has `module.` in front, or
+    words of theirs in between. Raises `UserError` if two tensors have one name without them.
+    """
+    bare: dict[str, Value] = {}
+    for name, tensor in tensors.items():
+        words = [word for word in name.split(".") if word not in _WRAPPERS]
+        while len(words) > 1 and words[0] == "module":
+            del words[0]
+        if ".".join(words) in bare:
+            raise UserError(
+                f"parameter {name} is there twice, with and without the prefix of a wrapper; save one of them"
+            )
+        bare[".".join(words)] = tensor
+    return bare

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from drift.errors import UserError
 from drift.evaluation.batches import in_batches
-from drift.files import check_readable, sha256
+from drift.files import check_readable, sha256, without_wrappers
 from drift.models.classifier import ImageClassifier
 from drift.torchvision_shim import ensure_torchvision
 
@@ -239,11 +239,19 @@ def _pytorch_inception(path: Path, device: torch.device, resize_inside: bool) ->
     from cleanfid import inception_pytorch
 
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        weights = without_wrappers(torch.load(path, map_location="cpu", weights_only=True))
         weight = weights["fc.weight"].to(device)
         with _swapped(inception_pytorch, "load_state_dict_from_url", lambda *args, **kwargs: weights):
             network = inception_pytorch.InceptionV3(output_blocks=[3], resize_input=False)
-    except (RuntimeError, UnpicklingError, EOFError, LookupError, TypeError, ValueError) as error:
+    except (
+        RuntimeError,
+        UnpicklingError,
+        EOFError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:
         raise _no_inception(path, error) from None
     network = network.to(device).eval()
     return lambda images: network(images / 255)[0].flatten(1), weight

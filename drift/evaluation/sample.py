@@ -70,7 +70,7 @@ def split_labels(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     return labels[np.resize(order, count)]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # and no inference mode, in which hooks that move the network to its device would fail
 def sample_latents(
     generator: Generator, noise: Tensor, labels: Tensor, style_indices: Tensor, omega: float | Tensor
 ) -> Tensor:

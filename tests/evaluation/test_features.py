@@ -202,10 +202,12 @@ def test_a_local_copy_of_inception_and_what_is_not_the_published_file(tmp_path, 
                 load_feature_network("inception", mode, inception=str(tmp_path / "bad.pt"))
 
 
-def test_the_pytorch_port_is_cleanfids(tmp_path, images):
+@pytest.mark.parametrize("prefix", ["", "module._orig_mod."])
+def test_the_pytorch_port_is_cleanfids(tmp_path, images, prefix):
     """Against the whole network with the same random weights, its last layer included."""
     whole = random_port()
-    torch.save(whole.state_dict(), tmp_path / "port.pth")
+    weights = {prefix + name: tensor for name, tensor in whole.state_dict().items()}
+    torch.save(weights, tmp_path / "port.pth")
     network = load_feature_network("inception", "legacy_pytorch", inception=str(tmp_path / "port.pth"))
     with torch.no_grad():
         pixels = F.interpolate(

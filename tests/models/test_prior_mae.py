@@ -127,6 +127,19 @@ def test_what_is_no_checkpoint_is_refused_and_never_executed(content, tmp_path, 
     assert "executed" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_weights_of_a_wrapped_model_are_taken(prefix, tmp_path, expected):
+    """As they are called if the prior's model was in DistributedDataParallel or compiled."""
+
+    def wrap(content):
+        shadow = content["ema"]["shadow"]
+        content["ema"]["shadow"] = {prefix + name: weight for name, weight in shadow.items()}
+
+    model = import_prior_mae(damaged(tmp_path, wrap), tmp_path / "out")
+    with torch.no_grad():
+        assert relative_error(model.reconstruct(expected["x"])[0], expected["recon"]) < 1e-5
+
+
 def test_half_precision_weights_are_taken(tmp_path):
     content = torch.load(CHECKPOINT, weights_only=True)
     half = {name: weight.half() for name, weight in content["ema"]["shadow"].items()}

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from imports import ROOT, all_imports
+from project import copy_project
 from ruamel.yaml import YAML
 
 from drift.params import FIELD_KEYS, OUTPUTS, Settings
@@ -33,6 +34,18 @@ def test_deps_are_the_imported_modules(stage):
         if path.name != "__init__.py"
     }
     assert code_deps(stage) == needed
+
+
+@pytest.mark.parametrize("setting", ["core.autocrlf=true", "core.eol=crlf"])
+def test_every_checkout_has_the_same_bytes(tmp_path, setting):
+    """DVC hashes them: what Git rewrites counts as changed, and so does all that was made from it."""
+    project = copy_project(tmp_path / "project")
+    project.run("git", "clone", "--quiet", "--config", setting, ".", str(tmp_path / "clone"))
+    names = project.run("git", "ls-files", "-z").stdout.split("\0")[:-1]
+    deps = {dep for stage in STAGES.values() for dep in stage["deps"] if not dep.startswith("artifacts/")}
+    assert all(any(name == dep or name.startswith(f"{dep}/") for name in names) for dep in deps)
+    changed = [n for n in names if (tmp_path / "clone" / n).read_bytes() != (project.folder / n).read_bytes()]
+    assert changed == []
 
 
 def test_encode_does_not_depend_on_the_mae_and_mae_not_on_the_field():
