@@ -465,7 +465,7 @@ class Settings(Section):
         return self
 
     def _require_inputs_of_its_own(self) -> None:
-        """Refuse to read what DVC removes before the stage that is to read it has begun."""
+        """Refuse inputs that DVC may remove before the stage that reads them has begun."""
         inputs = {
             "data.root": self.data.root,
             "encode.vae": self.encode.vae,
@@ -478,7 +478,7 @@ class Settings(Section):
             if value is not None and (output := output_around(value)):
                 raise ValueError(
                     f"{key} = {value!r}: allowed: outside of {output}, which DVC empties for the stage that "
-                    "writes it; copy it to a folder of its own"
+                    f"writes it; copy it to a folder of its own (dvc checkout {output}, if it is empty now)"
                 )
 
     def _require_a_difference(self) -> None:
