@@ -253,7 +253,7 @@ def test_another_run_that_measures_the_same_is_waited_for(network, tmp_path, mon
     for thread in threads:
         thread.join()
     assert (len(first.loaded), len(second.loaded)) == (50, 0)
-    assert len(told) == 1 and told[0].startswith("waiting for another run")
+    assert len(told) == 1 and ": waiting for another run that measures the same images (process " in told[0]
 
 
 @pytest.mark.parametrize("keys", [("mu", "sigma"), ("ref_mu", "ref_sigma")])

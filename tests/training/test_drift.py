@@ -287,9 +287,11 @@ def test_a_class_is_trained_on_as_many_new_images_as_published(preset, published
 def test_a_class_that_occurs_twice_does_not_depend_on_the_number_of_processes(
     store, encoder, tmp_path, monkeypatch
 ):
-    monkeypatch.setitem(globals(), "OPTIONS", OPTIONS.model_copy(update={"class_sampling": "pushed"}))
-    classes, _, _ = RealSamples(store, OPTIONS, seed=0).draw(0, range(4))
-    assert len(set(classes)) < 4
+    pushes = (
+        OPTIONS.model_copy(update={"class_sampling": "pushed", "push_per_step": n}) for n in range(4, 30)
+    )
+    repeats = (o for o in pushes if len(set(RealSamples(store, o, seed=0).draw(0, range(4))[0])) < 4)
+    monkeypatch.setitem(globals(), "OPTIONS", next(repeats))
     whole = first_batches(store, encoder, SECOND_BATCH, tmp_path, monkeypatch)
     shares = [
         first_batches(store, encoder, SECOND_BATCH, tmp_path / str(r), monkeypatch, Ranks(r, 2, ALONE.device))

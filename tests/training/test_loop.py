@@ -11,6 +11,7 @@ import pytest
 import torch
 from processes import in_processes
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 import drift.training.loop
 from drift.errors import PeerLost, Stopped
@@ -134,7 +135,7 @@ def tensor_bytes() -> int:
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor):
+        if isinstance(thing, torch.Tensor) and not isinstance(thing, FakeTensor):  # other tests compile
             storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
     return sum(storages.values())
 
