@@ -26,5 +26,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 git:
-	@test -e .git || { echo "error: make repro needs a git repository, in which DVC keeps its records: clone" \
-		"the project, or run: git init && git add -A && git commit -m start" >&2; exit 2; }
+	@said=$$(LC_ALL=C git rev-parse --is-inside-work-tree 2>&1) || { case "$$said" in \
+		*"not a git repository"*) said="clone the project, or run: git init && git add -A && git commit -m start";; \
+		*) said="git says: $$(echo $$said)";; esac; \
+		echo "error: make repro needs a git repository, in which DVC keeps its records: $$said" >&2; exit 2; }

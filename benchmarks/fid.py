@@ -57,8 +57,8 @@ def main(argv: list[str] | None = None) -> None:
     facts = machine(device)
     settings = load_settings(args.params)
     if args.vae_precision is not None:
-        hardware = settings.hardware.model_copy(update={"vae_precision": args.vae_precision})
-        settings = settings.model_copy(update={"hardware": hardware})
+        fid = settings.fid.model_copy(update={"precision": args.vae_precision})
+        settings = settings.model_copy(update={"fid": fid})
     networks = in_child(network_rates, settings, args.generator, str(device), args.batches)
     print(f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}; networks alone: "
           + ", ".join(f"{name} {rate:.0f}" for name, rate in networks.items()) + " images/s",
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     content = {
         **facts,
-        "vae_precision": settings.hardware.vae_precision,
+        "vae_precision": settings.fid.precision,
         "networks_images_per_s": networks,
         "rows": rows,
     }
@@ -99,7 +99,7 @@ def network_rates(settings: Settings, generator_folder: Path, device: str, batch
     fid, hardware = settings.fid, settings.hardware
     generator = Generator.from_pretrained(generator_folder).to(where).eval()
     encode = settings.encode
-    vae = VAE.from_pretrained(encode.vae, encode.vae_revision, where, hardware.vae_precision)
+    vae = VAE.from_pretrained(encode.vae, encode.vae_revision, where, fid.precision)
     if hardware.compile and where.type == "cuda":  # as the stage does
         vae.compile_with(Compiled)
     network = load_feature_network(fid.features, fid.mode, where, hardware.workers, fid.inception)
@@ -132,7 +132,7 @@ def measure(args: argparse.Namespace, images: int) -> dict:
     settings = yaml.load(args.params)
     settings["fid"] |= {"images": images, "omegas": args.omegas}
     if args.vae_precision is not None:
-        settings["hardware"]["vae_precision"] = args.vae_precision
+        settings["fid"]["precision"] = args.vae_precision
     with tempfile.TemporaryDirectory(prefix="fid-") as name:
         folder = Path(name)
         yaml.dump(settings, folder / "params.yaml")

@@ -115,14 +115,14 @@ def _part_of_a_step(model: Generator, encoder: FrozenEncoder, settings: Settings
     how = {
         "drop_duplicates": options.duplicate_features == "drop",
         "feature_batch": hardware.feature_batch,
-        "feature_dtype": feature_dtype(hardware.precision),
+        "feature_dtype": feature_dtype(options.precision),
     }
 
     def generate() -> Tensor:
         count = classes * n
         noise, labels = torch.zeros(count, *shape), torch.zeros(count, dtype=torch.int64)
         style = torch.zeros(count, options.style_codebooks, dtype=torch.int64)
-        with autocast(ranks, hardware.precision):
+        with autocast(ranks, options.precision):
             return model(noise, labels, torch.ones(count), style).unflatten(0, (classes, n))
 
     def samples() -> Samples:
@@ -145,11 +145,11 @@ def _part_of_a_step(model: Generator, encoder: FrozenEncoder, settings: Settings
                 # Those of the other parts, which wait beside them
                 for _ in passes[1:]:
                     given.append(Samples(*(None if t is None else t.clone() for t in given[0])))
-            with autocast(ranks, hardware.precision):
+            with autocast(ranks, options.precision):
                 sums = step_sums(given[:1], encoder, field, **how)
             del given
         *inputs, negatives = samples()
-        with autocast(ranks, hardware.precision):
+        with autocast(ranks, options.precision):
             loss, _ = drift_objective(*inputs, encoder, field, negatives=negatives, sums=sums, **how)
         loss.backward()
     return memory.peak

@@ -318,7 +318,7 @@ def read_settings(args: argparse.Namespace) -> Settings:
     if args.classes_per_pass and len(args.classes_per_pass) == 1:
         changes["hardware.classes_per_pass"] = args.classes_per_pass[0]
     if args.device == "cpu" and not args.estimate:
-        changes |= {"hardware.compile": False, "hardware.precision": "float32"}
+        changes |= {"hardware.compile": False, "drift.precision": "float32"}
     changes = {key: value for key, value in changes.items() if value is not None}
     for text in args.set:
         key, _, value = text.partition("=")
@@ -380,7 +380,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def measure_all(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     """The step, and what else is asked for, told as it comes."""
-    device, precision = case.torch_device, case.settings.hardware.precision
+    device, precision = case.torch_device, case.settings.drift.precision
     parts = step_flops(case)
     flops = {"step": sum(parts.values()), "parts": parts}
     before = matmul_rate(device, precision)

@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 from ruamel.yaml import YAML
 
+from drift.data.images import VIEW_OPTIONS
 from drift.data.latents import LatentStore, file_facts, latent_files
-from drift.errors import UserError
-from drift.files import atomic_write, check_writable, replace_folder, write_json
+from drift.errors import UserError, one_of
+from drift.files import atomic_write, check_output, check_writable, replace_folder, write_json
 from drift.models.prior_mae import PriorMAE
 from drift.models.vae import CONFIG_FILE, known_scaling_factor
-from drift.params import Settings
+from drift.params import Settings, output_around
 from drift.release import import_prior_mae
 from drift.remote import check_remote, find_rclone
 from drift.signals import when_parent_ends
@@ -77,7 +78,7 @@ def adopt_latents(
     out = Path(out)
     if out.exists() and not force:
         raise UserError(f"{out}: exists already; --force replaces it")
-    check_writable(out.parent)
+    check_output(out)
     key = hashlib.sha256(f"{view} {source}".encode()).hexdigest()[:16]
     folder = fetch_source(source, work_root() / "adopt" / key, LATENT_FILES)
     try:
@@ -98,9 +99,11 @@ def adopt_mae(source: str, destination: str | Path, *, force: bool = False) -> P
     Raises `UserError` as `fetch_source` and `import_prior_mae` do.
     """
     destination = Path(destination)
+    if output := output_around(destination):
+        raise UserError(f"{destination}: in {output}, which a stage writes; name another folder")
     if destination.exists() and not force:
         raise UserError(f"{destination}: exists already; --force replaces it")
-    check_writable(destination.parent)
+    check_output(destination)
     if not source.endswith(".pt"):
         source = f"{source.rstrip('/')}/checkpoints/{CHECKPOINT}"
     key = hashlib.sha256(f"mae {source}".encode()).hexdigest()[:16]
@@ -314,7 +317,7 @@ _ASSUMED = {"view", "image_size", "vae", "scaling_factor", "num_classes"}
 def _expected(view: str, settings: Settings) -> dict[str, Any]:
     """Keys of a meta file that the settings decide; `drift.encoding` writes the same ones."""
     data, encode = settings.data, settings.encode
-    own = ("crops", "crop_scale", "crop_ratio", "flip") if view == "augmented" else ("mirror",)
+    own = VIEW_OPTIONS[one_of("view", view, *VIEW_OPTIONS)]
     expected = {
         "view": view,
         "image_size": data.image_size,

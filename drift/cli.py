@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from drift.commands import (
     adopt,
+    clean,
     export,
     fid_selftest,
     import_prior,
@@ -22,7 +23,7 @@ from drift.commands import (
     watch,
 )
 from drift.commands.command import Add
-from drift.errors import UserError
+from drift.errors import UserError, escape_output
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         command.set_defaults(run=add(command))
     args = parser.parse_args(argv)
+    escape_output()
     try:
         args.run(args)
         sys.stdout.flush()
@@ -57,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 _COMMANDS: dict[str, Add] = {
     "watch": watch.add,
+    "clean": clean.add,
     "fid-selftest": fid_selftest.add,
     "inspect": inspect.add,
     "sample": sample.add,

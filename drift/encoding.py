@@ -17,6 +17,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,22 +29,30 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
-from drift.data.images import ImageSource, augmented_view, center_view
+from drift.data.images import (
+    VIEW_OPTIONS,
+    BadImage,
+    ImageSource,
+    augmented_view,
+    center_view,
+    first_few,
+    refuse_or_leave_out,
+)
 from drift.data.latents import file_facts, latent_files
-from drift.errors import Stopped, UserError
+from drift.errors import Stopped, UserError, one_of
 from drift.files import RowFile, atomic_write, write_json
 from drift.models.vae import VAE
 from drift.progress import ProgressLog
 from drift.seeds import numpy_generator, torch_generator
 
 _TO_DO, _DONE, _UNDECODABLE = 0, 1, 2  # marks of an image
-_NAMED = 3  # how many images or classes a message names
 _BLOCKS_UNWRITTEN = 2  # how many blocks the network may be ahead of the disk
 _ROWS_COPIED_AT_ONCE = 4096
 
@@ -89,11 +98,17 @@ def encode_view(
     cannot be read at all; `FloatingPointError` if float16 cannot hold a latent; and `Stopped` in all
     processes, after the blocks at hand, once one of them is asked to stop. The next call goes on from there.
     """
-    pictures = _Pictures(source, view, image_size, crops, crop_scale, crop_ratio, flip, mirror, seed)
+    one_of("view", view, *VIEW_OPTIONS)
+    one_of("posterior", posterior, "mean", "sample")
+    one_of("on_bad_image", on_bad_image, "error", "skip")
+    at_work = torch.full((workers, 2), -1).share_memory_()
+    pictures = _Pictures(source, view, image_size, crops, crop_scale, crop_ratio, flip, mirror, seed, at_work)
     files = _Files(Path(folder))
     result = files.result(on_bad_image)
     if result is None:
         if rank == 0:
+            if source.passed_over:
+                print(source.passed_over, flush=True)
             files.prepare(source, pictures.per_image, vae.latent_shape(image_size))
         meet(0)
         blocks, marks = _blocks(len(source), max(1, batch_size // pictures.per_image)), files.marks()
@@ -112,16 +127,11 @@ def encode_view(
             done = f"{files.count()} of {len(source)} images"
             told = f"encode {view}: {name} after {done}; run it again to go on"
             raise Stopped(told if rank == 0 else "", stopped_by)
-        left_out = _to_leave_out(source, files.marks(), on_bad_image)
+        left_out = _to_leave_out(source, files.marks(), on_bad_image, told=rank == 0)
         result = files.kept if left_out else files.latents
         if rank == 0:
             if left_out:
                 files.copy_without(left_out)
-                print(
-                    f"encode {view}: left out {len(left_out)} of {len(source)} images, which do not decode; "
-                    "the meta file lists them",
-                    flush=True,
-                )
             meta = {
                 "dataset": dataset,
                 **_images_facts(source, left_out),
@@ -220,11 +230,12 @@ class _Files:
             marks = self.marks()
             marks[marks == _UNDECODABLE] = _TO_DO  # may have been repaired
         else:
-            self.latents.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(self.latents, ignore_errors=True)  # not overwritten: a result may share the files
+            self.latents.mkdir(parents=True)
             latents_path, labels_path, _ = latent_files(self.latents)
             shape = (len(source) * per_image, *latent_shape)
             _require_room(self.folder, shape)
-            np.lib.format.open_memmap(latents_path, "w+", np.float16, shape)
+            RowFile.create(latents_path, np.float16, shape)
             _save(labels_path, np.repeat(source.labels, per_image))
             marks = np.full(len(source), _TO_DO, np.uint8)
         _save(self._marks, marks)  # after the others, for which it vouches
@@ -240,8 +251,8 @@ class _Files:
 
     def stop_with(self, error: str) -> UserError:
         """Make all processes stop; the error to raise, which is that of the first process that had one."""
-        with tempfile.NamedTemporaryFile("w", dir=self.folder) as file:
-            file.write(error)
+        with tempfile.NamedTemporaryFile(dir=self.folder) as file:
+            file.write(os.fsencode(error))  # which may name files whose names are no UTF-8
             file.flush()
             with suppress(OSError):  # another was first, or the filesystem knows no links
                 os.link(file.name, self.stopping)
@@ -249,7 +260,7 @@ class _Files:
 
     def error(self) -> str:
         """Why the processes stop; empty where they do not, or by a signal."""
-        return self.stopping.read_text() if self.stopping.exists() else ""
+        return os.fsdecode(self.stopping.read_bytes()) if self.stopping.exists() else ""
 
     def copy_without(self, left_out: list[int]) -> None:
         """Make `kept`, without the rows of some images; raises `UserError` if the disk has no room for it."""
@@ -323,6 +334,9 @@ class _Pictures(Dataset):
     flip: bool
     mirror: bool
     seed: int
+    at_work: Tensor
+    """`[helpers, 2]` int64 in shared memory: the number of each helper process and of its image, -1 for none,
+    for the case that the system kills it."""
 
     @property
     def per_image(self) -> int:
@@ -330,29 +344,45 @@ class _Pictures(Dataset):
 
     def settings(self) -> dict[str, Any]:
         """For the meta file: what decides the pictures of this view."""
-        own = ("crops", "crop_scale", "crop_ratio", "flip") if self.view == "augmented" else ("mirror",)
-        return {name: getattr(self, name) for name in ("view", "image_size", "seed", *own)}
+        keys = ("view", "image_size", "seed", *VIEW_OPTIONS[self.view])
+        return {name: getattr(self, name) for name in keys}
 
     def __getitem__(self, block: range) -> _Decoded:
         size = self.image_size
         pixels = torch.zeros(len(block), self.per_image, size, size, 3, dtype=torch.uint8)
         undecodable, unreadable = [], ""
         for views, index in zip(pixels.numpy(), block, strict=True):
+            self._note(index)
             try:
                 image = self.source.load(index)
+            except BadImage:
+                undecodable.append(index)
+                continue
             except UserError as error:
                 unreadable = str(error)
                 break
-            except Exception:  # decoders raise OSError, SyntaxError, ValueError, struct.error ...
-                undecodable.append(index)
-                continue
             if self.view == "augmented":
                 for crop in range(self.crops):
                     views[crop] = self._crop(image, index, crop)
             else:
                 views[0] = center_view(image, size)
                 views[1:] = views[0, :, ::-1]
+        self._note(-1)
         return _Decoded(pixels.flatten(0, 1), undecodable, unreadable)
+
+    def _note(self, index: int) -> None:
+        if (helper := get_worker_info()) is not None:
+            self.at_work[helper.id] = torch.tensor([os.getpid(), index])
+
+    def in_dead_hands(self) -> str:
+        """The images that helper processes had in hand when they died."""
+        names: list[str] = []
+        end = time.monotonic() + 1  # the system closes the pipes of a process before it counts as dead
+        while not names and time.monotonic() < end:
+            time.sleep(0.02)
+            at_work = [(process, index) for process, index in self.at_work.tolist() if index >= 0]
+            names = [self.source.name(index) for process, index in at_work if _is_dead(process)]
+        return ", ".join(names)
 
     def _crop(self, image: Image.Image, index: int, crop: int) -> np.ndarray:
         rng = numpy_generator(self.seed, "encode/crop", index, crop)
@@ -440,10 +470,19 @@ def _read_ahead(loader: DataLoader, asked_to_stop: Callable[[], int]) -> Iterato
             raise
         if not asked_to_stop():
             reason = " ".join(str(error).split()) or type(error).__name__
+            names = loader.dataset.in_dead_hands()
             raise UserError(
-                f"a process that decodes images is gone ({reason}); lower hardware.workers or "
-                "hardware.encode_batch, or allow more (shared) memory, and run again: what is done is kept"
+                f"a process that decodes images is gone ({reason}){f', reading {names}' if names else ''}; "
+                "lower hardware.workers or hardware.encode_batch, or allow more (shared) memory, and run "
+                "again: what is done is kept"
             ) from None
+
+
+def _is_dead(process: int) -> bool:
+    try:
+        return psutil.Process(process).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _encode(
@@ -475,37 +514,25 @@ def _require_finite(latents: Tensor, pictures: _Pictures, block: range) -> Tenso
     return latents
 
 
-def _to_leave_out(source: ImageSource, marks: np.ndarray, on_bad_image: str) -> list[int]:
+def _to_leave_out(source: ImageSource, marks: np.ndarray, on_bad_image: str, told: bool) -> list[int]:
     """The images that do not decode; raises `UserError` if they may not be left out or are all of a class."""
     assert (marks != _TO_DO).all()
-    damaged = np.flatnonzero(marks == _UNDECODABLE)
-    if len(damaged) and on_bad_image == "error":
-        named = [f"{source.name(index)} ({_why_undecodable(source, index)})" for index in damaged[:_NAMED]]
-        raise UserError(
-            f"{len(damaged)} of {len(source)} images do not decode: {_enumerate(named, len(damaged))}; "
-            "repair or remove them, or keep what is done and leave them out (encode.on_bad_image: skip), "
-            "then run again"
-        )
+    bad = np.flatnonzero(marks == _UNDECODABLE).tolist()
     empty = np.setdiff1d(source.labels, source.labels[marks == _DONE])
-    if len(empty):
-        named = [source.class_names[label] for label in empty[:_NAMED]]
+    if len(empty) and on_bad_image == "skip":
+        named = first_few([source.class_names[label] for label in empty], len(empty))
         raise UserError(
-            f"{len(empty)} of {len(source.class_names)} classes have no image that decodes: "
-            f"{_enumerate(named, len(empty))}; repair some, or remove the folders of these classes"
+            f"{len(empty)} of {len(source.class_names)} classes have no image that decodes: {named}; "
+            "repair some, or remove the folders of these classes"
         )
-    return damaged.tolist()
-
-
-def _why_undecodable(source: ImageSource, index: int) -> str:
-    try:
-        source.load(index)
-    except Exception as error:
-        return " ".join((str(error) or type(error).__name__).split())
-    return "decodes at a second try"
-
-
-def _enumerate(named: list[str], count: int) -> str:
-    return ", ".join(named) + (f" and {count - len(named)} more" if count > len(named) else "")
+    refuse_or_leave_out(
+        source,
+        bad,
+        on_bad_image,
+        "; the meta file lists all. fid leaves out those of other splits (drift fid-selftest tells now)",
+        told=told,
+    )
+    return bad
 
 
 def _blocks(count: int, size: int) -> list[range]:

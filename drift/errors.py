@@ -1,5 +1,11 @@
 """How a run ends early: a mistake of the user, a signal, another process that is gone. The rest are bugs."""
 
+import io
+import sys
+from typing import TypeVar
+
+T = TypeVar("T")
+
 
 class UserError(Exception):
     """A wrong setting, a missing or damaged file, a path that cannot be written.
@@ -26,3 +32,22 @@ class PeerLost(Exception):
 
     Entry points print the message and exit with code 3.
     """
+
+
+def one_of(what: str, value: T, *allowed: T) -> T:
+    """`value`, which must be one of `allowed`: a dispatch by name takes no name for another.
+
+    Raises ValueError that names it and them.
+    """
+    if value not in allowed:
+        raise ValueError(f"{what} = {value!r}: allowed: {', '.join(map(str, allowed[:-1]))} or {allowed[-1]}")
+    return value
+
+
+def escape_output() -> None:
+    """Let standard output show what its encoding cannot, such as names of files that are no UTF-8, escaped.
+
+    Standard error does so by itself. Entry points call this first: no run ends because of a name.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not of a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")

@@ -8,18 +8,23 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from drift.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
 
+Value = TypeVar("Value")
+
 _PARSING = threading.Lock()
+_NO_SUCH_CALL = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+# Words that torch.compile, FSDP and activation checkpointing put anywhere into a parameter's name
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 @contextmanager
@@ -37,8 +42,14 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             with temporary.open("wb") as file:
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+                _flush(file.fileno())
+            try:
+                os.replace(temporary, path)
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                shutil.copyfile(temporary, path)  # it is mounted there, as containers do with single files
+                temporary.unlink()
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -70,7 +81,8 @@ def replace_folder(source: str | Path, destination: str | Path) -> None:
     """Rename the finished folder `source` to `destination`, replacing what is there.
 
     Old and new are swapped by renames, so `destination` is never half old and half new. Between
-    filesystems `source` is copied beside `destination` first, and removed last.
+    filesystems `source` is copied beside `destination` first, and removed last. Where this fails, `source`
+    and `destination` are as they were.
     """
     source, destination = Path(source), Path(destination)
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -80,10 +92,67 @@ def replace_folder(source: str | Path, destination: str | Path) -> None:
         if error.errno != errno.EXDEV:
             raise
         copy = destination.with_name(f".{destination.name}.new")
-        _remove(copy)
-        shutil.copytree(source, copy)
-        _swap_in(copy, destination)
-        _remove(source)
+        try:
+            remove(copy)
+            _copy(source, copy)
+            _swap_in(copy, destination)
+        finally:
+            remove(copy)
+        remove(source)
+
+
+def move(path: Path, name: Path) -> None:
+    """Rename `path`, or copy it where an overlay does not let go of a folder that a layer below holds."""
+    try:
+        os.rename(path, name)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        try:
+            _copy(path, name)
+        except BaseException:
+            remove(name)
+            raise
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder with all that is in it; none is no error."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def link_folder(source: str | Path, destination: str | Path) -> Path:
+    """Make the folder `destination` with the files of `source`: by hard links, or copies if there are none.
+
+    Nobody may write into the files after that. Returns `destination`.
+    """
+    source, destination = Path(source), Path(destination)
+    remove(destination)
+    _copy(source, destination, by_links=True)
+    return destination
+
+
+def _copy(source: Path, destination: Path, *, by_links: bool = False) -> None:
+    """Names and bytes alone, as some filesystems have no more; unlike `shutil.copytree`, says what failed."""
+    destination.mkdir()
+    for path in source.iterdir():
+        copy = destination / path.name
+        if path.is_dir() and not path.is_symlink():
+            _copy(path, copy, by_links=by_links)
+        elif not (by_links and _linked(path, copy)):
+            with naming(copy):
+                shutil.copyfile(path, copy, follow_symlinks=False)
+
+
+def _linked(path: Path, name: Path) -> bool:
+    try:
+        os.link(path, name)
+    except OSError:  # the filesystem knows no links
+        return False
+    return True
 
 
 def check_writable(folder: str | Path) -> None:
@@ -102,13 +171,71 @@ def check_writable(folder: str | Path) -> None:
         ) from None
 
 
+def check_output(path: str | Path) -> None:
+    """Make sure that a stage can put its output at `path` once it has finished, and that DVC can take it.
+
+    Raises `UserError` if the folder of `path` cannot be written, if a folder at `path` cannot give way (a
+    mounted volume), or if DVC runs the stage and a link leads out of the Git repository.
+    """
+    path = Path(path)
+    check_writable(path.parent)
+    if "DVC_STAGE" in os.environ:
+        here, home = Path.cwd().resolve(), path.parent.resolve()
+        project = next((folder for folder in (here, *here.parents) if (folder / ".git").exists()), here)
+        if not home.is_relative_to(project):
+            raise UserError(
+                f"{path}: a link leads to {home}, out of the Git repository, where DVC takes no outputs; put "
+                "a folder in the place of the link (dvc cache dir FOLDER moves what is large)"
+            )
+    if path.is_dir() and not path.is_symlink():
+        _check_movable(path)
+
+
+def _check_movable(folder: Path) -> None:
+    # No folder takes the place of one that is not empty, so nothing is moved here; but the system says before
+    # that if `folder` cannot be moved at all
+    full = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".movable-"))
+    try:
+        (full / "file").touch()
+        os.rename(folder, full)
+    except OSError as error:
+        if error.errno in (errno.EBUSY, errno.EPERM, errno.EACCES):
+            raise UserError(
+                f"{folder}: cannot be replaced ({error.strerror}); name another folder, or if it is a "
+                "mounted volume, mount the folder above it"
+            ) from None
+    finally:
+        (full / "file").unlink()
+        full.rmdir()
+
+
+def check_readable(path: str | Path, what: str, way_out: str) -> None:
+    """Raise `UserError` with `what`, the reason and `way_out` if the file `path` cannot be opened."""
+    try:
+        with Path(path).open("rb"):
+            pass
+    except FileNotFoundError:
+        raise UserError(f"{what}: there is no such file; {way_out}") from None
+    except OSError as error:
+        raise UserError(f"{what}: cannot be read ({error.strerror}); {way_out}") from None
+
+
 def sync(path: str | Path) -> None:
     """Flush a file, or the names in a folder, to the disk: a rename survives a power failure only then."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        _flush(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _flush(descriptor: int) -> None:
+    """Wait until the disk has it, where the filesystem can tell: some cannot, above all for folders."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SUCH_CALL:
+            raise
 
 
 class RowFile:
@@ -134,6 +261,21 @@ class RowFile:
         self.dtype: np.dtype = stored.dtype
         self._offset: int = stored.offset
         self._row_bytes = stored.dtype.itemsize * math.prod(stored.shape[1:])
+
+    @classmethod
+    def create(cls, path: str | Path, dtype: "np.typing.DTypeLike", shape: tuple[int, ...]) -> "RowFile":
+        """A new file of zeros, which take no room on the disk until they are overwritten.
+
+        Without a writable memory map, which some network filesystems do not have.
+        """
+        import numpy as np
+
+        dtype = np.dtype(dtype)
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        with naming(path), Path(path).open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            file.truncate(file.tell() + dtype.itemsize * math.prod(shape))
+        return cls(path)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -166,7 +308,7 @@ class RowFile:
             file.write(rows.tobytes())
             if flush:
                 file.flush()
-                os.fsync(file.fileno())
+                _flush(file.fileno())
 
 
 def sha256(path: str | Path) -> str:
@@ -177,9 +319,9 @@ def sha256(path: str | Path) -> str:
 
 def _swap_in(folder: Path, destination: Path) -> None:
     old = destination.with_name(f".{destination.name}.old")
-    _remove(old)
+    remove(old)
     if os.path.lexists(destination):
-        os.rename(destination, old)
+        move(destination, old)
     try:
         os.rename(folder, destination)
     except OSError:
@@ -187,11 +329,23 @@ def _swap_in(folder: Path, destination: Path) -> None:
             os.rename(old, destination)
         raise
     sync(destination.parent)
-    _remove(old)
+    remove(old)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def without_wrappers(tensors: Mapping[str, Value]) -> dict[str, Value]:
+    """Tensors, or what is known of them, by the names that they have in the bare model.
+
+    What was saved from inside DistributedDataParallel, torch.compile and the like has `module.` in front, or
+    words of theirs in between. Raises `UserError` if two tensors have one name without them.
+    """
+    bare: dict[str, Value] = {}
+    for name, tensor in tensors.items():
+        words = [word for word in name.split(".") if word not in _WRAPPERS]
+        while len(words) > 1 and words[0] == "module":
+            del words[0]
+        if ".".join(words) in bare:
+            raise UserError(
+                f"parameter {name} is there twice, with and without the prefix of a wrapper; save one of them"
+            )
+        bare[".".join(words)] = tensor
+    return bare

@@ -24,7 +24,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from drift.errors import PeerLost, Stopped, UserError
+from drift.errors import PeerLost, Stopped, UserError, escape_output
 from drift.signals import SAVE, STOP, when_parent_ends
 from drift.sums import pairwise_sum
 
@@ -110,11 +110,11 @@ class Ranks:
         return received
 
     def barrier(self) -> None:
-        """Wait for all processes."""
-        if self.world_size > 1:
-            with self._peers():
-                # An all-reduce rather than dist.barrier: it needs no guess of the device
-                dist.all_reduce(torch.zeros(1, device=self.device))
+        """Wait for all processes: what each has written before, all can read after.
+
+        By the group on CPUs, as a collective on a GPU returns to the host before it has begun.
+        """
+        self.highest([0])
 
     @contextmanager
     def _peers(self) -> Iterator[None]:
@@ -157,10 +157,11 @@ def spawn(module: str, arguments: Sequence[str], processes: int) -> int | None:
     Returns the exit code, or None where nothing was to be started: one process is wanted, or torchrun
     is already there. SIGTERM, SIGINT and SIGUSR1 are passed on to the processes, which take the time that
     they need. A process that fails takes the others down; mistakes of the user are told once, whichever
-    processes have noticed them.
+    processes have noticed them. Raises `UserError` if the machine has CUDA devices, but fewer.
     """
     if processes == 1 or under_torchrun():
         return None
+    _require_a_device_each(processes, "lower hardware.processes or --nproc")
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -224,12 +225,26 @@ def _told(failures: Mapping[int, "ProcessFailure"]) -> int:
     return max(128 - code if code < 0 else code for code in codes)
 
 
+def _require_a_device_each(processes: int, way_out: str) -> None:
+    """Refuse what NCCL would: two processes on one CUDA device. Raises `UserError`."""
+    devices = torch.cuda.device_count()
+    if torch.cuda.is_available() and processes > devices:
+        raise UserError(
+            f"{processes} processes on a machine with {devices} CUDA device{'s' if devices > 1 else ''}: "
+            f"each needs one of its own; {way_out}, or compute on CPUs (CUDA_VISIBLE_DEVICES= hides them)"
+        )
+
+
 @contextmanager
-def join(time_limit: float) -> Iterator[Ranks]:
+def join(time_limit: float, *, deterministic: bool = False) -> Iterator[Ranks]:
     """Enter the process group, if there is one, and leave it at the end.
 
-    A process that has waited `time_limit` minutes for the others gives up.
+    A process that has waited `time_limit` minutes for the others gives up. With `deterministic`, this process
+    uses deterministic algorithms alone, from here to its end. Raises `UserError` if there are fewer CUDA
+    devices on this machine than processes, if there are any.
     """
+    if deterministic:
+        make_deterministic()
     if not under_torchrun():
         yield Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         return
@@ -240,7 +255,8 @@ def join(time_limit: float) -> Iterator[Ranks]:
             sys.exit(_PEER_LOST)
     local_rank, limit = int(os.environ["LOCAL_RANK"]), timedelta(minutes=time_limit)
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        _require_a_device_each(int(os.environ["LOCAL_WORLD_SIZE"]), "lower torchrun's --nproc-per-node")
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device, timeout=limit)
         control = dist.new_group(backend="gloo", timeout=limit)
@@ -253,6 +269,17 @@ def join(time_limit: float) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
+def make_deterministic() -> None:
+    """Same inputs, same bits, on a GPU too; must come before CUDA's first use in the process.
+
+    An operation that cannot be computed so raises RuntimeError.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as PyTorch's notes on reproducibility ask
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+
+
 def stage_parser(description: str | None) -> argparse.ArgumentParser:
     """The command line that every stage has."""
     parser = argparse.ArgumentParser(
@@ -260,7 +287,7 @@ def stage_parser(description: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="settings (params.yaml)")
     parser.add_argument("--nproc", type=_positive, help="processes on this machine")
-    parser.add_argument("--fresh", action="store_true", help="throw away unfinished work and start over")
+    parser.add_argument("--fresh", action="store_true", help="start over, and set aside what is there")
     return parser
 
 
@@ -279,6 +306,7 @@ def run_stage(main: Callable[[], int | None], *, memory: str = "the batch") -> N
     """
     if "DVC_STAGE" in os.environ and _SPAWNED not in os.environ:
         when_parent_ends(signal.SIGTERM)  # a DVC that is killed tells its command nothing
+    escape_output()
     try:
         code = main() or 0
     except UserError as error:

@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 import drift
 from drift.errors import UserError
 from drift.evaluation.report import format_report
-from drift.files import check_writable, replace_folder, sha256
+from drift.files import check_output, replace_folder, sha256
 from drift.models.io import CONFIG_FILE
 from drift.pipeline import INDEX_FILE, DriftPipeline
 from drift.work import SETTINGS_FILE
@@ -55,7 +55,7 @@ def export_pipeline(
     source, destination = Path(source), Path(destination)
     if destination.exists() and not force:
         raise UserError(f"{destination}: is there already; name another folder, or add --force")
-    check_writable(destination.parent)
+    check_output(destination)
     measured = None if metrics is None else _read_metrics(metrics, source, weights)
     pipeline = DriftPipeline.from_pretrained(source, vae=vae, weights=weights)
     reference = pipeline.vae_reference

@@ -14,7 +14,14 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from drift.errors import UserError
-from drift.field.settings import FieldImpl, FieldSettings, beyond_triton, contradiction
+from drift.field.settings import (
+    FieldImpl,
+    FieldSettings,
+    beyond_triton,
+    contradiction,
+    unused,
+    without_effect,
+)
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 CountOrZero = Annotated[int, Field(strict=True, ge=0)]
@@ -28,8 +35,16 @@ Switch = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(strict=True, min_length=1)]
 
 
+OUTPUTS = ("artifacts/latents", "artifacts/mae", "artifacts/generator", "reports")
+"""Folders that the stages write."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def without_effect(self) -> dict[str, str]:
+        """The keys that change nothing beside the others, and why."""
+        return {}
 
 
 class Data(Section):
@@ -41,6 +56,9 @@ class Data(Section):
     """Side in pixels of the square images that the VAE sees."""
     classes: Count
     """Number of classes; checked against the data."""
+
+    def without_effect(self) -> dict[str, str]:
+        return unused((self.dataset != "folder", f"dataset is {self.dataset}", "root"))
 
 
 class Encode(Section):
@@ -61,7 +79,11 @@ class Encode(Section):
     flip: Switch
     """Mirror a random crop with probability one half."""
     on_bad_image: Literal["error", "skip"]
-    """Of images that do not decode, told together at the end: refuse to go on, or leave them out."""
+    """Of images that do not decode, told together at the end: refuse to go on, or leave them out; of those
+    that fid compares with as well."""
+    precision: Literal["float32", "bfloat16"]
+    """Of the VAE, by autocast. In bfloat16 it is faster and writes other latents; what is not finite in it is
+    computed again in float32. On a GPU PyTorch's convolutions in float32 round their inputs to TF32."""
 
 
 class Optimizer(Section):
@@ -81,12 +103,22 @@ class Optimizer(Section):
     weight_decay: NotNegative
     grad_clip: Positive
     """Largest norm of the whole gradient."""
+    precision: Literal["float32", "bfloat16", "float16"]
+    """Of the networks, by autocast, also where the MAE's held-out error is measured; weights, their moments
+    and the field stay float32. With bfloat16, features of locations and patches are held in it too; with
+    float16, the loss is scaled."""
 
     @model_validator(mode="after")
     def _warm_up_fits(self):
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps = {self.warmup_steps}: allowed: at most steps ({self.steps})")
         return self
+
+    def without_effect(self) -> dict[str, str]:
+        return unused(
+            (self.lr_schedule == "constant", "lr_schedule is constant", "lr_final"),
+            (self.warmup_steps == 0, "warmup_steps is 0", "warmup_start_lr"),
+        )
 
 
 class Mae(Optimizer):
@@ -110,9 +142,9 @@ class Mae(Optimizer):
     finetune_steps: CountOrZero
     """The last steps, in which a class loss is mixed in (paper A.3); 0 is none."""
     finetune_weight: Share
-    """Share of the class loss at the end of its ramp."""
+    """Share of the class loss at the end of its ramp; the rest is that of the masked error."""
     finetune_ramp_steps: CountOrZero
-    """Steps over which that share rises from 0."""
+    """Steps over which that share rises from 0, its value at the first of them; 0 is no ramp."""
     held_out: CountOrZero
     """Images, all crops of each, that are kept out of training to measure reconstruction on; 0 is none."""
     evaluate_every: Count
@@ -125,6 +157,14 @@ class Mae(Optimizer):
         if self.finetune_steps > self.steps:
             raise ValueError(f"finetune_steps = {self.finetune_steps}: allowed: at most steps ({self.steps})")
         return self
+
+    def without_effect(self) -> dict[str, str]:
+        if self.source is not None:  # plainly trains nothing
+            return {}
+        return super().without_effect() | unused(
+            (self.finetune_steps == 0, "finetune_steps is 0", "finetune_weight finetune_ramp_steps"),
+            (self.held_out == 0, "held_out is 0", "evaluate_every"),
+        )
 
 
 class Drift(Optimizer):
@@ -159,8 +199,11 @@ class Drift(Optimizer):
     """The latest real samples of each class, from which positives are drawn."""
     queue_global: Count
     """The latest real samples of any class, from which unconditionals are drawn."""
-    queue_push: Count
-    """Real samples that enter the queues at each step."""
+    push_per_step: Count
+    """Images that enter the queues at each step, of all processes together. The release counts per host."""
+    class_sampling: Literal["pushed", "uniform"]
+    """The classes of a step: labels of as many of the images just pushed, without replacement of images, so
+    that a class may occur twice (release); or distinct ones, uniformly (prior)."""
     duplicate_features: Literal["keep", "drop"]
     """Feature sets that equal another by their shape (a 4x4 mean of a 4x4 map): keep (release) or drop."""
     ema_decays: Annotated[tuple[Decay, ...], Field(min_length=1)]
@@ -185,25 +228,52 @@ class Drift(Optimizer):
             raise ValueError(
                 f"unconditional = {self.unconditional}: allowed: at most queue_global ({self.queue_global})"
             )
+        if self.class_sampling == "pushed":
+            if not queue:
+                raise ValueError(
+                    f"class_sampling = pushed: allowed: uniform, where sampling is {self.sampling}, which "
+                    "pushes no images"
+                )
+            if self.push_per_step < self.classes_per_step:
+                raise ValueError(
+                    f"push_per_step = {self.push_per_step}: allowed: at least classes_per_step "
+                    f"({self.classes_per_step}), where class_sampling is pushed"
+                )
         if len(set(self.ema_decays)) < len(self.ema_decays):
             raise ValueError(f"ema_decays = {list(self.ema_decays)}: allowed: each decay once")
         return self
+
+    def without_effect(self) -> dict[str, str]:
+        unguided, one_omega = self.no_guidance_fraction == 1, self.omega_min == self.omega_max
+        return super().without_effect() | unused(
+            (self.style_codebooks == 0, "style_codebooks is 0", "style_entries"),
+            (one_omega, "omega_min is omega_max", "omega_exponent"),
+            (unguided, "no_guidance_fraction is 1", "omega_min omega_max omega_exponent"),
+            (self.unconditional == 0, "unconditional is 0", "queue_global"),
+            (self.sampling == "direct", "sampling is direct", "queue_per_class queue_global push_per_step"),
+        )
 
 
 class Fid(Section):
     features: Text
     """`inception` (clean-fid's), a TorchScript file, or the folder of an image classifier of this project."""
     inception: Text | None
-    """A copy of Inception's weights for `mode`; null is where clean-fid keeps it, downloaded if need be."""
+    """A copy of Inception's weights for `mode`; null is PyTorch's cache, into which they are downloaded."""
     mode: Literal["clean", "legacy_tensorflow", "legacy_pytorch"]
     """How clean-fid resizes and which Inception it uses."""
+    precision: Literal["float32", "bfloat16"]
+    """Of the VAE that decodes, as in `encode`; generator and features are float32 always."""
     reference: Text
-    """A split of the dataset, a folder of images (a path with a slash), or an `.npz` of statistics (`mu` and
-    `sigma`, or `ref_mu` and `ref_sigma`)."""
+    """A split of the dataset (paper and release measure against `train`), a folder of images (a path with a
+    slash), or an `.npz` of statistics (`mu` and `sigma`, or `ref_mu` and `ref_sigma`)."""
     labels: Text
-    """`balanced`: sample i is of class i modulo `data.classes`; or a split, for the labels of its images."""
+    """`balanced`: sample i is of class i modulo `data.classes`; `random`: of any class (the Sinkhorn paper's
+    code); or a split, for the labels of its images in a random order."""
     images: Count
     """Generated images per omega."""
+    rounding: Literal["nearest", "down"]
+    """Of generated pixels to 8 bits; the release and the Sinkhorn paper's code cut off (`down`), which makes
+    images half a level darker."""
     floor_images: CountOrZero
     """Real training images that are measured like generated ones; 0 leaves them out."""
     omegas: Annotated[tuple[Omega, ...], Field(min_length=1)]
@@ -212,10 +282,10 @@ class Fid(Section):
     metrics: tuple[Literal["kid", "inception_score", "precision_recall"], ...]
     """Beside the Fréchet distance."""
     precision_recall_images: Count
-    """Images of each side for precision and recall; the time grows with the square."""
+    """Random images of each side for precision and recall; the time grows with the square."""
     picture_omega: Omega
     picture_classes: Count
-    """Rows of `plots/samples.png` and `plots/omega.png`: the first so many classes."""
+    """Rows of `plots/samples.png` and `plots/omega.png`: so many classes, drawn at random."""
     picture_columns: Count
 
     @model_validator(mode="after")
@@ -238,16 +308,20 @@ class Fid(Section):
                     )
         return self
 
+    def without_effect(self) -> dict[str, str]:
+        without = "precision_recall" not in self.metrics
+        return unused(
+            (without, "metrics is without precision_recall", "precision_recall_images"),
+            (self.features != "inception", "features is not inception", "mode"),
+        )
+
 
 class Hardware(Section):
-    """How, not what: tracked by no stage, so a change reruns nothing."""
+    """How, not what: tracked by no stage, so a change reruns nothing; it changes results by rounding."""
 
-    precision: Literal["float32", "bfloat16", "float16"]
-    """Autocast type of the networks; the field is float32 always. bfloat16 is also what features of locations
-    and patches are held in; float16 scales the loss."""
-    vae_precision: Literal["float32", "bfloat16"]
-    """Of the VAE in encode and fid. Latents, and the images that are measured, depend on it, so bfloat16
-    (autocast) is for speed alone; what is not finite in it is computed again in float32."""
+    deterministic: Switch
+    """Only algorithms that give the same bits every time, which are slower: then a run on a GPU ends with the
+    same bits whether it was cut or not. On a CPU it does so anyway."""
     compile: Switch
     """torch.compile for the networks; for the VAE on a CUDA device only."""
     field_impl: FieldImpl
@@ -291,6 +365,17 @@ class Hardware(Section):
     """Checkpoints of a multiple of so many steps are kept as well; 0 keeps none."""
 
 
+ROUNDING_KEYS = (
+    "deterministic",
+    "compile",
+    "field_impl",
+    "mae_micro_batch",
+    "classes_per_pass",
+    "feature_batch",
+)
+"""Settings of `Hardware` that change results of training by rounding; the others change no bit of them."""
+
+
 class Settings(Section):
     """All of `params.yaml`."""
 
@@ -303,7 +388,7 @@ class Settings(Section):
     temps: Annotated[tuple[Positive, ...], Field(min_length=1)]
     """Kernel temperatures tau."""
     mask_self_neg: Switch
-    """Mask a generated sample out of its own negatives; `sinkhorn` never does (prior)."""
+    """Mask a generated sample out of its own negatives; `sinkhorn` never does (prior), and says so."""
     alg2_impl: Literal["logspace", "kernel"]
     """Softmaxes with each sum's own maximum, or exponentials first (prior), which may underflow."""
     sinkhorn_iters: Count
@@ -346,6 +431,7 @@ class Settings(Section):
     def _consistent(self):
         if complaint := contradiction(self.field()):
             raise ValueError(complaint)
+        self._require_inputs_of_its_own()
         self._require_a_difference()
         self._require_feasible_marginals()
         if self.hardware.field_impl == "triton":
@@ -377,6 +463,23 @@ class Settings(Section):
                 f"allowed: at most data.classes ({self.data.classes})"
             )
         return self
+
+    def _require_inputs_of_its_own(self) -> None:
+        """Refuse inputs that DVC may remove before the stage that reads them has begun."""
+        inputs = {
+            "data.root": self.data.root,
+            "encode.vae": self.encode.vae,
+            "mae.source": self.mae.source,
+            "fid.features": self.fid.features,
+            "fid.inception": self.fid.inception,
+            "fid.reference": self.fid.reference,
+        }
+        for key, value in inputs.items():
+            if value is not None and (output := output_around(value)):
+                raise ValueError(
+                    f"{key} = {value!r}: allowed: outside of {output}, which DVC empties for the stage that "
+                    f"writes it; copy it to a folder of its own (dvc checkout {output}, if it is empty now)"
+                )
 
     def _require_a_difference(self) -> None:
         """Refuse what would train for days and end as another run does."""
@@ -416,6 +519,68 @@ class Settings(Section):
         """The knobs of the drifting field."""
         return FieldSettings(**{key: getattr(self, key) for key in FIELD_KEYS})
 
+    def without_effect(self) -> dict[str, str]:
+        """The dotted keys of all sections."""
+        found = without_effect(self.field(), self.drift.unconditional > 0)
+        found |= unused(
+            (
+                "augmented" not in self.views,
+                "views is without augmented",
+                "encode.crops encode.crop_scale encode.crop_ratio encode.flip",
+            )
+        )
+        for name in ("data", "encode", "mae", "drift", "fid"):
+            found |= {f"{name}.{key}": why for key, why in getattr(self, name).without_effect().items()}
+        return found
+
+    def deciding(self, stage: str) -> dict[str, Any]:
+        """What decides the result of a stage, as JSON holds it: of its section, and for `drift` of the field.
+
+        Without what has no effect, so that a change of that is no other run.
+        """
+        content, idle = self.model_dump(mode="json"), self.without_effect()
+        section = {key: value for key, value in content[stage].items() if f"{stage}.{key}" not in idle}
+        field = FIELD_KEYS if stage == "drift" else ()
+        return {**{key: content[key] for key in field if key not in idle}, stage: section}
+
+    def remarks(self, stage: str) -> list[str]:
+        """What is to be told of a stage's settings that do nothing, or not what their names say, in lines."""
+        idle = self.without_effect()
+        places = {"encode": ("data", "encode"), "drift": ("", "drift")}.get(stage, (stage,))
+        by_reason: dict[str, list[str]] = {}
+        for key, why in idle.items():
+            section, _, name = key.rpartition(".")
+            off = getattr(getattr(self, section) if section else self, name) in (None, False)
+            if section in places and not off:
+                by_reason.setdefault(why, []).append(key)
+        told = "; ".join(f"{', '.join(keys)} ({why})" for why, keys in by_reason.items())
+        lines = [f"without effect here: {told}"] if told else []
+        if (
+            stage == "drift"
+            and self.coupling == "sinkhorn"
+            and self.mask_self_neg
+            and "mask_self_neg" not in idle
+        ):
+            lines.append(
+                "mask_self_neg = true: coupling sinkhorn masks nothing (prior); only S leaves out pairs of a "
+                "sample with itself"
+            )
+        return lines
+
+
+RENAMED = {
+    "drift.queue_push": "drift.push_per_step, which counts the images of all processes together",
+    "hardware.precision": "mae.precision and drift.precision",
+    "hardware.vae_precision": "encode.precision and fid.precision",
+}
+"""Keys of earlier files, and what has become of them."""
+
+
+def output_around(path: str | Path) -> str | None:
+    """The output of a stage that `path` is or lies in."""
+    here = Path(path).resolve()
+    return next((output for output in OUTPUTS if here.is_relative_to(Path(output).resolve())), None)
+
 
 FIELD_KEYS: tuple[str, ...] = tuple(FieldSettings.__dataclass_fields__)
 
@@ -430,6 +595,11 @@ def load_settings(path: str | Path) -> Settings:
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); presets/ holds complete files to copy"
+        ) from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"{path}: line {line} is not UTF-8 (byte 0x{error.object[error.start]:02x}); save it as UTF-8"
         ) from None
     # YAML 1.2, as DVC reads it: 1e-6 is a number
     try:
@@ -465,6 +635,8 @@ def _one_complaint(problem: dict[str, Any]) -> str:
         name = problem["loc"][-1]
         close = _places_of(name) or difflib.get_close_matches(name, _known_keys(problem["loc"][:-1]), n=1)
         hint = f"; did you mean {close[0]}?" if close else "; remove it"
+        if key in RENAMED:
+            hint = f"; it is now {RENAMED[key]}"
         return f"unknown key {key} (value {_show(value)}){hint}"
     if kind == "missing":
         return f"missing key {key}: presets/ holds complete files with a value for it"

@@ -8,6 +8,7 @@ and safetensors, which are read as data. There is no code in it, and none is exe
 """
 
 import json
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +26,9 @@ from drift.evaluation.batches import in_batches
 from drift.evaluation.sample import draw_sample, sample_generator, sample_latents
 from drift.files import write_json
 from drift.hub import download
-from drift.models.generator import CLASSES_FILE, Generator
+from drift.models.generator import Generator, read_class_names
 from drift.models.io import CONFIG_FILE
-from drift.models.vae import VAE, decode_latents, to_uint8
+from drift.models.vae import VAE, Rounding, decode_latents, latent_scale, to_uint8
 from drift.torchvision_shim import ensure_torchvision
 from drift.work import SETTINGS_FILE
 
@@ -38,6 +39,7 @@ from diffusers.utils import BaseOutput  # noqa: E402
 
 INDEX_FILE = "model_index.json"
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+_HUB_OPTIONS = {"cache_dir", "force_download", "local_files_only", "token"}
 
 
 @dataclass
@@ -68,6 +70,8 @@ class DriftPipeline(DiffusionPipeline):
         vae_reference: dict[str, str | None] | None = None,
     ):
         super().__init__()
+        if vae is not None:
+            latent_scale(vae.config, "of the pipeline")  # before any work
         self.register_modules(generator=generator, vae=vae)
         self.id2label = {int(label): name for label, name in (id2label or {}).items()}
         self.vae_reference = vae_reference
@@ -95,21 +99,22 @@ class DriftPipeline(DiffusionPipeline):
             found.append(names[name])
         return found
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | str | Sequence[int | str],
+        class_labels: int | str | Sequence[int | str] | np.ndarray | Tensor,
         omega: float | Sequence[float] = 1.0,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         noise: Tensor | None = None,
         style_indices: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        rounding: Rounding = "nearest",
     ) -> DriftPipelineOutput | tuple:
         """One image for each class label.
 
         Args:
-            class_labels: classes of the images, each a number or a name.
+            class_labels: classes of the images, each a number, NumPy's and PyTorch's included, or a name.
             omega: CFG strength of all or of each of them; 1 is none. It costs nothing.
             generator: source of the noise and the style indices, or one for each image; then an image does
                 not depend on its company. `sample_generators` makes those of the fid stage.
@@ -119,26 +124,19 @@ class DriftPipeline(DiffusionPipeline):
                 `[B, 3, H, W]`; or `latent`, float32 `[B, C, h, w]` as the generator gives them. All but the
                 last have exactly the 8-bit values that a PNG holds.
             return_dict: a `DriftPipelineOutput`, or else a tuple of the images.
+            rounding: to 8 bits, as the setting `fid.rounding`.
 
         Raises:
             UserError: for a class, a number of generators or an output type that cannot be.
         """
-        wanted = [class_labels] if isinstance(class_labels, int | str) else list(class_labels)
-        classes = [self.get_label_ids(c)[0] if isinstance(c, str) else int(c) for c in wanted]
-        config = self.generator.config
-        for label in classes:
-            if not 0 <= label < config.num_classes:
-                raise UserError(f"class {label}: the classes are 0 to {config.num_classes - 1}")
+        classes = self._class_numbers(class_labels)
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"output_type = {output_type!r}: allowed: {', '.join(OUTPUT_TYPES)}")
         if self.vae is None and output_type != "latent":
             raise UserError(
                 "this pipeline has no VAE: give it one (vae=...), or ask for output_type='latent'"
             )
-        if not classes:
-            raise UserError("class_labels is empty: give at least one class")
-
-        device, dtype = self.generator.device, self.generator.dtype
+        device, dtype = self._execution_device, self.generator.dtype
         noise, style_indices = self._draw(len(classes), generator, noise, style_indices)
         strength = torch.as_tensor(omega, dtype=torch.float32, device=device).expand(len(classes))
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
@@ -149,8 +147,26 @@ class DriftPipeline(DiffusionPipeline):
                 style_indices.to(device),
                 strength,
             ).float()
-        images = latents if output_type == "latent" else self._decode(latents, output_type)
+        images = latents if output_type == "latent" else self._decode(latents, output_type, rounding)
+        self.maybe_free_model_hooks()
         return DriftPipelineOutput(images=images) if return_dict else (images,)
+
+    def _class_numbers(self, class_labels: Any) -> list[int]:
+        single = isinstance(class_labels, int | str) or getattr(class_labels, "ndim", 1) == 0
+        numbers = []
+        for label in [class_labels] if single else class_labels:
+            try:
+                number = self.get_label_ids(label)[0] if isinstance(label, str) else operator.index(label)
+            except TypeError:
+                raise UserError(f"class {label}: is neither a number nor a name of a class") from None
+            if not 0 <= number < self.generator.config.num_classes:
+                raise UserError(
+                    f"class {label}: the classes are 0 to {self.generator.config.num_classes - 1}"
+                )
+            numbers.append(number)
+        if not numbers:
+            raise UserError("class_labels is empty: give at least one class")
+        return numbers
 
     def _draw(
         self,
@@ -174,8 +190,16 @@ class DriftPipeline(DiffusionPipeline):
             chosen.append(wanted if given is None else given)
         return chosen[0], chosen[1]
 
-    def _decode(self, latents: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
-        pixels = to_uint8(in_batches(lambda part: decode_latents(self.vae, part), latents)).cpu().numpy()
+    def _decode(
+        self, latents: Tensor, output_type: str, rounding: Rounding
+    ) -> list[Image.Image] | np.ndarray | Tensor:
+        decoded = in_batches(lambda part: decode_latents(self.vae, part), latents)
+        if not decoded.isfinite().all():  # rounding would hide it
+            raise UserError(
+                f"the VAE's images are not finite in {self.vae.dtype}: pipe.vae.to(torch.float32) may help, "
+                "and the generator can stay as it is"
+            )
+        pixels = to_uint8(decoded, rounding).cpu().numpy()
         if output_type == "pil":
             return [Image.fromarray(image) for image in pixels]
         scaled = pixels.astype(np.float32) / 255
@@ -186,21 +210,32 @@ class DriftPipeline(DiffusionPipeline):
         """The random generators of the fid stage's samples number `indices` with the setting `seed`."""
         return [sample_generator(seed, index) for index in indices]
 
-    def save_pretrained(self, save_directory: str | Path, include_vae: bool = True, **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        include_vae: bool = True,
+        variant: str | None = None,
+        safe_serialization: bool = True,
+        **kwargs: Any,
+    ) -> None:
         """Write the pipeline into a folder; without the VAE, only where it came from.
 
-        Raises `UserError` if the VAE is to be left out and its origin is not known.
+        `variant` is a word for the names of the files, such as fp16, by which `from_pretrained` finds them
+        again. Raises `UserError` if the VAE is to be left out and its origin is not known, or the weights are
+        not to be safetensors.
         """
+        if not safe_serialization:
+            raise UserError("safe_serialization = False: weights are written as safetensors only")
         if kwargs:
             raise TypeError(f"save_pretrained takes no {', '.join(kwargs)}")
         folder = Path(save_directory)
         if self.vae is not None and not include_vae and self.vae_reference is None:
             raise UserError("where the VAE came from is not known, so it must be saved (include_vae=True)")
         folder.mkdir(parents=True, exist_ok=True)
-        self.generator.save_pretrained(folder / "generator")
+        self.generator.save_pretrained(folder / "generator", f"model.{variant}" if variant else "model")
         has_vae = self.vae is not None and include_vae
         if has_vae:
-            self.vae.save_pretrained(folder / "vae", safe_serialization=True)
+            self.vae.save_pretrained(folder / "vae", safe_serialization=True, variant=variant)
             config = json.loads((folder / "vae" / CONFIG_FILE).read_text(encoding="utf-8"))
             config.pop("_name_or_path", None)  # where it was loaded from on this machine
             write_json(folder / "vae" / CONFIG_FILE, config)
@@ -223,6 +258,8 @@ class DriftPipeline(DiffusionPipeline):
         revision: str | None = None,
         torch_dtype: torch.dtype | None = None,
         load_vae: bool = True,
+        variant: str | None = None,
+        **options: Any,
     ) -> "DriftPipeline":
         """Load a pipeline from a folder or from the Hugging Face hub, on the CPU.
 
@@ -234,10 +271,20 @@ class DriftPipeline(DiffusionPipeline):
             revision: branch, tag or commit on the hub.
             torch_dtype: of the weights; float32 if none is given.
             load_vae: without it, the pipeline gives latents only.
+            variant: word in the names of the weights' files, such as fp16; the VAE's are taken without it
+                where there are none with it.
+            options: `cache_dir`, `force_download`, `local_files_only` and `token` as huggingface_hub's
+                `snapshot_download` has them; `use_safetensors`, which cannot be False.
 
         Raises:
             UserError: if a file is missing or damaged, or the VAE is not known.
         """
+        if options.pop("use_safetensors", None) is False:
+            raise UserError("use_safetensors = False: weights are read from safetensors only")
+        if unknown := sorted(options.keys() - _HUB_OPTIONS):
+            raise TypeError(f"from_pretrained takes no {', '.join(unknown)}")
+        if variant:
+            weights = f"{weights}.{variant}"
         source = str(pretrained_model_name_or_path)
         folder = Path(source)
         if not folder.is_dir():
@@ -247,35 +294,43 @@ class DriftPipeline(DiffusionPipeline):
                 ["*.json", "*.safetensors"],
                 what=f"{source}: is not a local folder, and",
                 way_out="name the folder of a generator or of a pipeline",
+                **options,
             )
-        if (folder / INDEX_FILE).is_file():
-            index = _read_index(folder / INDEX_FILE)
-            generator = Generator.from_pretrained(folder / "generator", weights=weights)
-            if vae is None and index["vae"][0] is not None:
-                vae = folder / "vae"
-            reference, id2label = index["vae_reference"], index["id2label"]
-        elif not (folder / CONFIG_FILE).is_file():
-            raise UserError(
-                f"{source}: has neither {INDEX_FILE}, of a pipeline, nor {CONFIG_FILE}, of a generator; name "
-                "a folder of one of them"
-            )
-        else:
-            generator = Generator.from_pretrained(folder, weights=weights)
-            reference, names = _made_with(folder), _class_names(folder)
-            id2label = dict(enumerate(names)) if names else None
-        if load_vae:
+        generator, own_vae, reference, id2label = _read_folder(source, folder, weights)
+        vae = own_vae if vae is None else vae
+        if isinstance(vae, AutoencoderKL):
+            reference = None  # it may be another
+        elif load_vae:
             if vae is None and reference is None:
                 raise UserError(
                     f"{source}: does not say which VAE decodes its latents; name it (vae=..., or --vae)"
                 )
-            if not isinstance(vae, AutoencoderKL):
-                own = vae == folder / "vae"
-                at = (reference["id"], reference["revision"]) if vae is None else (str(vae), None)
-                loaded = VAE.from_pretrained(*at)
-                reference = reference if own else {"id": loaded.id, "revision": loaded.revision}
-                vae = loaded.model
+            at = (reference["id"], reference["revision"]) if vae is None else (str(vae), None)
+            loaded = VAE.from_pretrained(*at, variant=variant, **options)
+            if vae is None or vae != own_vae:
+                reference = {"id": loaded.id, "revision": loaded.revision}
+            vae = loaded.model
         pipeline = cls(generator, vae if load_vae else None, id2label, reference)
         return pipeline if torch_dtype is None else pipeline.to(torch_dtype)
+
+
+def _read_folder(
+    source: str, folder: Path, weights: str
+) -> tuple[Generator, Path | None, dict[str, str | None] | None, dict[int, str] | None]:
+    """The generator in a folder, the VAE's folder in it, where a VAE came from, and the classes' names."""
+    if (folder / INDEX_FILE).is_file():
+        index = _read_index(folder / INDEX_FILE)
+        generator = Generator.from_pretrained(folder / "generator", weights=weights)
+        own_vae = folder / "vae" if index["vae"][0] is not None else None
+        return generator, own_vae, index["vae_reference"], index["id2label"]
+    if not (folder / CONFIG_FILE).is_file():
+        raise UserError(
+            f"{source}: has neither {INDEX_FILE}, of a pipeline, nor {CONFIG_FILE}, of a generator; name "
+            "a folder of one of them"
+        )
+    generator = Generator.from_pretrained(folder, weights=weights)
+    names = read_class_names(folder)
+    return generator, None, _made_with(folder), dict(enumerate(names)) if names else None
 
 
 def _read_index(path: Path) -> dict[str, Any]:
@@ -300,15 +355,3 @@ def _made_with(folder: Path) -> dict[str, str | None] | None:
         return None
     except YAMLError:
         raise UserError(f"{folder / SETTINGS_FILE}: damaged; get the folder again (dvc pull)") from None
-
-
-def _class_names(folder: Path) -> list[str] | None:
-    path = folder / CLASSES_FILE
-    if not path.exists():
-        return None
-    try:
-        names = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(names, list) and all(isinstance(name, str) for name in names)
-    except (OSError, ValueError, AssertionError):
-        raise UserError(f"{path}: damaged; get the folder again (dvc pull)") from None
-    return names

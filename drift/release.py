@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from drift.errors import UserError
-from drift.files import check_writable
+from drift.files import check_writable, without_wrappers
 from drift.hub import download
 from drift.models.generator import Generator, GeneratorConfig, RMSNorm
 from drift.models.io import PretrainedModel, make_config
@@ -34,7 +34,7 @@ RELEASES = {
 }
 """Names of the release's models on the hub, and of which kind they are."""
 
-_WAY_OUT = "fetch it again from the hub"
+_WAY_OUT = "get a fresh copy"
 
 # Keys of the release's model_config: those that ours has under the same or another name, those that must
 # have one value because ours knows no other, and those that change no number of a forward pass in float32
@@ -63,6 +63,8 @@ _GENERATOR_KEYS = {
 }
 _PRIOR_MAE_KEYS = {"in_ch": "in_channels", "base_width": "base_channels", "blocks_per_stage": "layers"}
 _GENERATOR_IGNORED = {"use_bf16", "attn_fp32", "use_remat"}
+# These may be absent: with another value there would be other arrays, or arrays of other shapes
+_SHOWN_BY_ARRAYS = {"cond_dim", "out_channels", "use_qknorm", "use_swiglu", "use_rmsnorm"}
 
 
 def import_release(source: str | Path, destination: str | Path) -> LatentMAE | Generator:
@@ -155,7 +157,8 @@ def convert_prior_mae(shadow: Mapping[str, Tensor], mae_cfg: Mapping[str, Any]) 
         modules[f"decoder.up{number}.conv2"] = up.refine.conv
         modules[f"decoder.up{number}.gn2"] = up.refine.norm
     views = {f"{path}.{name}": value for path, m in modules.items() for name, value in m.named_parameters()}
-    _fill(model, views, {name: value.float().numpy() for name, value in shadow.items()}, "mae_cfg")
+    params = {name: value.float().numpy() for name, value in without_wrappers(shadow).items()}
+    _fill(model, views, params, "mae_cfg")
     return model.eval()
 
 
@@ -185,7 +188,8 @@ def convert_mae(params: Mapping[str, np.ndarray], model_config: Mapping[str, Any
 
     Raises `UserError` naming the first key or array that does not fit.
     """
-    values = _translate(model_config, _MAE_KEYS, {}, _MAE_IGNORED)
+    config = _with_classes(model_config, params.get("fc/bias"))
+    values = _translate(config, _MAE_KEYS, {}, _MAE_IGNORED)
     model = LatentMAE.uninitialized(make_config(MAEConfig, {**values, "norm_groups": _MAE_NORM_GROUPS}))
     encoder, decoder = model.encoder, model.decoder
     layers: dict[str, nn.Module] = {
@@ -224,7 +228,8 @@ def convert_generator(params: Mapping[str, np.ndarray], model_config: Mapping[st
         "out_channels": model_config.get("in_channels"),
         **dict.fromkeys(("use_qknorm", "use_swiglu", "use_rope", "use_rmsnorm"), True),
     }
-    values = _translate(model_config, _GENERATOR_KEYS, required, _GENERATOR_IGNORED)
+    config = _with_classes(model_config, params.get("Embed_0/embedding"))
+    values = _translate(config, _GENERATOR_KEYS, required, _GENERATOR_IGNORED)
     model = Generator.uninitialized(make_config(GeneratorConfig, values))
     dit = "LightningDiT_0"
     layers: dict[str, nn.Module] = {
@@ -293,6 +298,16 @@ def _read_metadata(path: Path) -> tuple[str, dict[str, Any]]:
     return kind, model_config
 
 
+def _with_classes(model_config: Mapping[str, Any], array: np.ndarray | None) -> Mapping[str, Any]:
+    """The config with its number of classes, which the release's trainer leaves to the data.
+
+    It is the number of rows of `array`, which has one for each class.
+    """
+    if "num_classes" in model_config or array is None:
+        return model_config
+    return {**model_config, "num_classes": array.shape[0]}
+
+
 def _translate(
     model_config: Mapping[str, Any],
     keys: Mapping[str, str],
@@ -306,10 +321,10 @@ def _translate(
         raise UserError(
             f"{name} has the unknown key {key}, which may change the model; take it out there if it does not"
         )
-    for key in sorted(needed - model_config.keys()):
-        raise UserError(f"{name} lacks the key {key}; {_WAY_OUT}")
+    for key in sorted(needed - model_config.keys() - _SHOWN_BY_ARRAYS):
+        raise UserError(f"{name} lacks the key {key}; add it with the value that the model was built with")
     for key, value in required.items():
-        if model_config[key] != value:
+        if key in model_config and model_config[key] != value:
             raise UserError(f"{name} has {key} = {model_config[key]!r}; only {value!r} can be imported")
     return {ours: model_config[theirs] for theirs, ours in keys.items()}
 

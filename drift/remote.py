@@ -8,8 +8,7 @@ that is called drift-remote". That one is defined, with port and password, in a 
 "system", which lies in a private temporary folder and is read by this one command.
 """
 
-import base64
-import http.client
+import hashlib
 import importlib.util
 import os
 import re
@@ -27,21 +26,21 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
-from urllib.parse import quote
 
+from drift import webdav
 from drift.errors import Stopped, UserError
 from drift.signals import Signals, when_parent_ends
+from drift.webdav import HOST, USER, can_be_asked_for, status_of_folder
 
 BASE = "drift-remote"
 """The remote that only exists while a command of `run_dvc` runs, to which `.dvc/config` refers."""
-HOST = "127.0.0.1"
 INSTALL = "pip install -c constraints.txt -e '.[share]'"
 """What makes rclone and DVC's WebDAV part available."""
 
 _ONCE = f"{BASE}-once"  # the DVC remote of a command whose rclone remote was given by hand
 _REFERENCE = f"remote://{BASE}/"
-_USER = "drift"
 _TAKE_REMOTE = {
     ("pull",), ("push",), ("fetch",), ("status",), ("gc",),
     ("exp", "push"), ("exp", "pull"), ("experiments", "push"), ("experiments", "pull"),
@@ -71,9 +70,13 @@ class Place:
 
     @property
     def path(self) -> str:
-        """Where it is served, below the root of the server: /NAME/PATH."""
-        name, _, path = self.remote.partition(":")
-        return "/" + "/".join([name, *filter(None, path.split("/"))])
+        """Where it is served, below the root of the server.
+
+        For a reference DVC makes this /NAME/PATH; else no name that a URL would have to quote gets into one.
+        """
+        if self.dvc == _ONCE:
+            return "/" + hashlib.sha256(self.remote.encode()).hexdigest()[:16]
+        return "/" + self.remote.replace(":", "/", 1).rstrip("/")
 
 
 def find_rclone() -> str:
@@ -188,7 +191,7 @@ def _place(command: Sequence[str], words: tuple[str, ...], remote: str | None) -
     ours = {
         name: settings["url"]
         for name, settings in remotes.items()
-        if settings.get("url", "").startswith(_REFERENCE)
+        if str(settings.get("url", "")).startswith(_REFERENCE)
     }
     asked, default = _asked_remote(command), config["core"].get("remote", "").lower()
     if remote is not None:
@@ -232,6 +235,11 @@ def _from_reference(url: str) -> str:
             f"{url}: is not {_REFERENCE}NAME/PATH; for a PATH from the root (/...) make a remote of the "
             "type alias by rclone config"
         )
+    if not can_be_asked_for(f"/{name}/{path}"):
+        raise UserError(
+            f"{url}: DVC's client cannot ask for a folder of this name; say drift remote --remote "
+            f"{shlex.quote(f'{name}:{path}')} -- dvc ..., or make a remote of the type alias by rclone config"
+        )
     return f"{name}:{path}"
 
 
@@ -250,7 +258,7 @@ def _asked_remote(command: Sequence[str]) -> str | None:
 def _with_remote(command: Sequence[str], words: tuple[str, ...], place: Place) -> list[str]:
     """The command to run: DVC of this environment, with the remote where it must be told."""
     # Not `dvc` from PATH, which may be another that has no WebDAV
-    program = [sys.executable, "-P", "-m", "dvc"] if command[0] == "dvc" else [command[0]]
+    program = [sys.executable, "-P", webdav.__file__] if command[0] == "dvc" else [command[0]]
     rest = list(command[1:])
     if place.tell:
         behind = rest.index(words[-1]) + 1
@@ -403,7 +411,7 @@ def _start(rclone: str, place: Place, password: str, port: int, folder: Path) ->
             stdout=file,
             stderr=subprocess.STDOUT,
             # Not by the command line, which everybody on the machine can see
-            env={**os.environ, "RCLONE_USER": _USER, "RCLONE_PASS": password},
+            env={**os.environ, "RCLONE_USER": USER, "RCLONE_PASS": password},
             start_new_session=True,  # Ctrl-C must not take it away from under DVC
             preexec_fn=when_parent_ends,
         )  # fmt: skip
@@ -413,16 +421,16 @@ def _start(rclone: str, place: Place, password: str, port: int, folder: Path) ->
 def _wait_until_ready(server: _Server, place: Place, password: str, signals: Signals) -> bool:
     """Whether it answers; False if it has ended or was silent for too long."""
     deadline = time.monotonic() + _READY_WITHIN
-    secret = base64.b64encode(f"{_USER}:{password}".encode()).decode()
     while server.process.poll() is None and time.monotonic() < deadline:
         _stop_if_asked(signals)
-        connection = http.client.HTTPConnection(HOST, server.port, timeout=5)  # asks no proxy
-        with suppress(OSError, http.client.HTTPException):
-            headers = {"Authorization": f"Basic {secret}", "Depth": "0"}
-            connection.request("PROPFIND", quote(place.path) + "/", headers=headers)
-            if connection.getresponse().status == http.HTTPStatus.MULTI_STATUS:
-                return True
-        connection.close()
+        status = status_of_folder(server.port, place.path, password)
+        if status == HTTPStatus.MULTI_STATUS:
+            return True
+        if status in (HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND):  # that will not change
+            raise UserError(
+                f"{place.remote}: rclone's server does not know {place.path}, by which DVC asks for it; say "
+                f"drift remote --remote {shlex.quote(place.remote)} -- dvc ..."
+            )
         time.sleep(_POLL)
     return False
 
@@ -436,7 +444,7 @@ def _write_config(folder: Path, place: Place, port: int, password: str) -> None:
     config = ConfigObj(str(own) if own.is_file() else None, encoding="utf-8")
     config[f'remote "{BASE}"'] = {
         "url": f"webdav://{HOST}:{port}",
-        "user": _USER,
+        "user": USER,
         "password": password,
         "timeout": str(_PATIENCE),
     }
@@ -478,7 +486,10 @@ def _run_command(
 
 
 def _environment(environment: Mapping[str, str], folder: Path) -> dict[str, str]:
-    """What the command sees: its own configuration, and no proxy on the way to this machine."""
+    """What the command sees: its own configuration, and no proxy on the way to this machine.
+
+    A WebDAV client that is not `drift.webdav`'s may want a package for a SOCKS proxy all the same.
+    """
     changed = {**environment, "DVC_SYSTEM_CONFIG_DIR": str(folder)}
     for name in ("no_proxy", "NO_PROXY"):
         changed[name] = ",".join(filter(None, [environment.get(name), HOST]))

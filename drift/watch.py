@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from drift.lock import Holder
 from drift.progress import done, read_log
-from drift.work import Holder, read_note
+from drift.work import read_note
 
 STAGES = ("encode", "mae", "drift", "fid")
 VALUES = ("loss", "drift_rms", "reconstruction", "held_out")

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from drift.data.latents import LatentStore
-from drift.files import check_writable, sha256, write_json
+from drift.files import check_output, sha256, write_json
 from drift.launch import join, run_stage, spawn, stage_parser, wanted_processes
 from drift.models.generator import CLASSES_FILE
 from drift.models.mae import LatentMAE
-from drift.params import FIELD_KEYS, load_settings
+from drift.params import load_settings
 from drift.training.drift import plot_columns, train_generator
 from drift.training.export import export_run
 from drift.training.inputs import check_latents
@@ -34,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     settings = load_settings(args.params)
     hardware = settings.hardware
-    check_writable(args.out.parent)
-    check_writable(args.plot.parent)
+    check_output(args.out)
+    check_output(args.plot)
     store = LatentStore.open(args.latents)
     check_latents(store, settings, "center")
     encoder = LatentMAE.from_pretrained(args.mae)
@@ -43,19 +43,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if code is not None:
         return code
 
-    content = settings.model_dump(mode="json")
     decides = {
         "seed": settings.seed,
-        **{key: content[key] for key in FIELD_KEYS},
-        "drift": content["drift"],
+        **settings.deciding("drift"),
         "latents": store.digest,
         "vae": settings.encode.vae,  # that of the latents, which decodes what the generator makes
         "vae_revision": settings.encode.vae_revision,
         "mae": {name: sha256(args.mae / name) for name in ("config.json", "model.safetensors")},
     }
+    remarks = settings.remarks("drift")
     with (
-        join(hardware.time_limit) as ranks,
-        Work("drift", decides, fresh=args.fresh, first=ranks.first) as work,
+        join(hardware.time_limit, deterministic=hardware.deterministic) as ranks,
+        Work("drift", decides, fresh=args.fresh, first=ranks.first, remarks=remarks) as work,
     ):
         ranks.barrier()
         model, emas = train_generator(
@@ -71,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if ranks.first:
             export = export_run(model, emas, work.folder, {args.plot: plot_columns(settings.field())})
             write_json(export / CLASSES_FILE, store.class_names)
-            work.publish(export, args.out, precision=hardware.precision)
+            work.publish(export, args.out)
     return 0
 
 

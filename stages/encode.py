@@ -11,9 +11,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from drift.data.images import VIEWS, open_images
+from drift.data.images import VIEW_OPTIONS, VIEWS, open_images, view_digest
 from drift.encoding import encode_view
-from drift.files import check_writable
+from drift.files import check_output, link_folder
 from drift.launch import join, run_stage, spawn, stage_parser, wanted_processes
 from drift.models.vae import VAE
 from drift.params import load_settings
@@ -31,26 +31,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     settings = load_settings(args.params)
     data, encode, hardware = settings.data, settings.encode, settings.hardware
-    check_writable(args.out.parent)
+    check_output(args.out)
     source = open_images(data.dataset, data.root, "train", data.classes)
-    vae = VAE.from_pretrained(encode.vae, encode.vae_revision, precision=hardware.vae_precision)
+    vae = VAE.from_pretrained(encode.vae, encode.vae_revision, precision=encode.precision)
     code = spawn("stages.encode", argv, wanted_processes(args.nproc, hardware.processes))
     if code is not None:
         return code
 
+    of_other_views = {key for view, keys in VIEW_OPTIONS.items() if view != args.view for key in keys}
     decides = {
         "seed": settings.seed,
         "view": args.view,
         "data": data.model_dump(mode="json"),
         # Whoever learns at the end that images are damaged may skip them without starting over
-        "encode": encode.model_dump(mode="json", exclude={"on_bad_image"}),
+        "encode": encode.model_dump(mode="json", exclude={"on_bad_image", *of_other_views}),
         "images": source.digest,
+        "pictures": view_digest(args.view),
         "vae": vae.digest,
-        "vae_precision": vae.precision,
     }
+    remarks = settings.remarks("encode")
     with (
-        join(hardware.time_limit) as ranks,
-        Work("encode", decides, fresh=args.fresh, first=ranks.first) as work,
+        join(hardware.time_limit, deterministic=hardware.deterministic) as ranks,
+        Work("encode", decides, fresh=args.fresh, first=ranks.first, remarks=remarks) as work,
         Signals() as signals,
     ):
         if hardware.compile and ranks.device.type == "cuda":
@@ -81,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         vae.tell_recomputed()
         if ranks.first:
-            work.publish(export, args.out)
+            # By second names: the rows stay where a run that is started again looks for them
+            work.publish(link_folder(export, work.folder / "export"), args.out)
     return 0
 
 

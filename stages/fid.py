@@ -18,6 +18,8 @@ from ruamel.yaml import YAML
 
 import drift
 from drift.data.images import ImageSource, open_images
+from drift.data.listing import class_difference
+from drift.errors import UserError
 from drift.evaluation.features import FeatureNetwork, check_feature_network, load_feature_network
 from drift.evaluation.fid import Samples, best_entry, check_metrics, evaluate_sweep, sweep_summary
 from drift.evaluation.outputs import Outputs, Pictures
@@ -32,14 +34,15 @@ from drift.evaluation.reference import (
     self_test,
 )
 from drift.evaluation.report import print_report
-from drift.evaluation.sample import ImageDecoder, balanced_labels
+from drift.evaluation.sample import ImageDecoder, balanced_labels, random_labels, split_labels
 from drift.files import sha256, write_json
 from drift.launch import join, run_stage, spawn, stage_parser, wanted_processes
 from drift.models.ema import ema_file
-from drift.models.generator import Generator
+from drift.models.generator import CLASSES_FILE, Generator, read_class_names
 from drift.models.vae import VAE
 from drift.params import Settings, load_settings
 from drift.progress import ProgressLog
+from drift.seeds import numpy_generator
 from drift.training.compile import Compiled
 from drift.work import SETTINGS_FILE, Work, work_root
 
@@ -70,22 +73,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     for decay in reversed(decays):
         load(decay)
-    vae = VAE.from_pretrained(
-        settings.encode.vae, settings.encode.vae_revision, precision=hardware.vae_precision
-    )
+    vae = VAE.from_pretrained(settings.encode.vae, settings.encode.vae_revision, precision=fid.precision)
     check_feature_network(fid.features, fid.mode, fid.inception)
     training = open_images(data.dataset, data.root, "train", data.classes)
+    _require_classes(args.generator, training)
     reference_images = open_reference(fid.reference, data.dataset, data.root, data.classes)
     if fid.labels == "balanced":
         labels = balanced_labels(fid.images, data.classes)
+    elif fid.labels == "random":
+        labels = random_labels(fid.images, data.classes, settings.seed)
     else:
-        split = open_images(data.dataset, data.root, fid.labels, data.classes).labels
-        labels = split[balanced_labels(fid.images, len(split))]
+        split = open_images(data.dataset, data.root, fid.labels, data.classes)
+        labels = split_labels(split.labels, fid.images, settings.seed)
     code = spawn("stages.fid", argv, wanted_processes(args.nproc, hardware.processes))
     if code is not None:
         return code
 
-    with join(hardware.time_limit) as ranks:
+    with join(hardware.time_limit, deterministic=hardware.deterministic) as ranks:
         network = load_feature_network(
             fid.features, fid.mode, ranks.device, workers=hardware.workers, inception=fid.inception
         )
@@ -96,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_metrics(fid.metrics, network, reference_images is not None)
         if hardware.compile and ranks.device.type == "cuda":
             vae.compile_with(Compiled)
-        decode = ImageDecoder(vae.to(ranks.device), hardware.decode_batch)
+        decode = ImageDecoder(vae.to(ranks.device), hardware.decode_batch, fid.rounding)
         on_device = lru_cache(maxsize=1)(lambda decay: load(decay).to(ranks.device).eval())
         decides = {
             "seed": settings.seed,
@@ -107,14 +111,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for name in ("config.json", *(f"{weights[decay]}.safetensors" for decay in decays))
             ],
             "vae": vae.digest,
-            "vae_precision": vae.precision,
             "features": network.digest,
             "images": training.digest,
             "reference": sha256(fid.reference) if reference_images is None else reference_images.digest,
         }
-        peers = Peers(ranks.rank, ranks.world_size, ranks.sum, ranks.device)
+        peers = Peers(ranks.rank, ranks.world_size, ranks.sum, ranks.device, ranks.barrier)
         real = (0 if reference_images is None else len(reference_images)) + floor_images
-        with Work("fid", decides, fresh=args.fresh, first=ranks.first) as work:
+        remarks = settings.remarks("fid")
+        with Work("fid", decides, fresh=args.fresh, first=ranks.first, remarks=remarks) as work:
             ranks.barrier()
             progress = work.folder / "sweep.json"
             finished = json.loads(progress.read_text()) if progress.exists() else []
@@ -130,12 +134,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "image_size": data.image_size,
                 "batch_size": hardware.sample_batch,
                 "seed": settings.seed,
+                "on_bad_image": settings.encode.on_bad_image,
                 "workers": hardware.workers,
                 "peers": peers,
             }
             cache = work_root() / "reference"
             if reference_images is None:
-                reference = load_statistics(fid.reference, network.dimension)
+                reference = load_statistics(fid.reference, network.dimension, network.digest)
             else:
                 reference = measure_images(reference_images, network, cache, **measuring, on_images=reached)
             tested = self_test(reference, settings.seed) if ranks.first else {}
@@ -188,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     "self_test": tested,
                     "protocol": _protocol(settings, network, reference, ranks.device.type)
                     | {
-                        "floor_images": floor_images,
+                        "floor_images": like_generated.statistics.count if like_generated else 0,
                         "vae_sha256": vae.digest,
                         "generator": made_by["how"] if made_by else None,
                         "generator_sha256": decides["generator"],
@@ -214,18 +219,31 @@ def main(argv: Sequence[str] | None = None) -> int:
                     | {"fid": decides["fid"], "data": decides["data"]},
                     training_log=args.generator / "logs.jsonl",
                 )
-                work.finish()
+                work.finish(outputs.metrics)
                 print_report(outputs.metrics, outputs.beside_metrics, hardware.png_folder)
     return 0
 
 
+def _require_classes(generator: Path, training: ImageSource) -> None:
+    """Refuse a generator whose labels mean other classes than those of the data, as far as it tells."""
+    names = read_class_names(generator)
+    if names is None or names == [str(label) for label in range(len(names))]:  # of latents without names
+        return
+    if difference := class_difference(str(generator / CLASSES_FILE), names, "the data", training.class_names):
+        raise UserError(
+            f"{difference}; take the data that it was trained on, or remove {CLASSES_FILE} if its labels are "
+            "those of the data all the same"
+        )
+
+
 def _draw(generator: Generator, decode: ImageDecoder, settings: Settings, training: ImageSource) -> Pictures:
     fid = settings.fid
-    classes = range(fid.picture_classes)
+    drawn = numpy_generator(settings.seed, "fid/pictures").permutation(settings.data.classes)
+    classes = sorted(drawn[: fid.picture_classes].tolist())
     how = {
         "batch_size": settings.hardware.sample_batch,
         "device": generator.device,
-        "names": training.class_names[: fid.picture_classes],
+        "names": [training.class_names[label] for label in classes],
     }
     return Pictures(
         samples=class_rows(
@@ -244,6 +262,7 @@ def _protocol(
     return {
         "image_size": settings.data.image_size,
         "labels": fid.labels,
+        "rounding": fid.rounding,
         "features": fid.features,
         "features_sha256": network.digest,
         "published_weights": network.published,
@@ -255,7 +274,7 @@ def _protocol(
         "seed": settings.seed,
         "device": device,
         "vae": settings.encode.vae,
-        "vae_precision": settings.hardware.vae_precision,
+        "vae_precision": fid.precision,
         "versions": {"drift": drift.__version__} | {name: version(name) for name in PACKAGES},
     }
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from drift.data.latents import LatentStore
-from drift.files import check_writable, sha256
+from drift.files import check_output, sha256
 from drift.launch import join, run_stage, spawn, stage_parser, wanted_processes
 from drift.params import load_settings
 from drift.training.export import export_run
@@ -39,9 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     settings = load_settings(args.params)
     hardware = settings.hardware
-    check_writable(args.out.parent)
+    check_output(args.out)
     for path in (args.plot, args.held_out_plot):
-        check_writable(path.parent)
+        check_output(path)
     store = LatentStore.open(args.latents)
     check_latents(store, settings, settings.mae.view)
     plots = {args.plot: PLOT_COLUMNS, args.held_out_plot: HELD_OUT_COLUMNS}
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     source = settings.mae.source
     if source is None:
         mae_config(settings.mae, store)
-        decides["mae"] = settings.mae.model_dump(mode="json")
+        decides |= settings.deciding("mae")
     else:
         encoder = open_encoder(source, store)
         files = {name: sha256(Path(source, name)) for name in ("config.json", "model.safetensors")}
@@ -58,9 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if code is not None:
         return code
 
+    remarks = settings.remarks("mae")
     with (
-        join(hardware.time_limit) as ranks,
-        Work("mae", decides, fresh=args.fresh, first=ranks.first) as work,
+        join(hardware.time_limit, deterministic=hardware.deterministic) as ranks,
+        Work("mae", decides, fresh=args.fresh, first=ranks.first, remarks=remarks) as work,
     ):
         ranks.barrier()
         common = {"seed": settings.seed, "hardware": hardware, "ranks": ranks, "folder": work.folder}
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             export = adopt_encoder(encoder, Path(source), store, settings.mae, plots, **common)
         if export is not None:
-            work.publish(export, args.out, precision=hardware.precision)
+            work.publish(export, args.out)
     return 0
 
 

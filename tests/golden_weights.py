@@ -33,7 +33,7 @@ def golden_params(folder: str) -> dict[str, np.ndarray]:
     return params
 
 
-def golden_numbers(folder: str) -> dict[str, np.ndarray]:
+def golden_numbers(folder: str, file: str = "expected.npz") -> dict[str, np.ndarray]:
     """The expected inputs and outputs of `tests/golden/<folder>`, channels-last."""
-    with np.load(GOLDEN / folder / "expected.npz") as arrays:
+    with np.load(GOLDEN / folder / file) as arrays:
         return dict(arrays)

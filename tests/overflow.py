@@ -10,6 +10,7 @@ from torch.nn.parameter import Buffer
 from drift.torchvision_shim import ensure_torchvision
 
 ensure_torchvision()
+from diffusers.configuration_utils import FrozenDict  # noqa: E402
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution  # noqa: E402
 
 HUGE = 1.7e38  # twice that is finite in float32 (3.4028e38), and rounds to infinity in bfloat16 (3.3895e38)
@@ -18,9 +19,10 @@ HUGE = 1.7e38  # twice that is finite in float32 (3.4028e38), and rounds to infi
 class Overflowing(nn.Module):
     """Pixels and latents are the same planes. A 1 or -1 there (white, black) overflows in bfloat16."""
 
-    config = SimpleNamespace(
-        scaling_factor=1.0, shift_factor=None, latent_channels=3, block_out_channels=(1,)
-    )
+    config = FrozenDict(
+        scaling_factor=1.0, shift_factor=None, latents_mean=None, latents_std=None, latent_channels=3,
+        block_out_channels=(1,),
+    )  # fmt: skip
     device = torch.device("cpu")
 
     def __init__(self):

@@ -162,6 +162,11 @@ def test_what_is_damaged_is_refused_by_name(here, source, settings, monkeypatch,
         ("center", {"image_size": 256}, "image_size is 256"),
         ("center", {"vae": "stabilityai/sd-vae-ft-mse"}, 'vae is "stabilityai/sd-vae-ft-mse"'),
         ("center", {"scaling_factor": 0.5}, "scaling_factor is 0.5"),
+        (
+            "center",
+            {"vae_precision": "bfloat16"},
+            'vae_precision is "bfloat16", but encode.precision is "float32"',
+        ),
         ("center", {"num_classes": 1000}, "num_classes is 1000"),
         ("center", {"posterior": "sample"}, 'posterior is "sample"'),
         ("center", {"mirror": True}, "mirror is true"),
@@ -315,6 +320,7 @@ def test_a_damaged_mae_is_refused_by_its_own_name_and_replaces_nothing(here, run
     assert str(path) in complaint(lambda: adopt_mae(str(run_folder), "imported/w4", force=True))
     assert file_bytes(here / "imported/w4") == before
     assert "nowhere" in complaint(lambda: adopt_mae("nowhere", "imported/x"))
+    assert "in artifacts/mae, which a stage writes" in complaint(lambda: adopt_mae(source, "artifacts/mae"))
 
 
 def file_bytes(folder):

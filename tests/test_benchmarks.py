@@ -194,9 +194,9 @@ def test_estimated_memory_is_that_of_a_step_that_runs(changes, monkeypatch):
 
 
 def test_an_estimate_needs_no_device(tmp_path, capsys):
-    arguments = [*TINY, "hardware.precision=bfloat16", "--classes-per-pass", "2", "1", "--estimate"]
+    arguments = [*TINY, "drift.precision=bfloat16", "--classes-per-pass", "2", "1", "--estimate"]
     result = run_step(tmp_path, *arguments)
-    assert result["settings"]["hardware"]["precision"] == "bfloat16"
+    assert result["settings"]["drift"]["precision"] == "bfloat16"
     two, one = (row["estimated_bytes"] for row in result["memory_estimate"])
     assert two["a part of the step"] > one["a part of the step"] > 0
     assert "estimated, not measured" in capsys.readouterr().out

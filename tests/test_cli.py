@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -132,12 +133,20 @@ def test_fid_selftest_tells_what_it_found_and_refuses_what_is_wrong(tmp_path, mo
         assert float(measured) == pytest.approx(float(expected), rel=1e-6)
     assert float(lines["floor"]) > 0
 
+    # What it has measured, on a machine that has the file alone
+    copy = shutil.copy(lines["statistics"].split(" (")[0].strip(), tmp_path / "digits.npz")
+    settings = Path("presets/digits.yaml").read_text()
+    settings = settings.replace("[kid, inception_score, precision_recall]", "[]")
+    (tmp_path / "params.yaml").write_text(settings.replace("reference: held_out", f"reference: {copy}"))
+    assert cli.main(["fid-selftest", "--params", str(tmp_path / "params.yaml")]) == 0
+    elsewhere = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
+    assert "360 images" in elsewhere["reference"] and elsewhere["moved"] == lines["moved"]
+
     broken = np.eye(64)
     broken[0, 1] = broken[1, 0] = 3
     np.savez(tmp_path / "broken.npz", mu=np.zeros(64), sigma=broken)
-    settings = Path("presets/digits.yaml").read_text()
     settings = settings.replace("reference: held_out", f"reference: {tmp_path}/broken.npz")
-    (tmp_path / "params.yaml").write_text(settings.replace("[kid, inception_score, precision_recall]", "[]"))
+    (tmp_path / "params.yaml").write_text(settings)
     assert cli.main(["fid-selftest", "--params", str(tmp_path / "params.yaml")]) == 2
     assert "broken.npz: 'same' gives" in capsys.readouterr().err
 

@@ -16,7 +16,6 @@ from ruamel.yaml import YAML
 from safetensors.torch import load_file
 
 from drift import cli
-from drift.errors import UserError
 from drift.evaluation.pictures import VISIBLE_SIDE
 from drift.evaluation.sample import ImageDecoder, sample_images
 from drift.files import sha256
@@ -58,14 +57,18 @@ def pipe(folder):
     return DriftPipeline.from_pretrained(folder)
 
 
-def test_pixels_are_those_of_the_fid_stage_and_do_not_depend_on_company(folder, pipe):
+@pytest.mark.parametrize("rounding", ["nearest", "down"])
+def test_pixels_are_those_of_the_fid_stage_and_do_not_depend_on_company(folder, pipe, rounding):
     labels = np.arange(40) % 3
-    decode = ImageDecoder(VAE.from_pretrained(VAE_FOLDER), 32)
+    decode = ImageDecoder(VAE.from_pretrained(VAE_FOLDER), 32, rounding)
     generator = Generator.from_pretrained(folder)
     expected = torch.cat([i for _, i in sample_images(generator, decode, range(40), labels, 1.5, 9, 64)])
     for indices in (range(40), [5], [30, 2, 39]):
         images = pipe(
-            labels[list(indices)].tolist(), omega=1.5, generator=pipe.sample_generators(9, indices)
+            labels[list(indices)].tolist(),
+            omega=1.5,
+            generator=pipe.sample_generators(9, indices),
+            rounding=rounding,
         ).images
         for index, image in zip(indices, images, strict=True):
             assert np.array_equal(np.asarray(image), expected[index])
@@ -156,6 +159,7 @@ def test_half_precision_is_near_and_moves_back(folder, dtype):
     [
         ({"class_labels": [3]}, "class 3: the classes are 0 to 2"),
         ({"class_labels": [-1]}, "class -1"),
+        ({"class_labels": np.array([0.5])}, "class 0.5: is neither a number nor a name"),
         ({"class_labels": ["dog"]}, "'dog'"),
         ({"class_labels": []}, "class_labels is empty"),
         ({"class_labels": [0], "output_type": "jpeg"}, "'jpeg'"),
@@ -165,6 +169,104 @@ def test_half_precision_is_near_and_moves_back(folder, dtype):
 )
 def test_what_cannot_be_is_told(pipe, arguments, told):
     assert told in complaint(lambda: pipe(**arguments))
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [np.array([2, 0]), np.array([2, 0], np.uint8), [np.int64(2), np.int32(0)], torch.tensor([2, 0]),
+     np.array(["7", "tench"]), (2, np.int64(0))],
+)  # fmt: skip
+def test_labels_may_be_of_numpy_and_pytorch(pipe, labels):
+    def latents(labels, count=2):
+        generators = pipe.sample_generators(0, np.arange(count))
+        return pipe(labels, generator=generators, output_type="latent").images
+
+    assert torch.equal(latents(labels), latents([2, 0]))
+    assert torch.equal(latents(labels[0], 1), latents([2], 1))
+
+
+class Offload:
+    """What accelerate's `cpu_offload_with_hook` puts on a network, with other devices.
+
+    The network is on `meta` until it is called, a VAE's `decode` included (diffusers' `apply_forward_hook`
+    sees to that), and then on the CPU, until the next network is called or it is put away. So whatever asks a
+    network that is away for its device gets the wrong answer, as with a GPU.
+    """
+
+    execution_device = torch.device("cpu")
+
+    def __init__(self, module, before=None):
+        self.module, self.before = module, before
+        self.weights, self.calls = dict(module.state_dict()), 0
+        module._hf_hook = self
+        for name in {"forward", "decode"} & set(dir(module)):
+            setattr(module, name, self.hooked(getattr(module, name)))
+        self.offload()
+
+    def hooked(self, method):
+        def call(*args, **kwargs):
+            self.pre_forward()
+            return method(*args, **kwargs)
+
+        return call
+
+    def pre_forward(self):
+        if self.before is not None:
+            self.before.offload()
+        self.calls += 1
+        for name, weight in self.weights.items():
+            owner, _, last = name.rpartition(".")
+            part = self.module.get_submodule(owner)
+            setattr(part, last, torch.nn.Parameter(weight, requires_grad=False))
+
+    def offload(self):
+        self.module.to("meta")
+
+
+def test_it_is_offloaded_in_the_order_that_it_declares(folder, pipe, monkeypatch):
+    """As in diffusers' DiTPipeline: inputs on the execution device, and all networks put away at the end."""
+    offloaded = DriftPipeline.from_pretrained(folder)
+
+    def enable_model_cpu_offload(self, device="cuda"):
+        hook, self._all_hooks = None, []
+        for name in self.model_cpu_offload_seq.split("->"):
+            hook = Offload(self.components[name], hook)
+            self._all_hooks.append(hook)
+
+    enable_model_cpu_offload(offloaded)
+    freed = []
+    monkeypatch.setattr(
+        DriftPipeline,
+        "enable_model_cpu_offload",
+        lambda self, device: (
+            freed.append([hook.calls for hook in self._all_hooks])
+            or [hook.offload() for hook in self._all_hooks]
+        ),
+    )
+    for _ in "ab":
+        found = offloaded([0, 2], generator=pipe.sample_generators(0, [0, 1]), output_type="np").images
+        expected = pipe([0, 2], generator=pipe.sample_generators(0, [0, 1]), output_type="np").images
+        assert np.array_equal(found, expected)
+        assert {offloaded.generator.device.type, offloaded.vae.device.type} == {"meta"}
+    assert freed == [[1, 1], [2, 2]]
+
+
+def test_networks_can_be_moved_while_it_runs(pipe):
+    """Hooks move them in the middle, and they must be as usable afterwards as before."""
+    modes = []
+    handle = pipe.generator.register_forward_pre_hook(
+        lambda *_: modes.append(torch.is_inference_mode_enabled())
+    )
+    pipe(0, output_type="latent")
+    handle.remove()
+    assert modes and not any(modes)
+
+
+def test_images_that_are_not_finite_are_told(folder):
+    pipe = DriftPipeline.from_pretrained(folder)
+    with torch.no_grad():
+        next(pipe.vae.decoder.conv_out.parameters()).fill_(float("nan"))
+    assert "not finite in torch.float32: pipe.vae.to(torch.float32)" in complaint(lambda: pipe(0))
 
 
 def test_latents_need_no_vae(folder, pipe):
@@ -187,6 +289,50 @@ def test_saved_and_loaded(pipe, tmp_path):
         assert again.id2label == pipe.id2label and again.vae_reference["id"] == VAE_FOLDER
         for a, b in zip(again.vae.parameters(), pipe.vae.parameters(), strict=True):
             assert torch.equal(a, b)
+
+
+def test_variants_are_named_as_in_diffusers(folder, pipe, tmp_path):
+    half = DriftPipeline.from_pretrained(folder, torch_dtype=torch.float16)
+    half.save_pretrained(tmp_path / "p", variant="fp16", safe_serialization=True)
+    assert {path.name for path in (tmp_path / "p").rglob("*.safetensors")} == {
+        "model.fp16.safetensors", "diffusion_pytorch_model.fp16.safetensors"
+    }  # fmt: skip
+    options = {"variant": "fp16", "torch_dtype": torch.float16, "use_safetensors": True}
+    again = DriftPipeline.from_pretrained(tmp_path / "p", **options)
+    for name in ("generator", "vae"):
+        pairs = zip(getattr(again, name).parameters(), getattr(half, name).parameters(), strict=True)
+        assert all(a.dtype == torch.float16 and torch.equal(a, b) for a, b in pairs)
+    # a VAE without that variant is taken as it is; a generator is not
+    pipe.vae.save_pretrained(tmp_path / "p/vae")
+    (tmp_path / "p/vae/diffusion_pytorch_model.fp16.safetensors").unlink()
+    assert DriftPipeline.from_pretrained(tmp_path / "p", variant="fp16").vae.dtype == torch.float32
+    assert "model.bf16.safetensors: is missing; weights in that folder: model.fp16" in complaint(
+        lambda: DriftPipeline.from_pretrained(tmp_path / "p", variant="bf16")
+    )
+    assert "safetensors only" in complaint(
+        lambda: DriftPipeline.from_pretrained(tmp_path / "p", use_safetensors=False)
+    )
+    with pytest.raises(TypeError, match="takes no scheduler"):
+        DriftPipeline.from_pretrained(tmp_path / "p", scheduler=None)
+
+
+def test_options_of_the_hub_are_handed_on(pipe, tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot_download(repository, *, revision, allow_patterns, **options):
+        asked.append((repository, revision, options))
+        pipe.save_pretrained(tmp_path / "p", include_vae=False)
+        return tmp_path / "p" if repository == "someone/generator" else VAE_FOLDER
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    options = {"local_files_only": True, "cache_dir": "x"}
+    DriftPipeline.from_pretrained("someone/generator", vae="someone/vae", revision="r", **options)
+    assert asked == [("someone/generator", "r", options), ("someone/vae", None, options)]
+
+
+def test_a_vae_that_was_given_is_not_taken_for_the_one_it_replaces(folder, pipe, tmp_path):
+    other = DriftPipeline.from_pretrained(folder, vae=pipe.vae)
+    assert "must be saved" in complaint(lambda: other.save_pretrained(tmp_path / "p", include_vae=False))
 
 
 def test_a_folder_without_settings_needs_a_vae(folder, tmp_path):
@@ -311,6 +457,21 @@ def test_sample_makes_the_grid(folder, pipe, tmp_path, monkeypatch, capsys):
     assert np.array_equal(right[::4, ::4], np.asarray(expected[2]))
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_sample_tells_of_a_class_whose_name_the_terminal_cannot_show(tmp_path, encoding):
+    """`\\udcff` is how Python reads the byte 0xff in the name of a folder."""
+    source = write_generator(tmp_path / "generator", names=["a\udcff", "\u732b", "7"])
+    done = subprocess.run(
+        [sys.executable, "-m", "drift.cli", "sample", str(source), "--count", "1", "--device", "cpu"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding},
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"a\\udcff (0), " in done.stdout and b"wrote outputs/samples.png" in done.stdout
+    assert Image.open(tmp_path / "outputs/samples.png").height > 3 * VISIBLE_SIDE - 64
+
+
 def test_sample_writes_files(folder, pipe, tmp_path):
     assert cli.main(["sample", str(folder), "--classes", "1", "--count", "2", "--files", "--device", "cpu",
                      "--out", str(tmp_path / "png")]) == 0  # fmt: skip
@@ -404,12 +565,3 @@ def test_the_hub_is_not_asked_for_a_generator_that_is_not_trained_yet(tmp_path, 
         "error: artifacts/generator: there is none; dvc repro trains it, dvc pull fetches it"
     )
     assert not list(tmp_path.glob("out*/*"))
-
-
-def test_a_revision_outside_of_git_is_refused(tmp_path, monkeypatch):
-    from drift.revisions import fetch_revision
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
-    with pytest.raises(UserError, match="main"):
-        fetch_revision("artifacts/generator", "main")

@@ -479,6 +479,34 @@ def test_an_error_number_of_a_decoder_is_not_one_of_the_disk(root, tmp_path, mon
     assert told.startswith("1 of 11 images do not decode") and "bee/2.png" in told
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_memory_does_not_hold_is_named_and_not_left_out(root, tmp_path, monkeypatch, workers):
+    decode = Image.open
+
+    def refuse(file):
+        if file.getvalue() == (root / "train" / "bee" / "2.png").read_bytes():
+            raise MemoryError
+        return decode(file)
+
+    monkeypatch.setattr(Image, "open", refuse)
+    told = complaint(lambda: encode(root, tmp_path, **CENTER, **SKIP, workers=workers))
+    assert told.startswith(f"{root}/train/bee/2.png: no memory to decode it; lower hardware.workers")
+    assert encoding._UNDECODABLE not in np.load(tmp_path / "latents" / "images_done.npy")
+
+
+def test_files_passed_over_are_told_before_the_work(root, tmp_path, capsys):
+    copy = tmp_path / "images"
+    shutil.copytree(root, copy)
+    for name in ("ant/1.gif", "bee/2.gif", "bee/3.gif"):
+        (copy / "train" / name).touch()
+    vae = PoolingVAE()
+    vae.before_pass = lambda: told.append(capsys.readouterr().out)
+    told = []
+    encode(copy, tmp_path / "a", vae, **CENTER)
+    assert f"{copy}/train: 3 other files passed over: 3 .gif; images end in" in told[0]
+    assert "passed over" not in "".join(told[1:]) + capsys.readouterr().out
+
+
 # What goes wrong
 
 
@@ -505,6 +533,16 @@ def test_a_folder_that_vanishes_is_no_heap_of_damaged_images(root, tmp_path, how
     got = encode(copy, tmp_path / "a", vae, **AUGMENTED, **how, batch_size=3)
     assert len(vae.batches) == np.count_nonzero(marks == encoding._TO_DO)
     assert contents(got) == contents(encode(root, tmp_path / "b", PoolingVAE(spread=0.1), **AUGMENTED))
+
+
+def test_a_name_that_is_no_utf8_can_be_told_to_the_other_ranks(root, tmp_path):
+    copy = tmp_path / "images"
+    shutil.copytree(root, copy)
+    (copy / "train" / "bee").rename(copy / "train" / "b\udcff")
+    vae = PoolingVAE(spread=0.1)
+    vae.before_pass = lambda: len(vae.batches) == 6 and (copy / "train").rename(copy / "gone")
+    told = complaint(lambda: encode(copy, tmp_path / "a", vae, **AUGMENTED, batch_size=3))
+    assert "cannot be read" in told and (tmp_path / "a" / "stopping").exists()
 
 
 def test_every_rank_tells_the_same_of_a_folder_that_vanishes(root, tmp_path):
@@ -567,8 +605,9 @@ def deadly(monkeypatch, tmp_path):
 
 def test_a_helper_that_is_killed_is_told_with_a_way_out(root, tmp_path, deadly):
     deadly(signal.SIGKILL)
-    told = complaint(lambda: encode(root, tmp_path / "a", **CENTER, workers=1, batch_size=2))
+    told = complaint(lambda: encode(root, tmp_path / "a", **CENTER, workers=2, batch_size=2))
     assert "a process that decodes images is gone" in told and "hardware.workers" in told
+    assert f", reading {root}/train/bee/0.png; " in told  # image 5
     deadly(signal.SIGKILL).undo()
     got = encode(root, tmp_path / "a", **CENTER)
     assert contents(got) == contents(encode(root, tmp_path / "b", **CENTER))

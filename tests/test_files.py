@@ -2,13 +2,18 @@ import errno
 import gc
 import hashlib
 import json
+import mmap
 import os
+import shutil
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from imports import ROOT
 
 from drift import files
 from drift.errors import UserError
@@ -97,6 +102,144 @@ def test_replace_folder_that_fails_keeps_the_old_one(tmp_path):
     assert names(destination) == ["old"]
 
 
+def refuse_to_rename(monkeypatch, error, path):
+    """As a mount point (EBUSY) or a folder of an overlay's lower layer (EXDEV) do."""
+    rename = os.rename
+
+    def rename_others(a, b):
+        if Path(a) == path:
+            raise OSError(error, os.strerror(error))
+        rename(a, b)
+
+    monkeypatch.setattr(os, "rename", rename_others)
+
+
+def test_a_folder_that_an_overlay_does_not_rename_is_copied_aside(tmp_path, monkeypatch):
+    source, destination = tmp_path / "new", tmp_path / "latents"
+    for folder in (source, destination):
+        folder.mkdir()
+        (folder / folder.name).touch()
+    refuse_to_rename(monkeypatch, errno.EXDEV, destination)
+    files.check_output(destination)
+    files.replace_folder(source, destination)
+    assert names(destination) == ["new"] and names(tmp_path) == ["latents"]
+
+
+def test_a_folder_that_cannot_give_way_is_told_before_and_kept(tmp_path, monkeypatch):
+    source, destination = tmp_path / "work" / "new", tmp_path / "latents"
+    source.mkdir(parents=True)
+    destination.mkdir()
+    (destination / "old").touch()
+    refuse_to_rename(monkeypatch, errno.EBUSY, destination)
+    with pytest.raises(UserError, match=r"latents: cannot be replaced \(Device or resource busy\)"):
+        files.check_output(destination)
+    with pytest.raises(OSError, match="busy"):
+        files.replace_folder(source, destination)
+    assert names(destination) == ["old"] and source.exists()
+    assert names(tmp_path) == ["latents", "work"]
+
+
+@pytest.mark.parametrize("failure", ["copy", "swap"])
+def test_a_copy_between_filesystems_that_fails_leaves_nothing(tmp_path, monkeypatch, failure):
+    source, destination = tmp_path / "work" / "new", tmp_path / "artifacts" / "generator"
+    (source / "sub").mkdir(parents=True)
+    (source / "sub" / "a").touch()
+    destination.mkdir(parents=True)
+    (destination / "old").touch()
+    refuse_to_rename(monkeypatch, errno.EXDEV, source)
+    if failure == "swap":
+        refuse_to_rename(monkeypatch, errno.EBUSY, destination.with_name(".generator.new"))
+    else:
+
+        def refuse(*_, **__):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(shutil, "copyfile", refuse)
+    with pytest.raises(OSError) as caught:
+        files.replace_folder(source, destination)
+    assert caught.value.errno == {"copy": errno.ENOSPC, "swap": errno.EBUSY}[failure]
+    assert names(destination.parent) == ["generator"] and names(destination) == ["old"]
+    assert names(source / "sub") == ["a"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="only root may mount")
+def test_a_mounted_volume_is_told_before(tmp_path):
+    for name in ("volume", "artifacts/generator"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "metrics.json").touch()
+    program = """
+from pathlib import Path
+from drift.errors import UserError
+from drift.files import check_output, write_json
+check_output("artifacts/generator/inside")
+write_json("metrics.json", 42)  # mounted as well
+try:
+    check_output("artifacts/generator")
+except UserError as error:
+    print(error)
+"""
+    mounts = "mount --bind volume artifacts/generator && touch other && mount --bind other metrics.json"
+    command = f'{mounts} && {sys.executable} -c "$PROGRAM" && cat metrics.json'
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", command],
+        cwd=tmp_path,
+        env={**os.environ, "PROGRAM": program, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip(done.stderr)
+    assert "artifacts/generator: cannot be replaced (Device or resource busy)" in done.stdout, done.stderr
+    assert done.stdout.splitlines()[-1] == "42"
+    assert names(tmp_path / "artifacts") == ["generator"]
+
+
+def test_a_link_out_of_the_repository_is_told_under_dvc_alone(tmp_path, monkeypatch):
+    project, outside = tmp_path / "project", tmp_path / "outside"
+    for folder in (project / ".git", project / "sub", project / "inside", outside):
+        folder.mkdir(parents=True)
+    (project / "sub/artifacts").symlink_to(outside)
+    (project / "sub/linked").symlink_to(project / "inside")
+    monkeypatch.chdir(project / "sub")
+    monkeypatch.delenv("DVC_STAGE", raising=False)
+    files.check_output("artifacts/mae")
+    monkeypatch.setenv("DVC_STAGE", "mae")
+    files.check_output("linked/mae")
+    with pytest.raises(UserError, match=rf"artifacts/mae: a link leads to {outside}, out of the Git"):
+        files.check_output("artifacts/mae")
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_filesystem_without_fsync_will_do(tmp_path, monkeypatch, number):
+    def refuse(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    files.write_json(tmp_path / "a.json", 1)
+    files.sync(tmp_path)
+    (tmp_path / "work").mkdir()
+    files.replace_folder(tmp_path / "work", tmp_path / "out")
+    np.save(tmp_path / "a.npy", np.zeros((4, 2)))
+    files.RowFile(tmp_path / "a.npy").write(1, np.ones((2, 2)))
+    assert names(tmp_path) == ["a.json", "a.npy", "out"]
+
+
+def test_a_linked_folder_is_another_folder_with_the_same_files(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "file").write_text("42")
+    for other in ("b", "c"):
+        files.link_folder(tmp_path / "a", tmp_path / other)
+        assert (tmp_path / other / "file").read_text() == "42"
+
+        def refuse(*_, **__):
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+        monkeypatch.setattr(os, "link", refuse)
+    assert (tmp_path / "b/file").samefile(tmp_path / "a/file")
+    shutil.rmtree(tmp_path / "a")
+    assert (tmp_path / "b/file").read_text() == "42"
+
+
 def test_check_writable_makes_the_folder_and_leaves_nothing_in_it(tmp_path):
     files.check_writable(tmp_path / "a" / "b")
     assert names(tmp_path / "a" / "b") == []
@@ -154,6 +297,21 @@ def test_rows_are_read_and_written_in_place(tmp_path):
     os.truncate(tmp_path / "a.npy", 300)
     with pytest.raises(AssertionError, match="cut short"):
         rows.read()
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 2), (7,)])
+def test_new_rows_are_zeros_and_need_no_writable_map(tmp_path, monkeypatch, shape):
+    np.save(tmp_path / "expected.npy", np.zeros(shape, np.float16))
+    memmap = mmap.mmap
+
+    def refuse(*arguments, access, **options):
+        if access == mmap.ACCESS_WRITE:
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+        return memmap(*arguments, access=access, **options)
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    assert files.RowFile.create(tmp_path / "a.npy", np.float16, shape).shape == shape
+    assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "expected.npy").read_bytes()
 
 
 def test_rows_need_no_compiler_once_they_are_open(tmp_path, monkeypatch):

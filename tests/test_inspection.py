@@ -409,7 +409,7 @@ def test_the_histogram_shows_the_channels(tmp_path):
 
 
 def naive_error(model, latents, masks, patch) -> float:
-    """Mean over samples of the mean square at masked places, place by place."""
+    """Mean over samples of the squared error per masked place, summed over channels, place by place."""
     errors = []
     for x, mask in zip(latents, masks, strict=True):
         hidden = [
@@ -420,7 +420,7 @@ def naive_error(model, latents, masks, patch) -> float:
             seen[:, y, z] = 0
         with torch.no_grad():
             output = model.reconstruct(seen[None])[0][0]
-        errors.append(np.mean([float((output[:, y, z] - x[:, y, z]).square().mean()) for y, z in hidden]))
+        errors.append(np.mean([float((output[:, y, z] - x[:, y, z]).square().sum()) for y, z in hidden]))
     return float(np.mean(errors))
 
 

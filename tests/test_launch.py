@@ -4,15 +4,19 @@ import errno
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from imports import ROOT
+from processes import in_processes
 
 from drift.errors import UserError
-from drift.launch import Ranks, run_stage, stage_parser, wanted_processes
+from drift.launch import Ranks, join, run_stage, spawn, stage_parser, wanted_processes
 
 PROGRAM = """
 import os
@@ -27,7 +31,7 @@ def main():
     code = spawn("two_ranks", sys.argv[1:], 2)
     if code is not None:
         return code
-    with join(0.05 if "--silent" in sys.argv else 1) as ranks:
+    with join(0.05 if "--silent" in sys.argv else 1, deterministic="--deterministic" in sys.argv) as ranks:
         total = ranks.sum(torch.tensor([1.0 + ranks.rank]))
         if ranks.first:
             print("sum", total.item(), "of", ranks.world_size, flush=True)
@@ -44,6 +48,10 @@ def main():
         if "--share" in sys.argv:
             mine = {"a": torch.arange(3) + 5, "b": torch.tensor(0.5)} if ranks.first else {}
             print({name: t.tolist() for name, t in ranks.tensors_from_first(mine).items()}, flush=True)
+        if "--flags" in sys.argv:
+            cudnn, workspace = torch.backends.cudnn, os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+            exact = torch.are_deterministic_algorithms_enabled()
+            print("flags", exact, cudnn.deterministic, cudnn.benchmark, workspace, flush=True)
         ranks.barrier()
 
 run_stage(main)
@@ -70,6 +78,14 @@ def test_two_processes_start_and_add_up(tmp_path):
 def test_every_process_gets_the_tensors_of_the_first(tmp_path):
     done = run_program(tmp_path, "--share")
     assert done.stdout.count("{'a': [5, 6, 7], 'b': 0.5}") == 2
+
+
+@pytest.mark.parametrize(
+    ("argument", "flags"),
+    [("--deterministic", "True True False :4096:8"), ("--default", "False False False None")],
+)
+def test_deterministic_algorithms_are_for_every_process_if_asked_for(tmp_path, argument, flags):
+    assert run_program(tmp_path, "--flags", argument).stdout.count(f"flags {flags}") == 2
 
 
 def test_a_mistake_in_ranks_ends_with_code_2_and_one_line(tmp_path):
@@ -141,6 +157,20 @@ def test_a_request_to_save_before_the_first_step_is_passed_over():
     assert done.stdout == "alive\n"
 
 
+def write_late(ranks: Ranks, folder: Path) -> None:
+    for turn in range(2):
+        if ranks.rank == 1:
+            time.sleep(1)
+            (folder / f"written-{turn}").touch()
+        ranks.barrier()
+        assert (folder / f"written-{turn}").exists()
+
+
+def test_a_barrier_guards_files_where_a_sum_does_not(tmp_path):
+    """Collectives on a GPU return to the host at once."""
+    assert in_processes(write_late, 2, tmp_path, like_nccl=True) == [0, 0]
+
+
 def test_shares_cover_everything_once():
     parts = [list(range(12))[Ranks(r, 3, torch.device("cpu")).share(12, "x")] for r in range(3)]
     assert [i for part in parts for i in part] == list(range(12))
@@ -152,6 +182,22 @@ def test_the_command_line_wins_over_the_setting():
     assert wanted_processes(3, 2) == 3
     assert wanted_processes(None, 2) == 2
     assert wanted_processes(None, None) == max(1, torch.cuda.device_count())
+
+
+@pytest.mark.parametrize("by", ["the setting", "torchrun"])
+def test_more_processes_than_gpus_are_refused_before_nccl_does(monkeypatch, by):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: pytest.fail("NCCL is asked"))
+    if by == "torchrun":
+        for name, value in {"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "3"}.items():
+            monkeypatch.setenv(name, value)
+    setting = {"the setting": r"hardware\.processes", "torchrun": "--nproc-per-node"}[by]
+    with pytest.raises(UserError, match=rf"^3 processes .* 2 CUDA devices: .*lower .*{setting}"):
+        if by == "torchrun":
+            join(1.0).__enter__()
+        else:
+            spawn("no_module", [], wanted_processes(None, 3))
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "two"])

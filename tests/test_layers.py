@@ -5,7 +5,18 @@ from pathlib import Path
 import pytest
 from imports import ROOT, direct_imports
 
-BASE = {"__init__", "errors", "seeds", "files", "hub", "progress", "signals", "sums", "torchvision_shim"}
+BASE = {
+    "__init__",
+    "errors",
+    "seeds",
+    "files",
+    "hub",
+    "lock",
+    "progress",
+    "signals",
+    "sums",
+    "torchvision_shim",
+}
 ALLOWED = {
     "data": set(),
     "field": set(),
@@ -14,16 +25,18 @@ ALLOWED = {
     "launch": set(),
     "work": set(),
     "watch": {"work"},
+    "clean": {"work"},
     "cli": {"commands"},
     "commands": {
-        *("adopt", "evaluation", "inspection", "model_card", "models", "params", "pipeline"),
+        *("adopt", "clean", "evaluation", "inspection", "model_card", "models", "params", "pipeline"),
         *("release", "remote", "revisions", "watch", "work"),
     },
     "release": {"models"},
     "pipeline": {"evaluation", "models", "work"},
     "revisions": {"work"},
     "model_card": {"evaluation", "models", "pipeline", "work"},
-    "remote": set(),
+    "remote": {"webdav"},
+    "webdav": set(),
     "adopt": {"data", "models", "params", "release", "remote", "training", "work"},
     "encoding": {"data", "models"},
     "evaluation": {"data", "models"},

@@ -1,5 +1,6 @@
 """Settings: the presets are complete and right, and every mistake is one line that helps."""
 
+import re
 from pathlib import Path
 from typing import Literal, get_origin, get_type_hints
 
@@ -8,6 +9,7 @@ from complaints import complaint
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
+from drift.data.images import VIEW_OPTIONS
 from drift.errors import UserError
 from drift.field.settings import FieldSettings
 from drift.params import FIELD_KEYS, load_settings
@@ -45,11 +47,63 @@ def test_presets_are_valid_and_say_what_to_expect(preset):
     assert header.startswith("# ") and "To expect" in header and "Hardware" in header
 
 
+def test_presets_quote_a_published_fid_only_beside_the_protocol_that_gives_it():
+    quoting = {path for path in PRESETS if re.search(r"FID \d", path.read_text().split("seed:")[0])}
+    assert {path.stem for path in quoting} == {
+        "imagenet256_ablation", "imagenet256_b2", "imagenet256_l2",
+    }  # fmt: skip
+    for path in PRESETS:
+        fid = load_settings(path).fid
+        if path in quoting:  # release and paper
+            assert (fid.reference, fid.rounding, fid.labels, fid.images) == (
+                "train",
+                "down",
+                "balanced",
+                50_000,
+            )
+        elif path.stem.startswith("prior"):  # the Sinkhorn paper's code
+            assert (fid.reference, fid.rounding, fid.labels, fid.images) == ("val", "down", "random", 50_000)
+
+
 def test_params_yaml_is_the_digits_preset_as_shipped():
     if load_settings(ROOT / "params.yaml").data.dataset != "digits":
         pytest.skip("params.yaml holds another experiment now")
     assert {p.stem for p in PRESETS} >= {"digits", "imagenet256_ablation", "imagenet256_b2", "imagenet256_l2"}
     assert (ROOT / "params.yaml").read_bytes() == (ROOT / "presets" / "digits.yaml").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "told"),
+    [("cp1252", "line 1 is not UTF-8 (byte 0xfc)"), ("utf-16", "line 1 is not UTF-8 (byte 0xff)")],
+)
+def test_a_file_in_another_encoding_is_one_line(tmp_path, encoding, told):
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    file = tmp_path / "params.yaml"
+    file.write_text("# für digits\n" + text, encoding=encoding)
+    assert complaint(lambda: load_settings(file)) == f"{file}: {told}; save it as UTF-8"
+    file.write_text("# für digits\n" + text, encoding="utf-8")
+    load_settings(file)
+    file.write_text(text, encoding="utf-16-le")  # no mark at its beginning, and valid UTF-8
+    complaint(lambda: load_settings(file))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "output"),
+    [
+        ("mae__source", "artifacts/mae", "artifacts/mae"),
+        ("mae__source", "./artifacts/../artifacts/mae/", "artifacts/mae"),
+        ("mae__source", "linked/encoder", "artifacts/mae"),
+        ("encode__vae", "artifacts/latents/center/vae", "artifacts/latents"),
+        ("fid__reference", "reports/real", "reports"),
+    ],
+)
+def test_what_dvc_empties_is_no_input(tmp_path, monkeypatch, key, value, output):
+    (tmp_path / "artifacts/mae/encoder").mkdir(parents=True)
+    (tmp_path / "linked").symlink_to(tmp_path / "artifacts/mae")
+    monkeypatch.chdir(tmp_path)
+    said = refusal(tmp_path, **{key: value})
+    assert key.replace("__", ".") in said and repr(value) in said and f"outside of {output}," in said
+    load_settings(changed(tmp_path, mae__source="artifacts/mae-of-another"))
 
 
 # Paper Table 8 and A.8; a second writing-down of the presets, so that a slip in either shows
@@ -60,7 +114,7 @@ PUBLISHED = {
         ("drift", "lr"): 2e-4, ("drift", "weight_decay"): 0.01, ("drift", "warmup_steps"): 5_000,
         ("drift", "steps"): 30_000, ("drift", "classes_per_step"): 64, ("drift", "positives"): 64,
         ("drift", "generated"): 64, ("drift", "unconditional"): 16, ("drift", "omega_exponent"): 3.0,
-        ("drift", "no_guidance_fraction"): 0.0, ("drift", "queue_push"): 64,
+        ("drift", "no_guidance_fraction"): 0.0, ("drift", "push_per_step"): 1024,
     },
     "imagenet256_b2": {
         ("mae", "width"): 640, ("mae", "steps"): 200_000, ("mae", "finetune_steps"): 3_000,
@@ -68,7 +122,7 @@ PUBLISHED = {
         ("drift", "lr"): 4e-4, ("drift", "weight_decay"): 0.0, ("drift", "warmup_steps"): 10_000,
         ("drift", "steps"): 200_000, ("drift", "classes_per_step"): 128, ("drift", "positives"): 64,
         ("drift", "generated"): 64, ("drift", "unconditional"): 32, ("drift", "omega_exponent"): 5.0,
-        ("drift", "no_guidance_fraction"): 0.0, ("drift", "queue_push"): 128,
+        ("drift", "no_guidance_fraction"): 0.0, ("drift", "push_per_step"): 4096,
     },
     "imagenet256_l2": {
         ("mae", "width"): 640, ("mae", "steps"): 200_000, ("mae", "finetune_steps"): 3_000,
@@ -76,7 +130,7 @@ PUBLISHED = {
         ("drift", "lr"): 4e-4, ("drift", "weight_decay"): 0.01, ("drift", "warmup_steps"): 10_000,
         ("drift", "steps"): 200_000, ("drift", "classes_per_step"): 128, ("drift", "positives"): 64,
         ("drift", "generated"): 64, ("drift", "unconditional"): 32, ("drift", "omega_exponent"): 3.0,
-        ("drift", "no_guidance_fraction"): 0.5, ("drift", "queue_push"): 64,
+        ("drift", "no_guidance_fraction"): 0.5, ("drift", "push_per_step"): 2048,
     },
 }  # fmt: skip
 PUBLISHED_EVERYWHERE = {
@@ -89,6 +143,7 @@ PUBLISHED_EVERYWHERE = {
     ("drift", "grad_clip"): 2.0, ("drift", "ema_decays"): (0.999, 0.9995, 0.9998, 0.9999),
     ("drift", "omega_min"): 1.0, ("drift", "omega_max"): 4.0, ("drift", "queue_per_class"): 128,
     ("drift", "queue_global"): 1_000, ("fid", "images"): 50_000, ("data", "image_size"): 256,
+    ("drift", "class_sampling"): "pushed",
     ("data", "classes"): 1_000, ("encode", "crop_scale"): (0.2, 1.0), ("encode", "flip"): True,
 }  # fmt: skip
 
@@ -156,10 +211,34 @@ def test_settings_are_frozen():
         ({"drift__classes_per_pass": 8}, ["drift.classes_per_pass", "mean hardware.classes_per_pass?"]),
         ({"drift__coupling": "row"}, ["drift.coupling", "'row'", "did you mean coupling?"]),
         ({"drift__sampling": "random"}, ["drift.sampling", "'random'", "queue", "direct"]),
+        (
+            {"drift__queue_push": 64},
+            ["drift.queue_push (value 64)", "is now drift.push_per_step", "all processes"],
+        ),
+        ({"drift__class_sampling": "host"}, ["drift.class_sampling", "'host'", "pushed", "uniform"]),
+        (
+            {"drift__class_sampling": "pushed", "drift__push_per_step": 9},
+            ["drift.push_per_step = 9", "at least classes_per_step (10)"],
+        ),
+        (
+            {"drift__class_sampling": "pushed", "drift__sampling": "direct"},
+            ["drift.class_sampling = pushed", "uniform, where sampling is direct"],
+        ),
         ({"encode__on_bad_image": "ignore"}, ["encode.on_bad_image", "'ignore'", "error", "skip"]),
         ({"mae__evaluate_every": 0}, ["mae.evaluate_every", "1 or more"]),
-        ({"hardware__precision": "half"}, ["hardware.precision", "'half'", "bfloat16", "float16"]),
-        ({"hardware__vae_precision": "float16"}, ["hardware.vae_precision", "float32 or bfloat16"]),
+        ({"drift__precision": "half"}, ["drift.precision", "'half'", "bfloat16", "float16"]),
+        ({"encode__precision": "float16"}, ["encode.precision", "float32 or bfloat16"]),
+        (
+            {"hardware__precision": "bfloat16", "mae__precision": ...},
+            ["unknown key hardware.precision (value 'bfloat16')", "now mae.precision and drift.precision"],
+        ),
+        (
+            {"hardware__vae_precision": "float32", "fid__precision": ...},
+            [
+                "unknown key hardware.vae_precision (value 'float32')",
+                "now encode.precision and fid.precision",
+            ],
+        ),
         ({"hardware__mae_micro_batch": 0}, ["hardware.mae_micro_batch", "1 or more"]),
         ({"hardware__time_limit": 0}, ["hardware.time_limit", "above 0"]),
     ],
@@ -256,9 +335,99 @@ def test_prior_presets_have_the_prior_field_in_the_ablation_setting():
     assert baseline.field() == FieldSettings.prior()
     assert sinkhorn.field() == FieldSettings.prior(coupling="sinkhorn", drift_form="split")
     for settings in (baseline, sinkhorn):
-        assert (settings.mae, settings.drift) == (ablation.mae, ablation.drift)
+        assert settings.mae == ablation.mae
+        assert settings.drift == ablation.drift.model_copy(update={"class_sampling": "uniform"})
         assert (settings.encode.vae, settings.encode.posterior) == ("stabilityai/sd-vae-ft-ema", "mean")
         assert settings.fid.reference == "val"
+
+
+SINGLE_VIEW = {"views": ["center"], "mae__view": "center"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "told"),
+    [
+        (
+            "drift",
+            {"coupling": "sinkhorn"},
+            ["without effect here: uncond_weighting, affinity_floor, mask_self_neg (coupling is sinkhorn)"],
+        ),
+        (
+            "drift",
+            {
+                "coupling": "sinkhorn",
+                "self_in_scale": False,
+                "uncond_weighting": "logit",
+                "affinity_floor": 0.0,
+            },
+            [
+                "without effect here: uncond_weighting (coupling is sinkhorn)",
+                "mask_self_neg = true: coupling sinkhorn masks nothing (prior); only S leaves out pairs of a "
+                "sample with itself",
+            ],
+        ),
+        (
+            "drift",
+            {"coupling": "sinkhorn", "mask_self_neg": False, "drift__sampling": "direct"},
+            [
+                "without effect here: uncond_weighting, affinity_floor (coupling is sinkhorn); self_in_scale "
+                "(mask_self_neg is false); drift.queue_per_class, drift.queue_global, drift.push_per_step "
+                "(sampling is direct)"
+            ],
+        ),
+        ("mae", {}, []),
+        (
+            "mae",
+            {"mae__finetune_steps": 0, "mae__held_out": 0, "mae__lr_schedule": "constant"},
+            [
+                "without effect here: mae.lr_final (lr_schedule is constant); mae.finetune_weight, "
+                "mae.finetune_ramp_steps (finetune_steps is 0); mae.evaluate_every (held_out is 0)"
+            ],
+        ),
+        ("encode", {}, []),
+        (
+            "encode",
+            SINGLE_VIEW | {"encode__flip": True, "data__root": "elsewhere"},
+            [
+                "without effect here: encode.crops, encode.crop_scale, encode.crop_ratio, encode.flip (views "
+                "is without augmented); data.root (dataset is digits)"
+            ],
+        ),
+        (
+            "fid",
+            {"fid__metrics": ["kid"]},
+            [
+                "without effect here: fid.precision_recall_images (metrics is without precision_recall); "
+                "fid.mode (features is not inception)"
+            ],
+        ),
+    ],
+)
+def test_what_has_no_effect_is_told(tmp_path, stage, changes, told):
+    assert load_settings(changed(tmp_path, **changes)).remarks(stage) == told
+
+
+def test_the_options_of_the_other_view_are_those_of_encode(tmp_path):
+    idle = load_settings(changed(tmp_path, **SINGLE_VIEW)).without_effect()
+    assert {key for key in idle if key.startswith("encode.")} == {
+        f"encode.{key}" for key in VIEW_OPTIONS["augmented"]
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({"sinkhorn_iters": 7}, True),
+        ({"drift__lr_final": 0.5}, False),
+        ({"drift__positives": 31}, False),
+        ({"affinity_floor": 0.0}, False),
+        ({"coupling": "sinkhorn", "affinity_floor": 0.0, "mask_self_neg": False}, False),
+    ],
+    ids=str,
+)
+def test_only_what_has_an_effect_decides_a_run(tmp_path, changes, same):
+    before = load_settings(changed(tmp_path)).deciding("drift")
+    assert (load_settings(changed(tmp_path, **changes)).deciding("drift") == before) == same
 
 
 def test_several_mistakes_are_counted(tmp_path):

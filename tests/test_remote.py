@@ -1,6 +1,7 @@
 """`drift remote` with the real rclone and DVC: a round trip, and that nothing is left however it ends."""
 
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -18,6 +19,7 @@ from configobj import ConfigObj
 from imports import ROOT
 
 from drift import cli, remote
+from drift.errors import UserError
 from drift.remote import find_rclone
 
 PIPELINE = """\
@@ -62,6 +64,7 @@ class World:
             "CI": "1",  # DVC looks for no update
             "GIT_CONFIG_GLOBAL": os.devnull,
             "http_proxy": "http://127.0.0.1:9",  # nobody is there
+            "https_proxy": "socks5h://127.0.0.1:9",  # which httpx cannot use as it is installed
         }
         for who in ("AUTHOR", "COMMITTER"):
             self.environment |= {f"GIT_{who}_NAME": "drift", f"GIT_{who}_EMAIL": "drift@example.org"}
@@ -73,9 +76,10 @@ class World:
         (self.project / "dvc.yaml").write_text(PIPELINE)
 
     def refer_to(self, place: str, name: str = "shared") -> None:
-        """As dvc remote add does."""
-        with self.config.open("a") as file:
-            file.write(f"['remote \"{name}\"']\n    url = remote://drift-remote/{place}\n")
+        """As dvc remote add does, which cannot write what is not ASCII."""
+        config = ConfigObj(str(self.config), encoding="utf-8")
+        config[f'remote "{name}"'] = {"url": f"remote://drift-remote/{place}"}
+        config.write()
 
     def run(self, *command: str, check: bool = True, cwd: Path | None = None) -> subprocess.CompletedProcess:
         done = subprocess.run(
@@ -187,6 +191,49 @@ def test_what_one_clone_pushes_another_pulls(world, place):
         assert (folder / ".dvc" / "config").read_bytes() == config
         assert not (folder / ".dvc" / "config.local").exists()
     assert world.left() == []
+
+
+# & $ + , : ; = @, quotes, what is not ASCII, and # ? % in names of folders that a URL cannot tell from others
+IN_A_URL = ["C++/run 2", "a&b$c+d,e:f;g=h@i", "it's[1]~^|\\", '"日本"/cafe\u0301 é']
+NOT_IN_A_URL = ["C#/1?", "a%20b", "100%", "it's me"]
+
+
+@pytest.mark.parametrize("path", IN_A_URL)
+def test_folders_of_any_name_in_a_reference(world, path):
+    """Pushed and pulled; what is on the disk has the name that was meant."""
+    world.refer_to(f"store/{path}")
+    world.run(*DVC, "repro")
+    assert "3 files pushed" in world.run(*DRIFT_REMOTE, "--", "dvc", "push").stdout
+    assert len([file for file in (world.folder / "store" / path).rglob("*") if file.is_file()]) == 3
+    shutil.rmtree(world.project / "out")
+    shutil.rmtree(world.project / ".dvc/cache")
+    world.run(*DRIFT_REMOTE, "--", "dvc", "pull")
+    assert (world.project / "out" / "two").read_text() == "two\n"
+
+
+@pytest.mark.parametrize("path", NOT_IN_A_URL)
+def test_names_that_a_url_cannot_have_are_refused_at_once_and_work_by_hand(world, path):
+    world.run(*DVC, "remote", "add", "shared", f"remote://drift-remote/store/{path}")
+    world.run(*DVC, "repro")
+    refused = world.run(*DRIFT_REMOTE, "--", "dvc", "push", check=False)
+    assert refused.returncode == 2
+    [line] = refused.stderr.splitlines()
+    assert line.startswith(f"error: remote://drift-remote/store/{path}: DVC's client cannot ask for a folder")
+    told = shlex.split(line.split("; say ")[1].split(" -- ")[0])
+    assert told == ["drift", "remote", "--remote", f"store:{path}"]
+    assert list((world.folder / "store").iterdir()) == []
+    world.run(*DRIFT_REMOTE, *told[2:], "--", "dvc", "push")
+    assert len([file for file in (world.folder / "store" / path).rglob("*") if file.is_file()]) == 3
+
+
+def test_a_path_that_the_server_does_not_know_is_told_at_once(here, capsys, monkeypatch):
+    """Should the three programs ever quote differently than `can_be_asked_for` knows."""
+    here.refer_to("store/it's me")
+    monkeypatch.setattr(remote, "can_be_asked_for", lambda path: True)
+    started = time.monotonic()
+    with pytest.raises(UserError, match="rclone's server does not know /store/it's me, by which DVC asks"):
+        remote.run_dvc(["dvc", "push"])
+    assert time.monotonic() - started < 20
 
 
 def test_experiments_go_through_it(world):

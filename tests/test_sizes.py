@@ -89,9 +89,9 @@ from drift.training.mae import train_mae
 
 kind, preset = sys.argv[1:]
 settings = load_settings(f"presets/{preset}.yaml")
-hardware = settings.hardware.model_copy(update={"precision": "float32", "compile": False})
+hardware = settings.hardware.model_copy(update={"compile": False})
 common = {"seed": 0, "hardware": hardware, "ranks": Ranks(0, 1, torch.device("cpu"))}
-one_step = {"steps": 1, "warmup_steps": 0}
+one_step = {"steps": 1, "warmup_steps": 0, "precision": "float32"}
 drift.training.loop.save_checkpoint = lambda *args, **kwargs: None  # gigabytes that nobody reads
 with tempfile.TemporaryDirectory() as folder:
     folder = Path(folder)
@@ -99,7 +99,7 @@ with tempfile.TemporaryDirectory() as folder:
     write_latents(folder, "train", latents, np.zeros(8, np.int64), {"num_classes": 1000})
     store = LatentStore.open(folder)
     if kind == "generator":
-        sizes = {"classes_per_step": 1, "generated": 2, "positives": 2, "unconditional": 1, "queue_push": 2}
+        sizes = {"classes_per_step": 1, "generated": 2, "positives": 2, "unconditional": 1}
         options = settings.drift.model_copy(update={**one_step, **sizes, "ema_decays": (0.999,)})
         drift.training.drift.choose_classes = lambda *args: np.zeros(1, np.int64)  # the one that has images
         drift.training.drift.SampleQueue.require = lambda *args: None

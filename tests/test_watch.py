@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from drift import watch
+from drift.lock import Holder
 from drift.training.checkpoint import save_checkpoint
 from drift.watch import STAGES, differences, find_runs, follow, look, page, show
-from drift.work import Holder, Work
+from drift.work import Work
 
 NOW = 1_700_000_000.0
 
@@ -65,14 +66,14 @@ def test_states_of_a_real_run(tmp_path, monkeypatch):
     assert only(tmp_path).state == "stopped"
     with Work("mae", {"lr": 1}) as work:
         assert only(tmp_path).state == "starting"  # the line is of the run before
-        work.finish()
+        work.finish(work.folder / "logs.jsonl")
     assert only(tmp_path).state == "finished"
 
 
 def test_looking_does_not_keep_a_stage_from_starting(tmp_path, monkeypatch):
     monkeypatch.setenv("DRIFT_WORK_DIR", str(tmp_path))
     taken = []
-    monkeypatch.setattr("filelock.FileLock.acquire", lambda *args, **options: taken.append(args))
+    monkeypatch.setattr("drift.lock.Lock.acquire", lambda *args, **options: taken.append(args))
     leave(tmp_path, "mae", "a", since=-5)
     only(tmp_path)
     assert not taken

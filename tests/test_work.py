@@ -1,18 +1,18 @@
 """Work folders: what is gone on with, what is started over, and what is written beside an artifact."""
 
 import os
-import platform
+import shutil
 import subprocess
 import sys
 import time
-from dataclasses import replace
 
 import pytest
+from imports import ROOT
 from ruamel.yaml import YAML
 
 from drift import work as work_module
 from drift.errors import UserError
-from drift.work import Holder, Work, fingerprint
+from drift.work import Work, fingerprint, read_note, without_words
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +29,8 @@ def leave(decides, name="progress", **options):
     return work.folder
 
 
-def finish(decides, destination):
-    with Work("stage", decides) as work:
+def finish(decides, destination, **options):
+    with Work("stage", decides, **options) as work:
         (work.folder / "export").mkdir()
         (work.folder / "export" / "result").write_text("42")
         (work.folder / "progress").touch()
@@ -51,10 +51,14 @@ def test_an_unfinished_run_goes_on_and_another_starts_afresh():
         assert not (other.folder / "progress").exists()
 
 
-def test_fresh_throws_away():
+def test_fresh_starts_over_and_keeps_what_was_there(capsys):
     leave({"lr": 1})
+    leave({"lr": 1}, name="second", fresh=True)
     with Work("stage", {"lr": 1}, fresh=True) as work:
-        assert not (work.folder / "progress").exists()
+        assert {path.name for path in work.folder.iterdir()} == {"work.json"}
+    first, second = (work.folder.with_name(f"{work.folder.name}-{number}") for number in (1, 2))
+    assert (first / "progress").exists() and (second / "second").exists()
+    assert str(second) in capsys.readouterr().out
 
 
 def test_changed_code_is_reported_and_recorded_but_goes_on(monkeypatch, capsys, tmp_path):
@@ -68,32 +72,83 @@ def test_changed_code_is_reported_and_recorded_but_goes_on(monkeypatch, capsys, 
     assert settings["decides"] == {"lr": 1}
 
 
-def test_a_finished_run_is_exported_again_until_dvc_has_it(tmp_path):
-    finish({"lr": 1}, tmp_path / "out")
-    with Work("stage", {"lr": 1}) as work:
-        assert (work.folder / "progress").exists()
+def test_remarks_go_to_the_screen_and_into_the_settings_file(capsys, tmp_path):
+    work = finish({"lr": 1}, tmp_path / "out", remarks=["without effect here: a (b is c)"])
+    assert capsys.readouterr().out.count("stage: without effect here: a (b is c)\n") == 1
+    settings = YAML(typ="safe", pure=True).load(tmp_path / "out" / "settings.yaml")
+    assert settings["how"]["remarks"] == ["without effect here: a (b is c)"]
+    finish({"lr": 2}, tmp_path / "plain")
+    assert "remarks" not in (tmp_path / "plain" / "settings.yaml").read_text()
+    assert work.folder == Work("stage", {"lr": 1}).folder  # they decide nothing
+
+
+def test_a_finished_run_is_the_result_whatever_is_newer(tmp_path, capsys):
+    """`touch dvc.lock`, git pull, another stage: the lock file is newer than what DVC has not taken yet."""
     finish({"lr": 1}, tmp_path / "out")
     lock = tmp_path / "dvc.lock"
     lock.touch()
     os.utime(lock, (time.time() + 5, time.time() + 5))
     with Work("stage", {"lr": 1}) as work:
-        assert not (work.folder / "progress").exists()
+        assert (work.folder / "progress").exists()
+    assert "finished already" in capsys.readouterr().out
+    assert read_note(work.folder)["finished"]
 
 
-def test_a_finished_run_of_other_code_starts_over(monkeypatch, tmp_path):
+def test_a_finished_run_of_other_code_starts_over_and_is_kept(monkeypatch, tmp_path):
     finish({"lr": 1}, tmp_path / "out")
     monkeypatch.setattr(work_module, "code_digest", lambda: "code-2")
     with Work("stage", {"lr": 1}) as work:
         assert not (work.folder / "progress").exists()
         assert work.code == ["code-2"]
+    assert (work.folder.with_name(f"{work.folder.name}-1") / "progress").exists()
 
 
-def test_finished_work_of_other_settings_is_cleared_and_unfinished_kept(tmp_path):
+def test_finished_work_of_other_settings_is_kept_and_told(tmp_path, capsys):
     done = finish({"lr": 1}, tmp_path / "out").folder
+    (done / "weights").write_bytes(bytes(10**8))
     kept = leave({"lr": 2})
     with Work("stage", {"lr": 3}):
-        assert not done.exists()
-        assert (kept / "progress").exists()
+        assert (done / "progress").exists() and (kept / "progress").exists()
+    assert "stage: 1 more in .work/stage, 0.1 GB, have finished; drift clean" in capsys.readouterr().out
+
+
+CODE = """
+def scale(x, by=2.0):
+    return x * by
+"""
+
+
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        ("# a comment\ndef scale(x, by=2.0):  # another\n    return x * by\n", True),
+        ('"""A module."""\n\n\ndef scale(x, by=2.0):\n    """Larger."""\n    return (x * by)\n', True),
+        ("def scale(x, by=2.5):\n    return x * by\n", False),
+        ("def scale(x, by=2.0):\n    return x + by\n", False),
+        ("def scale(x, by=2.0):\n    return x * by\nBY = 1\n", False),
+    ],
+)
+def test_code_is_what_it_does_and_not_what_it_says(other, same):
+    assert (without_words(CODE) == without_words(other)) is same
+
+
+def test_a_changed_comment_in_an_imported_module_changes_no_digest(tmp_path):
+    copy = shutil.copytree(ROOT / "drift", tmp_path / "drift", ignore=shutil.ignore_patterns("__pycache__"))
+
+    def digest():
+        program = "import drift.field.coupling; from drift.work import code_digest; print(code_digest())"
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        return subprocess.check_output([sys.executable, "-c", program], cwd=tmp_path, env=environment)
+
+    before = digest()
+    with (copy / "field/coupling.py").open("a") as file:
+        file.write("# a comment\n")
+    with (copy / "files.py").open("a") as file:
+        file.write("PLUMBING = True\n")
+    assert digest() == before
+    with (copy / "field/coupling.py").open("a") as file:
+        file.write("ANOTHER = True\n")
+    assert digest() != before
 
 
 def test_settings_beside_the_artifact_have_the_same_bytes_each_time(tmp_path):
@@ -106,7 +161,7 @@ def test_settings_beside_the_artifact_have_the_same_bytes_each_time(tmp_path):
 def test_a_second_run_at_the_same_place_is_refused():
     with (
         Work("stage", {"lr": 1}),
-        pytest.raises(UserError, match="another run of stage"),
+        pytest.raises(UserError, match=rf"another run of stage .*process {os.getpid()} on "),
         Work("stage", {"lr": 1}),
     ):
         pass
@@ -122,27 +177,3 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("DRIFT_WORK_DIR", str(tmp_path / "file" / "work"))
     with pytest.raises(UserError, match="file/work"):
         leave({"lr": 1})
-
-
-def test_who_works_in_a_folder_can_be_seen_without_the_lock():
-    began = time.time()
-    with Work("stage", {"lr": 1}) as work:
-        holder = Holder.of(work.folder)
-        assert (holder.host, holder.pid) == (platform.node(), os.getpid())
-        assert began <= holder.since <= time.time()
-        assert holder.at_work(work.folder) is True
-        assert replace(holder, host="another").at_work(work.folder) is None
-    assert Holder.of(work.folder) is None
-    assert holder.at_work(work.folder) is False  # as a killed run leaves it, whose number another has
-
-
-def test_a_process_that_is_gone_is_not_at_work():
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    with Work("stage", {"lr": 1}) as work:
-        assert Holder(platform.node(), gone.pid, 0.0).at_work(work.folder) is False
-
-
-def test_only_the_first_process_says_that_it_works():
-    with Work("stage", {"lr": 1}, first=False) as work:
-        assert Holder.of(work.folder) is None

@@ -46,7 +46,7 @@ SETTINGS = {
     "drift": {
         "hidden": 32, "depth": 2, "heads": 2, "style_codebooks": 2, "classes_per_step": 8, "generated": 6,
         "positives": 8, "unconditional": 4, "warmup_steps": 20, "lr_schedule": "constant", "lr": 2.0e-4,
-        "queue_per_class": 32, "queue_global": 100, "queue_push": 16,
+        "queue_per_class": 32, "queue_global": 100, "push_per_step": 16,
     },
     "fid": {"picture_classes": CLASSES},
     "hardware": {

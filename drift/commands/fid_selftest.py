@@ -32,7 +32,7 @@ The stage fid does the same before each sweep, and uses what this has measured."
         device = "cuda" if torch.cuda.is_available() else "cpu"
         network = load_feature_network(fid.features, fid.mode, device, hardware.workers, fid.inception)
         if images is None:
-            reference = load_statistics(fid.reference, network.dimension)
+            reference = load_statistics(fid.reference, network.dimension, network.digest)
         else:
             reference = measure_images(
                 images,
@@ -41,11 +41,13 @@ The stage fid does the same before each sweep, and uses what this has measured."
                 image_size=data.image_size,
                 batch_size=hardware.sample_batch,
                 seed=settings.seed,
+                on_bad_image=settings.encode.on_bad_image,
                 workers=hardware.workers,
             )
         found = self_test(reference, settings.seed)
         count = reference.statistics.count
         print(f"reference:  {reference.name}, {count if count else 'unknown number of'} images")
+        print(f"statistics: {reference.file} (fid.reference can name a copy of it, on any machine)")
         print(f"features:   {network.name}, {network.dimension} dimensions")
         print(f"itself:     {found['same']:.3g}, expected 0")
         for name, title in (("shift", "moved:   "), ("scale", "scaled:  ")):

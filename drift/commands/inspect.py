@@ -98,8 +98,8 @@ OUT/mae.png     in each column, from above: class, row and masked error; the ima
                 the network's output alone
 OUT/meta.json   what was read, with digests, and all numbers
 
-The masked error is the mean squared error at masked places that the stage mae
-logs, of images that were held out of its training and of others. On the latents
+The masked error is the squared error per masked place, summed over channels, that
+the stage mae logs, of images that were held out of its training and of others. On the latents
 that it was trained on, the former repeats the end of its log. Beside it stands
 the error of an MAE that knows nothing but the mean of each channel."""
     parser.epilog = """\

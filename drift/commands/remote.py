@@ -27,7 +27,7 @@ which remote:
   be DVC's default remote (-d): dvc exp run looks that up, needed or not, and
   "drift-remote" only exists within drift remote. Where there are several, dvc's
   own -r chooses. --remote NAME:PATH serves any folder of any rclone remote,
-  whatever .dvc/config says.
+  whatever .dvc/config says; folders with #, ? or % in their names only so.
 
 needed, once:
   pip install -c constraints.txt -e '.[share]'   rclone, and WebDAV for DVC

@@ -25,7 +25,7 @@ running while its log is not older than five minutes."""
 values:
   loss            stays nearly constant in the stage drift, by construction
   drift_rms       RMS of the raw drift, which falls while the generator learns
-  reconstruction  squared error of the MAE at masked places, in training
+  reconstruction  squared error of the MAE per masked place, over all channels
   held_out        the same on images that it never trains on
 
 examples:

@@ -28,6 +28,7 @@ _SAID_BY = {
     "view": ("this stage needs", "name the folder of that view"),
     "image_size": ("data.image_size is", "correct data.image_size"),
     "vae": ("encode.vae is", "correct encode.vae"),
+    "vae_precision": ("encode.precision is", "correct encode.precision"),
     "vae_revision": ("encode.vae_revision is", "correct encode.vae_revision"),
     "scaling_factor": ("that of encode.vae is", "correct encode.vae"),
 }
@@ -111,18 +112,27 @@ class LatentStore:
     def per_image(self) -> int:
         """Rows of one image, which stand together: its random crops, or its centre and the mirror of that.
 
-        As the meta file has it, 1 where it does not tell. Raises `UserError` if the number of images in it
-        says otherwise.
+        As the meta file has it, 1 where it does not tell. Raises `UserError` if the view is none that has
+        rows, or the number of images in the file, or the labels, say otherwise.
         """
+        path = latent_files(self.folder, self.split)[2]
         meta = {"view": "center", "crops": 1, "mirror": False, "skipped_images": {"count": 0}, **self.meta}
-        per_image = meta["crops"] if meta["view"] == "augmented" else 1 + meta["mirror"]
-        if "images" in meta:
-            images = meta["images"] - meta["skipped_images"]["count"]
-            if len(self) != images * per_image:
-                raise UserError(
-                    f"{latent_files(self.folder, self.split)[2]}: {images} images of {per_image} rows each "
-                    f"are not the {len(self)} latents beside it; {_WAY_OUT}"
-                )
+        match meta["view"]:
+            case "augmented":
+                per_image = meta["crops"]
+            case "center":
+                per_image = 1 + meta["mirror"]
+            case view:
+                raise UserError(f"{path}: view is {view!r}, neither center nor augmented; {_WAY_OUT}")
+        images, rest = divmod(len(self), per_image)
+        stated = meta["images"] - meta["skipped_images"]["count"] if "images" in meta else images
+        if rest or stated != images:
+            raise UserError(
+                f"{path}: {stated} images of {per_image} rows each are not the {len(self)} latents beside "
+                f"it; {_WAY_OUT}"
+            )
+        if (self.labels.reshape(images, per_image) != self.labels[::per_image, None]).any():
+            raise UserError(f"{path}: the labels of the {per_image} rows of an image differ; {_WAY_OUT}")
         return per_image
 
     def read(self, indices: np.ndarray | torch.Tensor) -> torch.Tensor:

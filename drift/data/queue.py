@@ -1,6 +1,7 @@
 """Which rows a trainer sees: shuffled epochs without end, held-out images, and real samples of classes.
 
 Everything here is row indices into a latent store, never latents, so a queue of ImageNet costs megabytes.
+The rows of an image (the image and its mirror) stand together, `per_image` of them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,30 +15,38 @@ from drift.seeds import numpy_generator
 
 
 @lru_cache(maxsize=3)  # a batch may touch two epochs, a checkpoint the one before as well
-def epoch_rows(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The order of `n` rows in one epoch: a permutation that is a function of (seed, epoch). Read-only."""
-    order = numpy_generator(seed, "data/epoch", epoch).permutation(n)
-    order.setflags(write=False)
-    return order
+def epoch_rows(seed: int, epoch: int, images: int, per_image: int = 1) -> np.ndarray:
+    """The rows of one epoch, `[images]`: every image once, by one of its rows, chosen at random (release).
+
+    A function of its arguments. Read-only.
+    """
+    rows = numpy_generator(seed, "data/epoch", epoch).permutation(images)
+    if per_image > 1:
+        rows = rows * per_image + numpy_generator(seed, "data/mirror", epoch).integers(per_image, size=images)
+    rows.setflags(write=False)
+    return rows
 
 
-def batch_rows(step: int, batch_size: int, n: int, seed: int) -> np.ndarray:
+def batch_rows(step: int, batch_size: int, images: int, seed: int, per_image: int = 1) -> np.ndarray:
     """The rows of global batch `step`, `[batch_size]`: a pure function of its arguments.
 
     Batches cut the endless stream of epochs into equal parts, so one may reach over the end of an epoch,
-    or over several where `batch_size` is larger than `n`.
+    or over several where `batch_size` is larger than `images`.
     """
     first, last = step * batch_size, (step + 1) * batch_size
     parts = []
-    for epoch in range(first // n, (last - 1) // n + 1):
-        start = epoch * n
-        parts.append(epoch_rows(seed, epoch, n)[max(first - start, 0) : last - start])
+    for epoch in range(first // images, (last - 1) // images + 1):
+        start = epoch * images
+        parts.append(epoch_rows(seed, epoch, images, per_image)[max(first - start, 0) : last - start])
     return np.concatenate(parts)
 
 
-def choose_classes(seed: int, step: int, count: int, num_classes: int) -> np.ndarray:
-    """The classes of a step, `[count]`, uniformly without replacement."""
-    return numpy_generator(seed, "queue/classes", step).choice(num_classes, count, replace=False)
+def choose_classes(seed: int, step: int, count: int, candidates: np.ndarray) -> np.ndarray:
+    """The classes of a step, `[count]`: as many of the `candidates`, uniformly without replacement.
+
+    A class that is several times among the candidates may be drawn as often.
+    """
+    return numpy_generator(seed, "queue/classes", step).choice(candidates, count, replace=False)
 
 
 class DirectSampling:
@@ -49,29 +58,36 @@ class DirectSampling:
     _STREAM = "direct/draw"
 
     def __init__(
-        self, labels: np.ndarray, num_classes: int, seed: int, class_names: Sequence[str] | None = None
+        self,
+        labels: np.ndarray,
+        num_classes: int,
+        seed: int,
+        class_names: Sequence[str] | None = None,
+        per_image: int = 1,
     ):
-        """`labels` `[N]` int64 in [0, num_classes); `class_names` are for messages."""
-        self.seed = seed
+        """`labels` of all rows, `[N]` int64 in [0, num_classes); `class_names` are for messages."""
+        self.seed, self._per_image = seed, per_image
         self._names = class_names if class_names is not None else [str(c) for c in range(num_classes)]
-        self._by_class = np.argsort(labels, kind="stable")  # rows, class after class
+        labels = labels[::per_image]
+        self._by_class = np.argsort(labels, kind="stable")  # images, class after class
         self._sizes = np.bincount(labels, minlength=num_classes)  # [num_classes]
         self._ends = np.cumsum(self._sizes)
 
-    def push(self, step: int, count: int) -> None:
-        """Nothing: all of the data are there at every step."""
+    def push(self, step: int, count: int) -> np.ndarray:
+        """Take in nothing, as all of the data are there at every step; returns no rows."""
+        return np.empty(0, np.int64)
 
     def require(self, positives: int, unconditional: int) -> None:
-        """Raise `UserError` if there are fewer rows than are to be drawn, of any class or of all."""
+        """Raise `UserError` if there are fewer images than are to be drawn, of any class or of all."""
         smallest = int(np.argmin(self._sizes))
         if positives > self._sizes[smallest]:
             raise UserError(
                 f"drift.positives = {positives}: class {self._names[smallest]} has only "
-                f"{self._sizes[smallest]} rows; lower it or add images of that class"
+                f"{self._sizes[smallest]} images; lower it or add images of that class"
             )
         if unconditional > len(self._by_class):
             raise UserError(
-                f"drift.unconditional = {unconditional}: there are only {len(self._by_class)} rows; "
+                f"drift.unconditional = {unconditional}: there are only {len(self._by_class)} images; "
                 "lower it or add images"
             )
 
@@ -86,8 +102,9 @@ class DirectSampling:
         """Rows for each class slot: of its class `[Nc, positives]`, of any class `[Nc, unconditional]`.
 
         `classes` are those of the whole step; `slots` picks the ones to draw for, as a process that works
-        on a part of them does (all by default). Within a slot nothing is drawn twice, and its randomness
-        is a function of (seed, step, slot). Raises `UserError` as `require` does.
+        on a part of them does (all by default). Within a slot no image is drawn twice, and its randomness
+        is a function of (seed, step, slot), so slots of the same class are drawn independently of each
+        other. Raises `UserError` as `require` does.
         """
         self.require(positives, unconditional)
         slots = range(len(classes)) if slots is None else slots
@@ -96,18 +113,24 @@ class DirectSampling:
         for row, slot in enumerate(slots):
             rng = numpy_generator(self.seed, self._STREAM, step, slot)
             # Without a permutation of all of them: `choice` draws few of many by Floyd's algorithm
-            of_class[row] = rng.choice(self.class_rows(classes[slot]), positives, replace=False)
-            of_any[row] = rng.choice(self.global_rows(), unconditional, replace=False)
+            of_class[row] = self._rows(rng.choice(self.class_images(classes[slot]), positives, False), rng)
+            of_any[row] = self._rows(rng.choice(self.global_images(), unconditional, False), rng)
         return of_class, of_any
 
-    def class_rows(self, label: int) -> np.ndarray:
-        """The rows of a class that are drawn from."""
+    def class_images(self, label: int) -> np.ndarray:
+        """The images of a class that are drawn from."""
         end = self._ends[label]
         return self._by_class[end - self._sizes[label] : end]
 
-    def global_rows(self) -> np.ndarray:
-        """The rows of any class that are drawn from."""
+    def global_images(self) -> np.ndarray:
+        """The images of any class that are drawn from."""
         return self._by_class
+
+    def _rows(self, images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """One row of each image, at random."""
+        if self._per_image == 1:
+            return images
+        return images * self._per_image + rng.integers(self._per_image, size=len(images))
 
     def state_after(self, steps: int, count: int) -> dict[str, torch.Tensor]:
         """Empty."""
@@ -121,13 +144,15 @@ class DirectSampling:
 class SampleQueue(DirectSampling):
     """Real samples of a step from the latest `per_class` of each class and `global_size` of all (paper A.8).
 
-    The stream of real samples is that of `batch_rows`. A sample that comes again while it is still queued
-    moves to the front instead of filling a second place; so what is drawn without replacement is distinct,
-    and a class with fewer than `per_class` samples always holds all of them. Both queues are full from the
-    start: they begin as if a shuffled epoch of its own had already passed.
+    The stream of real samples is that of `batch_rows`, of which all processes together have one queue. An
+    image that comes again while it is still queued moves to the front, by the row that it comes by, instead
+    of filling a second place; so what is drawn without replacement is distinct, and a class with fewer than
+    `per_class` images always holds all of them. Both queues are full from the start: they begin as if a
+    shuffled epoch of its own had already passed. (The release fills its queues by 3000 pushes when it goes on
+    from a checkpoint, after which they are as full; ours go on as they were.)
 
-    The state is one number per row, the time at which it was last pushed. A class queue is the rows with
-    the latest times, found when it is drawn from, which costs the drawn classes' rows only.
+    The state is two numbers per image, the time at which it was last pushed and by which row. A class queue
+    is the images with the latest times, found when it is drawn from, which costs the drawn classes' only.
     """
 
     _STREAM = "queue/draw"
@@ -140,47 +165,58 @@ class SampleQueue(DirectSampling):
         global_size: int,
         seed: int,
         class_names: Sequence[str] | None = None,
+        per_image: int = 1,
     ):
-        """`labels` `[N]` int64 in [0, num_classes); `class_names` are for messages."""
-        super().__init__(labels, num_classes, seed, class_names)
+        """`labels` of all rows, `[N]` int64 in [0, num_classes); `class_names` are for messages."""
+        super().__init__(labels, num_classes, seed, class_names, per_image)
         self.per_class = per_class
         self._global_size = global_size
         self.load_state_dict(self.state_after(0, 0))
 
-    def push(self, step: int, count: int) -> None:
-        """Take in rows `step * count` to `(step + 1) * count` of the stream; `count` must stay the same."""
-        rows = batch_rows(step, count, len(self._pushed), self.seed)
-        self._pushed[rows] = np.arange(step * count, (step + 1) * count)  # a repeated row keeps its last time
-        joined = np.concatenate([rows[::-1], self._latest])
+    def push(self, step: int, count: int) -> np.ndarray:
+        """Take in `count` rows of the stream, those of its batch `step`, and return them.
+
+        `count` must stay the same.
+        """
+        rows = batch_rows(step, count, len(self._pushed), self.seed, self._per_image)
+        images = rows // self._per_image
+        self._pushed[images] = np.arange(step * count, (step + 1) * count)  # one that repeats keeps its last
+        self._pushed_by[images] = rows
+        joined = np.concatenate([images[::-1], self._latest])
         distinct, first = np.unique(joined, return_index=True)
         self._latest = distinct[np.argsort(first)][: self._global_size]
+        return rows
 
     def require(self, positives: int, unconditional: int) -> None:
-        """Raise `UserError` if a queue holds fewer rows than are to be drawn, that of any class included."""
+        """Raise `UserError` if a queue holds fewer images than are drawn, that of any class included."""
         if positives > self.per_class:
             raise UserError(
-                f"drift.positives = {positives}: the queue keeps {self.per_class} rows per class; "
+                f"drift.positives = {positives}: the queue keeps {self.per_class} images per class; "
                 "lower it or raise drift.queue_per_class"
             )
         super().require(positives, unconditional)
         if unconditional > self._global_size:
             raise UserError(
-                f"drift.unconditional = {unconditional}: the global queue keeps {self._global_size} rows; "
+                f"drift.unconditional = {unconditional}: the global queue keeps {self._global_size} images; "
                 "lower it or raise drift.queue_global"
             )
 
-    def class_rows(self, label: int) -> np.ndarray:
-        """The rows in the queue of a class, latest first."""
-        rows = super().class_rows(label)
-        return rows[np.argsort(-self._pushed[rows])[: self.per_class]]
+    def class_images(self, label: int) -> np.ndarray:
+        """The images in the queue of a class, latest first."""
+        images = super().class_images(label)
+        return images[np.argsort(-self._pushed[images])[: self.per_class]]
 
-    def global_rows(self) -> np.ndarray:
-        """The rows in the global queue, latest first."""
+    def global_images(self) -> np.ndarray:
+        """The images in the global queue, latest first."""
         return self._latest
+
+    def _rows(self, images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The row by which each image was pushed."""
+        return self._pushed_by[images]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The state as tensors that share no memory with the queue."""
-        return {"pushed": torch.from_numpy(self._pushed.copy())}
+        return _tensors(self._pushed.copy(), self._pushed_by.copy())
 
     def state_after(self, steps: int, count: int) -> dict[str, torch.Tensor]:
         """`state_dict()` of a new queue after `push(0, count)`, ..., `push(steps - 1, count)`.
@@ -189,34 +225,33 @@ class SampleQueue(DirectSampling):
         """
         n = len(self._by_class)
         epoch, into = divmod(steps * count, n)
-        pushed = np.empty(n, np.int64)
         before = (epoch - 1) * n + np.arange(n)
         if epoch == 0:
             before = -np.arange(1, n + 1)  # the warm-up, whose first row counts as the latest
-        pushed[epoch_rows(self.seed, epoch - 1, n)] = before
-        pushed[epoch_rows(self.seed, epoch, n)[:into]] = epoch * n + np.arange(into)
-        return {"pushed": torch.from_numpy(pushed)}
+        pushed, pushed_by = np.empty(n, np.int64), np.empty(n, np.int64)
+        for past, times in ((epoch - 1, before), (epoch, epoch * n + np.arange(into))):
+            rows = epoch_rows(self.seed, past, n, self._per_image)[: len(times)]
+            pushed[rows // self._per_image], pushed_by[rows // self._per_image] = times, rows
+        return _tensors(pushed, pushed_by)
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Go on from the state of a queue over the same labels."""
-        pushed = state["pushed"].cpu().numpy()
-        assert pushed.shape == self._by_class.shape, (pushed.shape, self._by_class.shape)
-        self._pushed = pushed.copy()  # [N]
-        self._latest = np.argsort(-self._pushed)[: self._global_size]
+        pushed, pushed_by = (state[name].cpu().numpy().copy() for name in ("pushed", "pushed_by"))
+        assert pushed.shape == pushed_by.shape == self._by_class.shape, (pushed.shape, self._by_class.shape)
+        self._pushed, self._pushed_by = pushed, pushed_by  # [images]
+        self._latest = np.argsort(-pushed)[: self._global_size]
+
+
+def _tensors(pushed: np.ndarray, pushed_by: np.ndarray) -> dict[str, torch.Tensor]:
+    return {"pushed": torch.from_numpy(pushed), "pushed_by": torch.from_numpy(pushed_by)}
 
 
 def held_out_rows(n: int, per_image: int, count: int, seed: int) -> np.ndarray:
     """The rows of `count` images that are kept out of training, sorted: `[count * per_image]`.
 
-    The images are a function of the seed. The rows of an image stand together, `per_image` of the `n` in all.
-    Raises `UserError` if `n` is no whole number of images, or none would be left.
+    The images are a function of the seed; `n` are the rows of all. Raises `UserError` if none would be left.
     """
-    images, rest = divmod(n, per_image)
-    if rest:
-        raise UserError(
-            f"{n} latents are not a whole number of images of {per_image} rows each, as their meta file has "
-            "it; rerun encode (dvc repro)"
-        )
+    images = n // per_image
     if count >= images:
         raise UserError(f"mae.held_out = {count}: allowed: fewer than the {images} images")
     chosen = numpy_generator(seed, "mae/held_out").choice(images, count, replace=False)

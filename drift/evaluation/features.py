@@ -1,7 +1,7 @@
 """The networks whose features the Fréchet distance compares, each with the resizing that belongs to it."""
 
 import hashlib
-import platform
+import os
 import socket
 import tempfile
 import warnings
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from drift.errors import UserError
 from drift.evaluation.batches import in_batches
-from drift.files import sha256
+from drift.files import check_readable, sha256, without_wrappers
 from drift.models.classifier import ImageClassifier
 from drift.torchvision_shim import ensure_torchvision
 
@@ -98,11 +98,10 @@ def check_feature_network(name: str, mode: str = "clean", inception: str | None 
     if name == INCEPTION:
         if inception is None:
             fetch(*_inception_file(mode))
-        elif not Path(inception).is_file():
-            raise UserError(f"fid.inception = {inception}: there is no such file; correct the path")
+        else:
+            check_readable(inception, f"fid.inception = {inception}", "correct the path")
     elif name.endswith(TORCHSCRIPT):
-        if not Path(name).is_file():
-            raise UserError(f"feature network {name}: there is no such file; correct fid.features")
+        check_readable(name, f"feature network {name}", "correct fid.features")
     elif not Path(name).is_dir():
         raise UserError(
             f"feature network {name}: there is no such folder; name one, or a TorchScript file "
@@ -122,7 +121,7 @@ def load_feature_network(
     """The feature network `name`, ready on `device`.
 
     - `inception`: clean-fid's extractor with the resizing of its `mode` (`clean`, `legacy_tensorflow` or
-      `legacy_pytorch`), from the file `inception` if one is named, and else from where clean-fid keeps it.
+      `legacy_pytorch`), from the file `inception` if one is named, and else from PyTorch's cache.
     - A TorchScript file: float32 `[B, 3, S, S]` in 0..255 -> `[B, D]`, after the resizing of clean-fid's
       `clean` to its attribute `image_size` (299 without one). What is in it runs, so trust its source.
     - The folder of an image classifier of this project, which sees images resized in the same way.
@@ -142,11 +141,13 @@ def fetch(url: str, path: Path, digest: str) -> None:
     """Make sure that `path` is the file published at `url`, whose SHA-256 begins with `digest`.
 
     A missing file is downloaded under another name and renamed when it is complete. Raises `UserError` if
-    it cannot be had, or if `path` holds something else.
+    it cannot be had, or if `path` cannot be read or holds something else.
     """
-    if path.exists():
+    way_out = "name a copy of Inception's weights in fid.inception"
+    if os.path.lexists(path):
+        check_readable(path, str(path), way_out)
         if not sha256(path).startswith(digest):
-            raise UserError(f"{path}: damaged, or not the file published at {url}; delete it and run again")
+            raise UserError(f"{path}: damaged, or not the file published at {url}; delete it, or {way_out}")
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -172,19 +173,19 @@ def _socket_timeout(seconds: float) -> Iterator[None]:
 
 
 def _inception_file(mode: str) -> tuple[str, Path, str]:
-    """URL of the weights for a clean-fid mode, the path where clean-fid looks for them, and their digest."""
+    """URL of the weights for a clean-fid mode, their path in PyTorch's cache, and their digest.
+
+    The cache is the user's own (`TORCH_HOME`, else in `~/.cache`). Clean-fid keeps one in `/tmp`, where
+    another user's may be in the way.
+    """
     if mode not in _INCEPTION_DIGESTS:
         raise UserError(f"feature network mode {mode}: allowed: {', '.join(_INCEPTION_DIGESTS)}")
     ensure_torchvision()
     if mode == "legacy_pytorch":
         from cleanfid.inception_pytorch import FID_WEIGHTS_URL as url
-
-        folder = Path(torch.hub.get_dir(), "checkpoints")
     else:
         from cleanfid.downloads_helper import inception_url as url
-
-        folder = Path("./" if platform.system() == "Windows" else "/tmp")
-    return url, folder / Path(url).name, _INCEPTION_DIGESTS[mode]
+    return url, Path(torch.hub.get_dir(), "checkpoints", Path(url).name), _INCEPTION_DIGESTS[mode]
 
 
 def _load_inception(mode: str, device: torch.device, workers: int, local: str | None) -> FeatureNetwork:
@@ -238,11 +239,19 @@ def _pytorch_inception(path: Path, device: torch.device, resize_inside: bool) ->
     from cleanfid import inception_pytorch
 
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        weights = without_wrappers(torch.load(path, map_location="cpu", weights_only=True))
         weight = weights["fc.weight"].to(device)
         with _swapped(inception_pytorch, "load_state_dict_from_url", lambda *args, **kwargs: weights):
             network = inception_pytorch.InceptionV3(output_blocks=[3], resize_input=False)
-    except (RuntimeError, UnpicklingError, KeyError, TypeError) as error:
+    except (
+        RuntimeError,
+        UnpicklingError,
+        EOFError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:
         raise _no_inception(path, error) from None
     network = network.to(device).eval()
     return lambda images: network(images / 255)[0].flatten(1), weight
@@ -261,8 +270,8 @@ def _swapped(module: ModuleType, name: str, value: object) -> Iterator[None]:
 def _no_inception(path: Path, error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:200]
     return UserError(
-        f"{path}: damaged, or not Inception's weights for this fid.mode ({reason}); get a fresh copy or "
-        "choose another mode"
+        f"fid.inception = {path}: damaged, or not Inception's weights for this fid.mode ({reason}); get a "
+        "fresh copy or choose another mode"
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from drift.errors import UserError
+from drift.errors import UserError, one_of
 from drift.evaluation.batches import one_behind
 from drift.evaluation.features import FeatureNetwork
 from drift.evaluation.metrics import InceptionScore, kernel_distance, precision_recall
@@ -53,6 +53,7 @@ class Samples:
 def check_metrics(metrics: Sequence[str], network: FeatureNetwork, reference_has_features: bool) -> None:
     """Raise `UserError` if the network or the reference does not allow one of the `metrics`."""
     for metric in metrics:
+        one_of("metric", metric, *METRICS)
         if metric == "inception_score" and network.classify is None:
             raise UserError(
                 f"fid.metrics has inception_score, but {network.name} does not classify; leave it out"
@@ -207,7 +208,7 @@ def _measure(
 
     if "inception_score" in metrics:
         classes = network.logits(torch.zeros(1, network.dimension, device=network.device)).shape[1]
-        score = InceptionScore(len(samples), classes, network.device)
+        score = InceptionScore(len(samples), classes, network.device, seed=samples.seed)
     statistics = store_statistics(store, network, samples.labels, peers, also)
     entry: Entry = {}
     if score is not None:
@@ -223,7 +224,9 @@ def _measure(
         if "kid" in metrics:
             values.append(kernel_distance(reference.features, store, samples.seed))
         if "precision_recall" in metrics:
-            values += precision_recall(store, reference.features, precision_recall_images, network.device)
+            values += precision_recall(
+                store, reference.features, precision_recall_images, network.device, seed=samples.seed
+            )
     told = torch.tensor(values or [0.0] * len(names), dtype=torch.float64, device=peers.device)
     return entry | dict(zip(names, peers.all_reduce_sum(told).tolist(), strict=True))
 

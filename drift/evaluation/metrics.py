@@ -6,7 +6,7 @@ from torch import Tensor
 
 from drift.evaluation.moments import AllReduceSum
 from drift.evaluation.store import BLOCK, FeatureStore
-from drift.seeds import derive_seed
+from drift.seeds import derive_seed, numpy_generator
 from drift.torchvision_shim import ensure_torchvision
 
 SPLITS = 10  # of the Inception Score (Salimans et al. 2016)
@@ -32,14 +32,18 @@ def kernel_distance(
 
 
 class InceptionScore:
-    """exp of the mean divergence of class probabilities from their mean, over `SPLITS` contiguous parts.
+    """exp of the mean divergence of class probabilities from their mean, over `SPLITS` random parts.
 
-    Sample i of `count` is in the part that the original implementation would put it in (OpenAI's
-    improved-gan: `[k N // 10, (k + 1) N // 10)`); sums are float64, so parts may come in any order.
+    The parts are the original implementation's (OpenAI's improved-gan: `[k N // 10, (k + 1) N // 10)`), but
+    of the `count` samples in an order drawn from `seed`: where they come class after class, each part would
+    hold a tenth of the classes. Sums are float64, so samples may come in any order.
     """
 
-    def __init__(self, count: int, classes: int, device: str | torch.device = "cpu"):
-        self._ends = torch.tensor([(k + 1) * count // SPLITS for k in range(SPLITS)], device=device)
+    def __init__(self, count: int, classes: int, device: str | torch.device = "cpu", *, seed: int):
+        ends = [(k + 1) * count // SPLITS for k in range(SPLITS)]
+        place = np.empty(count, np.int64)  # of each sample, in the order
+        place[numpy_generator(seed, "fid/inception_score").permutation(count)] = np.arange(count)
+        self._part = torch.from_numpy(np.searchsorted(ends, place, side="right")).to(device)
         zeros = {"dtype": torch.float64, "device": device}
         self._probability = torch.zeros(SPLITS, classes, **zeros)
         self._negative_entropy = torch.zeros(SPLITS, **zeros)
@@ -47,7 +51,7 @@ class InceptionScore:
 
     def update(self, indices: Tensor, logits: Tensor) -> None:
         """Take in the samples `indices [B]` with `logits [B, K]`."""
-        part = torch.searchsorted(self._ends, indices.to(self._ends.device), right=True)
+        part = self._part[indices.to(self._part.device)]
         log_p = logits.to(self._probability).log_softmax(1)
         p = log_p.exp()
         self._probability.index_add_(0, part, p)
@@ -69,29 +73,44 @@ def precision_recall(
     real: FeatureStore | np.ndarray,
     images: int,
     device: str | torch.device = "cpu",
+    *,
+    seed: int,
 ) -> tuple[float, float]:
     """Improved precision and recall of features `[N, D]` and `[M, D]` (Kynkäänniemi et al. 2019).
 
     Precision is the share of generated samples that lie within the distance of some real one to its k-th
-    neighbour, recall the share of real ones within that of some generated one. Of each set the first `images`
-    are taken, in blocks and in float64.
+    neighbour, recall the share of real ones within that of some generated one. Of each set `images` are
+    taken, drawn from `seed`, in blocks and in float64.
     """
-    generated, real = (_Points(features, images, device) for features in (generated, real))
+    sets = {"generated": generated, "real": real}
+    generated, real = (
+        _Points(features, numpy_generator(seed, "fid/precision_recall", name), images, device)
+        for name, features in sets.items()
+    )
     return generated.share_within(real), real.share_within(generated)
 
 
 class _Points:
-    """Some of the rows of a set of features, and the squared distance of each to its k-th neighbour."""
+    """Random rows of a set of features, and the squared distance of each to its k-th neighbour."""
 
-    def __init__(self, features: FeatureStore | np.ndarray, images: int, device: str | torch.device):
-        self._features, self._count, self._device = features, min(images, len(features)), device
+    def __init__(
+        self,
+        features: FeatureStore | np.ndarray,
+        rng: np.random.Generator,
+        images: int,
+        device: str | torch.device,
+    ):
+        self._features, self._device = features, device
+        # In the order of the file, which is read faster so
+        self._rows = np.sort(rng.permutation(len(features))[:images])
+        self._count = len(self._rows)
         assert self._count > NEIGHBOURS
         self._radii = torch.cat([self._radius(start, block) for start, block in self._blocks()])
 
     def _blocks(self):
         for start in range(0, self._count, BLOCK):
-            rows = self._features[start : min(start + BLOCK, self._count)]
-            yield start, torch.from_numpy(rows).to(self._device, torch.float64)
+            block = self._features[self._rows[start : start + BLOCK]]
+            yield start, torch.from_numpy(block).to(self._device, torch.float64)
 
     def _radius(self, start: int, block: Tensor) -> Tensor:
         nearest = block.new_empty(len(block), 0)

@@ -10,7 +10,7 @@ from PIL import Image
 from drift.evaluation.fid import write_sweep_csv
 from drift.evaluation.page import training_curves, write_page
 from drift.evaluation.pictures import save_png
-from drift.files import check_writable, write_json
+from drift.files import check_output, write_json
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class Outputs:
         return self.sweep_csv, self.sweep_json, self.samples, self.omega, self.report
 
     def check_writable(self) -> None:
-        """Raise `UserError` if one of the folders cannot be written; makes them."""
-        for folder in dict.fromkeys(path.parent for path in (self.metrics, *self.beside_metrics)):
-            check_writable(folder)
+        """Raise `UserError` if one of the files cannot be written; makes their folders."""
+        for path in (self.metrics, *self.beside_metrics):
+            check_output(path)
 
     def write(
         self,

@@ -139,7 +139,7 @@ def write_page(path: str | Path, result: Mapping[str, Any], **parts: Any) -> Non
     """Write `render_page` atomically."""
     text = render_page(result, **parts)
     with atomic_write(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))
 
 
 def _png_width(png: bytes) -> int:

@@ -5,6 +5,7 @@ digest of all that they depend on.
 """
 
 import hashlib
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,26 +16,38 @@ from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
-from drift.data.images import ImageFiles, ImageSource, center_view, open_images
+from drift.data.images import (
+    ImageFiles,
+    ImageSource,
+    center_views,
+    open_images,
+    refuse_or_leave_out,
+    view_digest,
+)
 from drift.errors import UserError
 from drift.evaluation.batches import one_behind
 from drift.evaluation.features import FeatureNetwork
 from drift.evaluation.moments import AllReduceSum, Moments, alone, frechet_distance
 from drift.evaluation.store import FeatureStore
-from drift.files import atomic_write, sha256
+from drift.files import atomic_write, check_readable, sha256
+from drift.lock import Lock
 from drift.seeds import numpy_generator
 
 _KEYS = (("mu", "sigma"), ("ref_mu", "ref_sigma"))  # clean-fid's and the prior's names; the release's
+_WAIT_S = 1.0  # between two looks at a lock
 _DECIDING = ("clean-fid", "pillow", "torch", "torchvision")  # packages whose version decides features
 
 # Of the self-test, relative to the trace of the covariance. The square root leaves 1e-9 where all is well.
 _ZERO = 1e-5
 _SHIFT = 0.1  # of each feature, in its standard deviations
 _SCALE = 0.1  # by which features grow
+
+
+def _nobody() -> None:
+    """Whom a process without peers waits for."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +59,15 @@ class Peers:
     all_reduce_sum: AllReduceSum = alone
     device: str | torch.device = "cpu"
     """Where the tensors are that `all_reduce_sum` takes."""
+    wait: Callable[[], None] = _nobody
+    """Returns when all have come here. Not `all_reduce_sum`, which makes no host wait where it is a GPU's."""
+
+    def __post_init__(self) -> None:
+        assert self.world_size == 1 or self.wait is not _nobody, "the files of several need a barrier"
 
     @property
     def first(self) -> bool:
         return self.rank == 0
-
-    def wait(self) -> None:
-        """Return when all have come here."""
-        self.all_reduce_sum(torch.zeros((), device=self.device))
 
 
 @dataclass(frozen=True)
@@ -81,6 +95,8 @@ class Reference:
     statistics: FeatureStatistics
     features: FeatureStore | None = None
     """None if only statistics are known."""
+    file: Path | None = None
+    """Where the statistics are; `load_statistics` takes a copy of it anywhere."""
 
 
 def open_reference(name: str, dataset: str, root: str | None, classes: int) -> ImageSource | None:
@@ -89,21 +105,20 @@ def open_reference(name: str, dataset: str, root: str | None, classes: int) -> I
     None for an `.npz` of statistics. Raises `UserError` if they are not there.
     """
     if name.endswith(".npz"):
-        if not Path(name).is_file():
-            raise UserError(f"fid.reference = {name}: there is no such file; correct the path")
+        check_readable(name, f"fid.reference = {name}", "correct the path")
         return None
     return ImageFiles(name) if "/" in name else open_images(dataset, root, name, classes)
 
 
-def load_statistics(path: str | Path, dimension: int) -> Reference:
+def load_statistics(path: str | Path, dimension: int, features: str | None = None) -> Reference:
     """A reference from an `.npz` with `mu` `[D]` and `sigma` `[D, D]`, or `ref_mu` and `ref_sigma`.
 
     Raises `UserError` if the file is missing or cut short, has neither pair of
-    floats, D is not `dimension`, or `sigma` is no covariance.
+    floats, D is not `dimension`, or `sigma` is no covariance; or if it is one that `measure_images` has
+    written with another feature network than that of the digest `features`.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such file of reference statistics; correct the path")
+    check_readable(path, f"fid.reference = {path}", "correct the path")
     if not is_zipfile(path):
         raise UserError(f"{path}: not an .npz file, or cut short; get a fresh copy")
     with np.load(path, allow_pickle=False) as file:
@@ -111,6 +126,7 @@ def load_statistics(path: str | Path, dimension: int) -> Reference:
         if keys is None:
             wanted = " or ".join(" and ".join(pair) for pair in _KEYS)
             raise UserError(f"{path}: has the arrays {', '.join(file)}; reference statistics are {wanted}")
+        made_with = str(file["feature_network"]) if "feature_network" in file else None
         try:
             mu, sigma = (np.asarray(file[key]) for key in keys)
         except (ValueError, BadZipFile) as error:  # ValueError: pickled objects
@@ -129,7 +145,15 @@ def load_statistics(path: str | Path, dimension: int) -> Reference:
         raise UserError(f"{path}: {keys[0]} or {keys[1]} has numbers that are not finite; get a fresh copy")
     if abs(sigma - sigma.T).max() > 1e-6 * abs(sigma).max() or (np.diag(sigma) < 0).any():
         raise UserError(f"{path}: {keys[1]} is not a covariance (not symmetric); get a fresh copy")
-    return Reference(str(path), sha256(path), FeatureStatistics(mu, sigma))
+    statistics = FeatureStatistics(mu, sigma)
+    if made_with is not None:
+        if features not in (None, made_with):
+            raise UserError(
+                f"fid.reference = {path}: was measured with another feature network ({made_with[:12]}) than "
+                f"that of fid.features and fid.mode ({features[:12]}); measure it again with this one"
+            )
+        statistics = _load(path)
+    return Reference(str(path), sha256(path), statistics, file=path)
 
 
 def measure_images(
@@ -141,6 +165,7 @@ def measure_images(
     batch_size: int,
     images: int | None = None,
     seed: int = 0,
+    on_bad_image: str = "error",
     workers: int = 1,
     peers: Peers = Peers(),
     on_images: Callable[[int], None] = lambda images: None,
@@ -149,20 +174,26 @@ def measure_images(
 
     They are kept in a folder within `cache` and read from there the next time; what was interrupted goes on.
     `workers` threads decode. `on_images` sees how many images are measured. Raises `UserError` if there are
-    too few images for the network's features.
+    too few images for the network's features, or if some do not decode and `on_bad_image` is `error`; with
+    `skip` these are left out.
     """
     count = len(source) if images is None else min(images, len(source))
     require_enough(count, network, f"real images of {source.split}")
     chosen = np.sort(numpy_generator(seed, "fid/real").permutation(len(source))[:count])
     depends_on = [network.digest, source.digest, image_size, hashlib.sha256(chosen.tobytes()).hexdigest()]
-    depends_on += [version(package) for package in _DECIDING]
+    depends_on += [view_digest("center"), *(version(package) for package in _DECIDING)]
     digest = hashlib.sha256(repr(depends_on).encode()).hexdigest()
     folder = cache / digest[:16]
     result = folder / "statistics.npz"
     lock = _lock(folder) if peers.first else None
     try:
         if peers.first:
-            FeatureStore.create(folder, count, network.dimension)
+            if source.passed_over:
+                print(source.passed_over, flush=True)
+            store = FeatureStore.create(folder, count, network.dimension)
+            if len(bad := store.undecodable()):  # may have been repaired
+                result.unlink(missing_ok=True)
+                store.forget(bad)
         peers.wait()
         store = FeatureStore(folder)
         if not result.exists():
@@ -176,39 +207,45 @@ def measure_images(
             ):
                 batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
 
-                def resized(rows: np.ndarray) -> Tensor:
-                    views = pool.map(lambda index: center_view(source.load(index), image_size), chosen[rows])
-                    return network.resized(torch.from_numpy(np.stack(list(views))))
+                def resized(rows: np.ndarray) -> tuple[Tensor, np.ndarray]:
+                    views, undecodable = center_views(source, chosen[rows], image_size, pool)
+                    return network.resized(torch.from_numpy(views)), undecodable
 
-                for rows, ready in one_behind(batches, resized):
-                    store.write(rows, network.features(ready).cpu().numpy())
+                for rows, (ready, undecodable) in one_behind(batches, resized):
+                    store.write(rows, network.features(ready).cpu().numpy(), undecodable)
                     progress.update(len(rows))
                     on_images(min(before + progress.n * peers.world_size, count))
             peers.wait()
+            bad = store.undecodable()
+            refuse_or_leave_out(source, chosen[bad], on_bad_image, told=peers.first)
+            require_enough(count - len(bad), network, f"real images of {source.split} that decode")
+            if len(bad):
+                store, chosen = FeatureStore(folder, leave_out=bad), np.delete(chosen, bad)
+                digest = hashlib.sha256(digest.encode() + chosen.tobytes()).hexdigest()
             labels = None if source.labels is None else source.labels[chosen]
             statistics = store_statistics(store, network, labels, peers)
             if peers.first:
-                _save(result, statistics)
+                _save(result, statistics, network.digest)
             peers.wait()
         on_images(count)
-        return Reference(source.split, digest, _load(result), store)
+        return Reference(source.split, digest, _load(result), store, result)
     finally:
         if lock is not None:
             lock.release()
 
 
-def _lock(folder: Path) -> FileLock:
+def _lock(folder: Path) -> Lock:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_suffix(".lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"waiting for another run that measures the same real images (in {folder})", flush=True)
-        lock.acquire()
+    lock = Lock(folder)
+    told = ""
+    while not lock.acquire():
+        if told != (told := lock.holder()):
+            print(f"{folder}: waiting for another run that measures the same images ({told})", flush=True)
+        time.sleep(_WAIT_S)
     return lock
 
 
-def _save(path: Path, statistics: FeatureStatistics) -> None:
+def _save(path: Path, statistics: FeatureStatistics, feature_network: str) -> None:
     accuracy = np.nan if statistics.accuracy is None else statistics.accuracy
     with atomic_write(path) as file:
         np.savez(
@@ -217,6 +254,7 @@ def _save(path: Path, statistics: FeatureStatistics) -> None:
             sigma=statistics.covariance,
             accuracy=accuracy,
             count=statistics.count,
+            feature_network=feature_network,
         )
 
 

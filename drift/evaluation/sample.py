@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from drift.evaluation.batches import in_batches
 from drift.models.generator import Generator, GeneratorConfig
-from drift.models.vae import VAE, to_uint8
-from drift.seeds import torch_generator
+from drift.models.vae import VAE, Rounding, to_uint8
+from drift.seeds import numpy_generator, torch_generator
 
 
 def sample_generator(seed: int, index: int) -> torch.Generator:
@@ -56,7 +56,21 @@ def balanced_labels(count: int, classes: int) -> np.ndarray:
     return np.arange(count) % classes
 
 
-@torch.inference_mode()
+def random_labels(count: int, classes: int, seed: int) -> np.ndarray:
+    """Labels `[count]`, uniform and independent of each other, as the Sinkhorn paper's code draws them."""
+    return numpy_generator(seed, "fid/labels").integers(classes, size=count)
+
+
+def split_labels(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Labels `[count]` of a split's images in a random order: of each once before any of them comes again.
+
+    The split's own `labels [N]` are sorted, and the first of them would be of few classes.
+    """
+    order = numpy_generator(seed, "fid/labels").permutation(len(labels))
+    return labels[np.resize(order, count)]
+
+
+@torch.no_grad()  # and no inference mode, in which hooks that move the network to its device would fail
 def sample_latents(
     generator: Generator, noise: Tensor, labels: Tensor, style_indices: Tensor, omega: float | Tensor
 ) -> Tensor:
@@ -79,8 +93,8 @@ class ImageDecoder:
     are not finite in bfloat16 are decoded again in float32; raises `FloatingPointError` if they are not then.
     """
 
-    def __init__(self, vae: VAE, batch_size: int):
-        self.vae, self.batch_size = vae, batch_size
+    def __init__(self, vae: VAE, batch_size: int, rounding: Rounding = "nearest"):
+        self.vae, self.batch_size, self.rounding = vae, batch_size, rounding
 
     @torch.inference_mode()
     def __call__(self, latents: Tensor) -> Tensor:
@@ -118,7 +132,7 @@ class ImageDecoder:
         """8-bit images `[B, H, W, 3]` and whether each was finite (which rounding hides), `[B]`."""
         decoded = in_batches(vae.decode, latents, size=self.batch_size)
         finite = decoded.isfinite().flatten(1).all(1)
-        return to_uint8(decoded).cpu(), finite.cpu()
+        return to_uint8(decoded, self.rounding).cpu(), finite.cpu()
 
     def _halve(self) -> None:
         before, self.batch_size = self.batch_size, self.batch_size // 2

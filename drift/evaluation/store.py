@@ -9,18 +9,21 @@ import numpy as np
 from drift.files import RowFile
 
 BLOCK = 1024  # rows that are read at once
+_MISSING, _THERE, _UNDECODABLE = 0, 1, 2  # marks of a row
 
 
 class FeatureStore:
     """Features float32 `[N, D]`, row i those of image i, with a mark for each row that is there.
 
     Several processes may write different rows; one calls `create` before the others open the folder.
+    Images that do not decode have rows without features, which `leave_out` takes out of what is read.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, leave_out: Sequence[int] = ()):
         self._features = RowFile(Path(folder, "features.npy"))
         self._marks = RowFile(Path(folder, "done.npy"))
-        self.shape: tuple[int, int] = self._features.shape
+        self._rows = np.setdiff1d(np.arange(len(self._features)), leave_out)
+        self.shape: tuple[int, int] = (len(self._rows), *self._features.shape[1:])
 
     @classmethod
     def create(cls, folder: str | Path, count: int, dimension: int) -> "FeatureStore":
@@ -34,7 +37,7 @@ class FeatureStore:
             pass
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        np.lib.format.open_memmap(folder / "features.npy", "w+", np.float32, (count, dimension))
+        RowFile.create(folder / "features.npy", np.float32, (count, dimension))
         np.save(folder / "done.npy", np.zeros(count, np.uint8))
         return cls(folder)
 
@@ -43,20 +46,35 @@ class FeatureStore:
 
     def missing(self) -> np.ndarray:
         """The rows that are not there yet, ascending."""
-        return np.flatnonzero(self._marks.read() == 0)
+        return np.flatnonzero(self._marks.read() == _MISSING)
 
-    def write(self, rows: Sequence[int], features: np.ndarray) -> None:
-        """Write `features [B, D]` as the ascending `rows`; they are on the disk before their marks are."""
+    def undecodable(self) -> np.ndarray:
+        """The rows of images that do not decode, ascending."""
+        return np.flatnonzero(self._marks.read() == _UNDECODABLE)
+
+    def forget(self, rows: np.ndarray) -> None:
+        """Take the marks from `rows`."""
+        for row in rows:
+            self._marks.write(row, np.full(1, _MISSING, np.uint8))
+
+    def write(self, rows: Sequence[int], features: np.ndarray, undecodable: np.ndarray | None = None) -> None:
+        """Write `features [B, D]` as the ascending `rows`; they are on the disk before their marks are.
+
+        `undecodable` `[B]` says which of them are of images that do not decode.
+        """
         rows = np.asarray(rows)
+        marks = np.full(len(rows), _THERE, np.uint8)
+        if undecodable is not None:
+            marks[undecodable] = _UNDECODABLE
         runs = np.split(np.arange(len(rows)), np.flatnonzero(np.diff(rows) != 1) + 1)
         for run in runs:
             self._features.write(rows[run[0]], features[run], flush=run is runs[-1])
         for run in runs:
-            self._marks.write(rows[run[0]], np.ones(len(run), np.uint8), flush=False)
+            self._marks.write(rows[run[0]], marks[run], flush=False)
 
     def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
         """Features `[B, D]` of an array or a slice of rows."""
-        return self._features.read(rows)
+        return self._features.read(self._rows[rows])
 
     def blocks(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[slice, np.ndarray]]:
         """All rows in order, `BLOCK` at a time; of several processes, each has its own part of them."""

@@ -3,8 +3,9 @@
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, get_args, get_type_hints
+from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+from drift.errors import one_of
 from drift.field.couplings import COUPLINGS, Coupling
 
 
@@ -90,14 +91,21 @@ class FieldSettings:
 
     def __post_init__(self):
         object.__setattr__(self, "temps", tuple(self.temps))
-        for key, kind in {**get_type_hints(type(self)), "coupling": Literal[tuple(COUPLINGS)]}.items():
-            value, allowed = getattr(self, key), get_args(kind)
-            if allowed and all(isinstance(word, str) for word in allowed) and value not in allowed:
-                raise ValueError(f"{key} = {value!r}: allowed: {_alternatives(allowed)}")
+        for key, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal or kind is bool:
+                one_of(key, getattr(self, key), *(get_args(kind) or (False, True)))
+        one_of("coupling", self.coupling, *COUPLINGS)
+        if not self.temps or min(self.temps) <= 0:
+            raise ValueError(f"temps = {self.temps}: allowed: temperatures above 0")
+        for key, least in (("sinkhorn_iters", 1), ("sinkhorn_tolerance", 0), ("affinity_floor", 0)):
+            if not getattr(self, key) >= least:
+                raise ValueError(f"{key} = {getattr(self, key)}: allowed: {least} or more")
+        if not self.cost_factor > 0:
+            raise ValueError(f"cost_factor = {self.cost_factor}: allowed: above 0")
         taken = COUPLINGS[self.coupling].options()
         for name in self.options:
             if name not in taken:
-                raise ValueError(f"{name}: no option of coupling {self.coupling}: {_alternatives(taken)}")
+                raise ValueError(f"{name}: no option of coupling {self.coupling} ({', '.join(taken)})")
 
     @classmethod
     def of(cls, conventions: str, **changes) -> "FieldSettings":
@@ -106,7 +114,7 @@ class FieldSettings:
         The Sinkhorn paper's code never masks a plan's diagonal, and counts self-pairs in S only where
         masking is turned off. W-Flow's S is a mean distance, not its RMS, where the cost is not quadratic.
         """
-        bundle = dict(CONVENTIONS[conventions]) if conventions in CONVENTIONS else {}
+        bundle = dict(CONVENTIONS[one_of("conventions", conventions, *CONVENTIONS)])
         if conventions == "sinkhorn":
             bundle["self_in_scale"] = not changes.get("mask_self_neg", True)
             if changes.get("coupling") == "sinkhorn":
@@ -194,6 +202,29 @@ def contradictions(settings: FieldSettings) -> Iterator[str]:
         )
 
 
-def _alternatives(words) -> str:
-    *most, last = words or ["none"]
-    return f"{', '.join(most)} or {last}" if most else last
+def unused(*rules: tuple[bool, str, str]) -> dict[str, str]:
+    """The keys of all rules (whether it holds, why, keys with spaces between) that hold, each with why."""
+    return {key: why for holds, why, keys in rules if holds for key in keys.split()}
+
+
+def without_effect(settings: FieldSettings, unconditional: bool = True) -> dict[str, str]:
+    """The settings that change nothing beside the others, and why; values that are refused do not count.
+
+    `unconditional`: whether there are such samples.
+    """
+    s, plan, second = settings, COUPLINGS[settings.coupling].transport, settings.negatives == "second_batch"
+    row_of_split = s.coupling == "row" and s.drift_form == "split" and s.affinity_floor == 0
+    return unused(
+        (not unconditional, "unconditional is 0", "uncond_weighting sinkhorn_marginal guidance"),
+        (s.guidance == "velocity", "guidance is velocity", "uncond_weighting sinkhorn_marginal"),
+        (row_of_split, "rows are normalised after the coupling", "uncond_weighting"),
+        (plan, f"coupling is {s.coupling}", "uncond_weighting affinity_floor"),
+        (not plan, f"coupling is {s.coupling}", "sinkhorn_iters sinkhorn_tolerance sinkhorn_marginal"),
+        (len(s.temps) == 1, "there is one temperature", "sinkhorn_agg_kernel"),
+        (s.normalize_drift_theta, "normalize_drift_theta is true", "drift_tau_scale"),
+        (s.unit_scale, "unit_scale is true", "self_in_scale generated_in_scale"),
+        (s.unit_scale and s.dist_metric == "l2", "unit_scale is true", "scale_statistic"),
+        (s.unit_scale and not s.normalize_drift_theta, "S and lambda are 1", "normalization_scope"),
+        (second, "negatives is second_batch", "mask_self_neg"),
+        (second and not s.generated_in_scale, "negatives is second_batch", "self_in_scale"),
+    )

@@ -147,7 +147,7 @@ def error_of_means(model: LatentMAE, store: LatentStore, rows: np.ndarray, ratio
     latents = store.rows(rows)  # [n, C, H, W]
     means = latents.mean(dim=(0, 2, 3))[:, None, None]
     hidden = _hidden(_masks(model, store, rows, ratio, seed, "mae/held_out"), model.config.patch_size)
-    errors = (latents - means).square().mean(dim=1, keepdim=True) * hidden
+    errors = (latents - means).square() * hidden
     return float((errors.sum(dim=(1, 2, 3)) / hidden.sum(dim=(1, 2, 3)).clamp(min=1)).mean())
 
 

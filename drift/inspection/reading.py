@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from drift.data.images import VIEWS, center_view, open_images
+from drift.data.images import VIEWS, BadImage, center_view, open_images
 from drift.data.latents import LatentStore, file_hashes, latent_files
 from drift.errors import UserError
 from drift.models.vae import VAE
@@ -195,14 +195,8 @@ class SourceImages:
         """
         try:
             view = center_view(self._source.load(self.image(row)), self._size)
-        except UserError:
-            raise
-        except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error ...
-            reason = " ".join((str(error) or type(error).__name__).split())
-            raise UserError(
-                f"{self._source.name(self.image(row))}: does not decode ({reason}); repair it, or choose "
-                "others by another --seed"
-            ) from None
+        except BadImage as error:
+            raise UserError(f"{error}, or choose others by another --seed") from None
         return view[:, ::-1] if self._mirrored and row % self._per_image else view
 
     def described(self) -> dict[str, Any]:

@@ -4,8 +4,10 @@ Follows the release, whose parameters `drift.release` converts. Shape letters: B
 D hidden size, S style codebooks.
 """
 
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -347,3 +349,19 @@ SIZES = {
     "B/2": GeneratorConfig(hidden_size=768, depth=12, num_heads=12),
     "L/2": GeneratorConfig(hidden_size=1024, depth=24, num_heads=16),
 }
+
+
+def read_class_names(folder: Path) -> list[str] | None:
+    """The names of the classes of the generator in `folder`; None where no file tells them.
+
+    Raises `UserError` if that file is damaged.
+    """
+    path = folder / CLASSES_FILE
+    if not path.exists():
+        return None
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(names, list) and all(isinstance(name, str) for name in names)
+    except (OSError, ValueError, AssertionError):
+        raise UserError(f"{path}: damaged; get the folder again (dvc pull)") from None
+    return names

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from drift.errors import UserError
-from drift.files import atomic_write, write_json
+from drift.files import atomic_write, without_wrappers, write_json
 
 CONFIG_FILE = "config.json"
 _DIGEST = "sha256"
@@ -152,6 +152,7 @@ def _read_weights(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tenso
         raise UserError(f"{path}: damaged ({reason}); {_WAY_OUT}") from None
     if announced is not None and announced != _digest(tensors):
         raise UserError(f"{path}: damaged (the weights are not those that were written); {_WAY_OUT}")
+    tensors = without_wrappers(tensors)
     for name in sorted(tensors.keys() | expected.keys()):
         found, wanted = (_shape(side.get(name)) for side in (tensors, expected))
         if found != wanted:

@@ -226,17 +226,17 @@ class LatentMAE(PretrainedModel):
                 squares are zeroed.
 
         Returns:
-            Per sample, the squared error summed over masked elements and divided by their number, in float32
-            and 0 where nothing is masked, `[B]`; and the class logits of the masked input `[B, num_classes]`.
+            Per sample, the squared error summed over channels and masked positions of the folded input and
+            divided by the number of those positions (release), in float32 and 0 where nothing is masked,
+            `[B]`; and the class logits of the masked input `[B, num_classes]`.
         """
         x = self.fold(latents)
         assert mask.shape[1:] == self.mask_grid(*latents.shape[-2:]), (mask.shape, latents.shape)
         p = self.config.patch_size
         hidden = mask.repeat_interleave(p, dim=1).repeat_interleave(p, dim=2)[:, None]  # [B, 1, H, W]
         reconstruction, logits = self._decode(x.masked_fill(hidden, 0))
-        error = (reconstruction.float() - x.float()).square().mean(dim=1, keepdim=True)
-        count = hidden.sum(dim=(1, 2, 3)).clamp(min=1)
-        return (error * hidden).sum(dim=(1, 2, 3)) / count, logits
+        error = (reconstruction.float() - x.float()).square() * hidden
+        return error.sum(dim=(1, 2, 3)) / (hidden.sum(dim=(1, 2, 3)) + 1e-8), logits
 
     def mask_grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the mask of inputs `[B, C, height, width]`."""

@@ -1,24 +1,31 @@
 """The frozen autoencoder between images and latents, and everything that is a convention about the two.
 
 Images are uint8 `[B, H, W, 3]` outside and floats in [-1, 1], `[B, 3, H, W]`, inside the network; latents
-are the network's times its `scaling_factor` (0.18215 for the SD-VAE). Mirroring is done to images: the
-encoder does not commute with it, so the mirrored latents of an image are not those of the mirrored image.
+are the network's times its `scaling_factor` (0.18215 for the SD-VAE), or what else its config asks for
+(`latent_scale`). Mirroring is done to images: the encoder does not commute with it, so the mirrored latents
+of an image are not those of the mirrored image.
 """
 
 import hashlib
 import json
-from collections.abc import Callable
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from drift.errors import UserError
+from drift.files import without_wrappers
 from drift.hub import download
 from drift.torchvision_shim import ensure_torchvision
 
@@ -29,6 +36,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # diffusers' name for the weights of a model
 _SCALING_FACTOR = 0.18215  # diffusers' default, for configs from before there was such a key
 VAEPrecision = Literal["float32", "bfloat16"]
+Rounding = Literal["nearest", "down"]
 _IMAGES_PER_THREAD = 8  # on a CPU: enough to be efficient, few enough to keep many cores busy
 
 
@@ -37,10 +45,73 @@ def to_float(images: Tensor) -> Tensor:
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """Floats around [-1, 1], `[B, 3, H, W]` -> uint8 `[B, H, W, 3]`: the values that a PNG would hold."""
-    levels = ((images.float() + 1) * 127.5).round().clamp(0, 255)
+def to_uint8(images: Tensor, rounding: Rounding = "nearest") -> Tensor:
+    """Floats around [-1, 1], `[B, 3, H, W]` -> uint8 `[B, H, W, 3]`: the values that a PNG would hold.
+
+    `rounding` down cuts off what is beyond 8 bits, as release and prior do: half a level darker on average.
+    """
+    to_whole = {"nearest": torch.round, "down": torch.floor}[rounding]
+    levels = to_whole((images.float() + 1) * 127.5).clamp(0, 255)
     return levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+class LatentScale(NamedTuple):
+    """How the encoder's z becomes latents; `mean` and `std` are one number, or one for each channel."""
+
+    factor: float
+    mean: float | tuple[float, ...]
+    std: float | tuple[float, ...]
+
+    def apply(self, z: Tensor) -> Tensor:
+        """z -> latents, both `[B, C, h, w]`."""
+        return (z - _per_channel(self.mean, z)) * self.factor / _per_channel(self.std, z)
+
+    def invert(self, latents: Tensor) -> Tensor:
+        """Latents -> z, both `[B, C, h, w]`."""
+        return latents * _per_channel(self.std, latents) / self.factor + _per_channel(self.mean, latents)
+
+
+def _per_channel(values: float | tuple[float, ...], like: Tensor) -> float | Tensor:
+    return values if isinstance(values, float) else like.new_tensor(values)[:, None, None]
+
+
+def latent_scale(config: Mapping[str, Any], source: str) -> LatentScale:
+    """What the config of an `AutoencoderKL` says of its latents, as diffusers' pipelines apply it.
+
+    `shift_factor` is one number (Stable Diffusion 3); `latents_mean` and `latents_std` have one for each
+    channel (Stable Diffusion XL). Raises `UserError`, which names `source`, for what no pipeline could use.
+    """
+    factor, shift = config["scaling_factor"], config["shift_factor"]
+    mean, std = config["latents_mean"], config["latents_std"]
+    _require_numbers(source, "scaling_factor", factor, positive=True)
+    if mean is None and std is None:
+        _require_numbers(source, "shift_factor", shift or 0)
+        return LatentScale(float(factor), float(shift or 0), 1.0)
+    if shift:
+        raise UserError(
+            f"VAE {source}: has shift_factor = {shift} beside latents_mean and latents_std, which no "
+            f"pipeline of diffusers combines; take one of them out of its {CONFIG_FILE}"
+        )
+    _require_numbers(source, "latents_mean", mean, channels=config["latent_channels"])
+    _require_numbers(source, "latents_std", std, channels=config["latent_channels"], positive=True)
+    return LatentScale(float(factor), tuple(mean), tuple(std))
+
+
+def _require_numbers(
+    source: str, name: str, value: Any, *, channels: int | None = None, positive: bool = False
+) -> None:
+    numbers = value if channels else [value]
+    if not (
+        isinstance(numbers, list | tuple)
+        and len(numbers) == (channels or 1)
+        and all(type(n) in (int, float) and math.isfinite(n) and (n > 0 or not positive) for n in numbers)
+    ):
+        kind = "positive number" if positive else "number"
+        wanted = f"a list of {channels} {kind}s" if channels else f"a {kind}"
+        raise UserError(
+            f"VAE {source}: {name} is {json.dumps(value)} where {wanted} is wanted; correct its "
+            f"{CONFIG_FILE}, or name another VAE"
+        )
 
 
 class VAE(nn.Module):
@@ -69,8 +140,8 @@ class VAE(nn.Module):
         """Batches that `in_float32` was asked for."""
         self._encode, self._decode = self._run_encoder, self._run_decoder
         self._compiled_for: torch.Size | None = None
-        self.scaling_factor = float(model.config.scaling_factor)
-        self.shift_factor = float(model.config.shift_factor or 0.0)
+        self.latent_scale = latent_scale(model.config, id)
+        self.scaling_factor = self.latent_scale.factor
 
     @classmethod
     def from_pretrained(
@@ -79,19 +150,28 @@ class VAE(nn.Module):
         revision: str | None = None,
         device: str | torch.device = "cpu",
         precision: VAEPrecision = "float32",
+        variant: str | None = None,
+        **hub: Any,
     ) -> "VAE":
         """Load from a folder or, where there is none of that name, from the Hugging Face hub.
 
         `revision` is a branch, tag or commit on the hub; folders have none. What the hub once gave is found
-        again without a network. Raises `UserError` if neither exists or what is there is no whole VAE.
+        again without a network. `variant` is diffusers' name for another copy of the weights, such as fp16,
+        which is taken where there is one; `hub` are options of `drift.hub.download`. Raises `UserError` if
+        neither exists or what is there is no whole VAE.
         """
         source = str(source)
-        if Path(source).is_dir():
-            folder, revision = Path(source), None
-        else:
-            folder = _download(source, revision)
-            revision = folder.name  # the hub's cache names its folders by commit
-        return cls(_load(source, folder), source, revision, precision).to(device)
+        for weights in dict.fromkeys((_weights_file(variant), WEIGHTS_FILE)):
+            if Path(source).is_dir():
+                folder, commit = Path(source), None
+            else:
+                folder = _download(source, revision, weights, hub)
+                commit = folder.name  # the hub's cache names its folders by commit
+            if (folder / weights).is_file():
+                break
+        if weights == WEIGHTS_FILE:
+            variant = None
+        return cls(_load(source, folder, variant), source, commit, precision).to(device)
 
     def compile_with(self, compiler: Callable[[Callable, str], Callable]) -> None:
         """Let `compiler` (function, name -> a faster function) have both networks, for shapes that repeat.
@@ -110,7 +190,7 @@ class VAE(nn.Module):
         if self.recomputed == 1:
             tqdm.write(
                 f"note: VAE {self.id} has overflowed in {self.precision}; what is not finite is computed "
-                "again in float32 (hardware.vae_precision: float32 does so from the start)"
+                "again in float32 (precision: float32 in encode or fid does so from the start)"
             )
         return VAE(self.model, self.id, self.revision)
 
@@ -126,7 +206,8 @@ class VAE(nn.Module):
     @cached_property
     def digest(self) -> str:
         """SHA-256 of scale and weights in hexadecimal: the same wherever and in whatever file they lie."""
-        digest = hashlib.sha256(f"{self.scaling_factor} {self.shift_factor}".encode())
+        factor, mean, std = self.latent_scale
+        digest = hashlib.sha256(f"{factor} {mean}{'' if std == 1 else f' {std}'}".encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.cpu().contiguous().numpy().data)
@@ -180,30 +261,29 @@ class VAE(nn.Module):
 
     def scale(self, z: Tensor) -> Tensor:
         """What the encoder gives -> latents, whose standard deviation is about 1."""
-        return (z - self.shift_factor) * self.scaling_factor
+        return self.latent_scale.apply(z)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents `[B, C, h, w]` -> float32 images around [-1, 1], `[B, 3, H, W]`; see `to_uint8`."""
         with self._autocast():
-            return self._decode(_unscaled(self.model, latents)).float()
+            return self._decode(self.latent_scale.invert(latents.to(self.device, torch.float32))).float()
 
 
 def decode_latents(model: "AutoencoderKL", latents: Tensor) -> Tensor:
-    """Latents `[B, C, h, w]` -> images around [-1, 1], `[B, 3, H, W]`, in the precision of `model`."""
-    return model.decode(_unscaled(model, latents).to(model.dtype)).sample
+    """Latents `[B, C, h, w]` -> images around [-1, 1], `[B, 3, H, W]`, in the precision of `model`.
 
-
-def _unscaled(model: "AutoencoderKL", latents: Tensor) -> Tensor:
-    """Latents -> what the decoder takes, float32."""
-    config = model.config
-    return latents.to(model.device, torch.float32) / config.scaling_factor + (config.shift_factor or 0.0)
+    The latents must be on the device that the model computes on.
+    """
+    z = latent_scale(model.config, "of the pipeline").invert(latents.float())
+    return model.decode(z.to(model.dtype)).sample
 
 
 def known_scaling_factor(source: str | Path, revision: str | None = None) -> float | None:
     """The scaling factor of the VAE that `VAE.from_pretrained` would load, without weights or network.
 
-    From the config in the folder or the hub's cache; None if there is none that can be read.
+    From the config in the folder or the hub's cache; None if there is none that can be read. Raises
+    `UserError` if the config has something else there than a positive number.
     """
     from huggingface_hub import try_to_load_from_cache
 
@@ -217,23 +297,31 @@ def known_scaling_factor(source: str | Path, revision: str | None = None) -> flo
         config = json.loads(path.read_bytes())
     except (OSError, ValueError):  # the latter also for a path that cannot be an id on the hub
         return None
-    return float(config["scaling_factor"]) if "scaling_factor" in config else _SCALING_FACTOR
+    factor = config.get("scaling_factor", _SCALING_FACTOR)
+    _require_numbers(str(source), "scaling_factor", factor, positive=True)
+    return float(factor)
 
 
-def _download(source: str, revision: str | None) -> Path:
+def _download(source: str, revision: str | None, weights: str, options: Mapping[str, Any]) -> Path:
     """The folder of the hub's cache that holds the VAE `source`, downloaded if it is not there."""
     # Not by diffusers' own downloader, which retries for half a minute where there is no network
     return download(
         source,
         revision,
-        [CONFIG_FILE, WEIGHTS_FILE],
+        [CONFIG_FILE, weights],
         what=f"VAE {source}: is not a local folder, and",
-        way_out=f"put its {CONFIG_FILE} and {WEIGHTS_FILE} into a folder and name that",
+        way_out=f"put its {CONFIG_FILE} and {weights} into a folder and name that",
+        **options,
     )
 
 
-def _load(source: str, folder: Path) -> "AutoencoderKL":
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
+def _weights_file(variant: str | None) -> str:
+    return WEIGHTS_FILE.replace(".", f".{variant}.") if variant else WEIGHTS_FILE
+
+
+def _load(source: str, folder: Path, variant: str | None) -> "AutoencoderKL":
+    weights = _weights_file(variant)
+    for name in (CONFIG_FILE, weights):
         if not (folder / name).is_file():
             raise UserError(
                 f"VAE {source}: there is no {name} in {folder}; name a folder that holds an AutoencoderKL "
@@ -244,13 +332,15 @@ def _load(source: str, folder: Path) -> "AutoencoderKL":
     from diffusers import AutoencoderKL
 
     try:
-        model, info = AutoencoderKL.from_pretrained(
-            folder,
-            local_files_only=True,
-            use_safetensors=True,
-            low_cpu_mem_usage=False,  # needs the package accelerate otherwise
-            output_loading_info=True,
-        )
+        with _without_wrappers(folder, weights) as bare:
+            model, info = AutoencoderKL.from_pretrained(
+                bare,
+                local_files_only=True,
+                variant=variant,
+                use_safetensors=True,
+                low_cpu_mem_usage=False,  # needs the package accelerate otherwise
+                output_loading_info=True,
+            )
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
@@ -260,7 +350,24 @@ def _load(source: str, folder: Path) -> "AutoencoderKL":
     foreign = [name for kind in ("missing_keys", "unexpected_keys") for name in info[kind]]
     if foreign:
         raise UserError(
-            f"VAE {source}: {CONFIG_FILE} and {WEIGHTS_FILE} in {folder} do not belong together "
+            f"VAE {source}: {CONFIG_FILE} and {weights} in {folder} do not belong together "
             f"({len(foreign)} parameters differ, such as {min(foreign)}); fetch them again"
         )
     return model
+
+
+@contextmanager
+def _without_wrappers(folder: Path, weights: str) -> Iterator[Path]:
+    """`folder`, or a temporary copy of it if its weights have names that a wrapper has changed."""
+    try:
+        with safe_open(folder / weights, framework="pt") as file:
+            names = dict.fromkeys(file.keys())
+    except (SafetensorError, OSError):
+        names = {}  # damaged: diffusers says how
+    if without_wrappers(names).keys() == names.keys():
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as copy:
+        shutil.copyfile(folder / CONFIG_FILE, Path(copy, CONFIG_FILE))
+        save_file(without_wrappers(load_file(folder / weights)), Path(copy, weights))
+        yield Path(copy)

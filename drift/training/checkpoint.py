@@ -112,6 +112,10 @@ def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> Checkpo
             if sha256(path / _TENSORS) != state["sha256"]:
                 raise ValueError(f"{_TENSORS} is not what was written")
             tensors = load_file(path / _TENSORS, device=str(device))
+            if (
+                torch.device(device).type == "cpu"
+            ):  # each is a view of the mapped file and would keep all of it
+                tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             print(f"{path}: damaged ({error}); trying the one before", flush=True)
             continue

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from drift.data.latents import LatentReader, LatentStore, pinned
 from drift.data.queue import DirectSampling, SampleQueue, choose_classes
+from drift.errors import one_of
 from drift.field.loss import takes_triton
 from drift.field.settings import FieldSettings
 from drift.launch import Ranks
@@ -112,9 +113,9 @@ def train_generator(
     real = RealSamples(store, options, seed)
     reduce = ranks.sum if ranks.world_size > 1 else None
     objective_options = {
-        "drop_duplicates": options.duplicate_features == "drop",
+        "drop_duplicates": one_of("duplicate_features", options.duplicate_features, "keep", "drop") == "drop",
         "feature_batch": hardware.feature_batch,
-        "feature_dtype": feature_dtype(hardware.precision),
+        "feature_dtype": feature_dtype(options.precision),
         "field_impl": hardware.field_impl,
     }
     n = options.generated
@@ -158,7 +159,7 @@ def train_generator(
         """Samples of the classes of a part `[Nc, N, C, H, W]`."""
         noise, style = (place(x[part].flatten(0, 1)) for x in batch.drawn[what])
         labels, omega = (place(x[part]).repeat_interleave(n) for x in (batch.classes, batch.omega))
-        with autocast(ranks, hardware.precision):
+        with autocast(ranks, options.precision):
             return network(noise, labels, omega, style).unflatten(0, (-1, n))
 
     def samples(batch: _Batch, part: slice) -> Samples:
@@ -180,12 +181,12 @@ def train_generator(
         if len(passes) > 1 and field.normalization_scope == "batch":
             with torch.no_grad():
                 given = [samples(batch, part) for part in passes]
-            with autocast(ranks, hardware.precision):
+            with autocast(ranks, options.precision):
                 sums = step_sums(given, frozen, field, reduce=reduce, **objective_options)
         gathered, shares = [], []
         for part in passes:
             *inputs, negatives = samples(batch, part)
-            with autocast(ranks, hardware.precision):
+            with autocast(ranks, options.precision):
                 loss, statistics = drift_objective(
                     *inputs,
                     frozen,
@@ -224,7 +225,7 @@ def feature_dtype(precision: str) -> torch.dtype:
 
     Not float16, whose range gradients of single features leave.
     """
-    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float32}[precision]
 
 
 class _Batch(NamedTuple):
@@ -262,30 +263,34 @@ class RealSamples:
     """Classes, and rows of real samples, of one step after the other."""
 
     def __init__(self, store: LatentStore, options: Drift, seed: int):
-        self._options, self._seed, self._num_classes = options, seed, store.num_classes
-        if options.sampling == "queue":
-            self._sampling = SampleQueue(
-                store.labels,
-                store.num_classes,
-                per_class=options.queue_per_class,
-                global_size=options.queue_global,
-                seed=seed,
-                class_names=store.class_names,
-            )
+        self._options, self._seed = options, seed
+        self._labels, self._classes = store.labels, np.arange(store.num_classes)
+        data = {
+            "labels": store.labels,
+            "num_classes": store.num_classes,
+            "seed": seed,
+            "class_names": store.class_names,
+            "per_image": store.per_image,
+        }
+        if one_of("sampling", options.sampling, "queue", "direct") == "queue":
+            sizes = {"per_class": options.queue_per_class, "global_size": options.queue_global}
+            self._sampling = SampleQueue(**data, **sizes)
         else:
-            self._sampling = DirectSampling(store.labels, store.num_classes, seed, store.class_names)
+            self._sampling = DirectSampling(**data)
+        self._of_pushed = one_of("class_sampling", options.class_sampling, "pushed", "uniform") == "pushed"
         self._sampling.require(options.positives, options.unconditional)
 
     def draw(self, step: int, slots: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The classes of the whole step, and of the slots the rows of each class and of any."""
         options = self._options
-        self._sampling.push(step, options.queue_push)
-        classes = choose_classes(self._seed, step, options.classes_per_step, self._num_classes)
+        pushed = self._sampling.push(step, options.push_per_step)
+        candidates = self._labels[pushed] if self._of_pushed else self._classes
+        classes = choose_classes(self._seed, step, options.classes_per_step, candidates)
         rows = self._sampling.draw(step, classes, options.positives, options.unconditional, slots)
         return classes, *rows
 
     def state_after(self, steps: int) -> dict[str, Tensor]:
-        return self._sampling.state_after(steps, self._options.queue_push)
+        return self._sampling.state_after(steps, self._options.push_per_step)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self._sampling.load_state_dict(state)

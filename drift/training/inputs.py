@@ -8,13 +8,15 @@ from drift.params import Settings
 
 
 def check_latents(store: LatentStore, settings: Settings, view: str) -> None:
-    """Refuse latents of another view, size, VAE or scale than in `settings`, as far as their meta file tells.
+    """Refuse latents of another view, size, VAE, scale or precision than in `settings`, as far as their meta
+    file tells.
 
     The scale is compared where the VAE's config is on this machine, the revision where the settings name a
     commit (a branch may have moved). Raises `UserError`.
     """
     encode = settings.encode
     expected = {"view": view, "image_size": settings.data.image_size, "vae": encode.vae}
+    expected["vae_precision"] = encode.precision
     if re.fullmatch("[0-9a-f]{40}", encode.vae_revision or ""):
         expected["vae_revision"] = encode.vae_revision
     scaling_factor = known_scaling_factor(encode.vae, encode.vae_revision)

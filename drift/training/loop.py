@@ -1,7 +1,8 @@
 """The training loop that MAE and generator share: AdamW, clip, EMA, log, checkpoint, resume.
 
 Nothing in it remembers: every number that a step draws is a function of (seed, step), so a run that goes
-on from a checkpoint computes what the uninterrupted run would have, to the bit on the same machine.
+on from a checkpoint computes what the uninterrupted run would have: to the bit on a CPU, and on a GPU with
+`hardware.deterministic`; otherwise but for the rounding of sums whose order the GPU leaves open.
 """
 
 import signal
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from drift.data.prefetch import Prefetch
 from drift.errors import Stopped
 from drift.launch import Ranks
 from drift.models.ema import EMA
-from drift.params import Hardware, Optimizer
+from drift.params import ROUNDING_KEYS, Hardware, Optimizer
 from drift.signals import Asked, Signals
 from drift.sums import PairwiseSum
 from drift.training.checkpoint import load_optimizer, optimizer_tensors, save_checkpoint, shared_checkpoint
@@ -98,7 +99,7 @@ def train(
         parameters, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay, fused=True
     )
     emas = [EMA(model, decay) for decay in ema_decays]
-    scaler = torch.amp.GradScaler(ranks.device.type, enabled=hardware.precision == "float16")
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=options.precision == "float16")
     gradients = _Gradients(parameters, scaler, ranks)
 
     def state(steps: int) -> dict[str, Tensor]:
@@ -108,21 +109,26 @@ def train(
             parts["extra"] = extra.state_after(steps)
         return {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
 
-    start = 0
-    checkpoint = shared_checkpoint(folder, ranks)
-    if checkpoint is not None:
-        start = checkpoint.step
+    def resume() -> int:
+        """Steps that were taken before; a function, as the whole checkpoint is let go of when it returns."""
+        checkpoint = shared_checkpoint(folder, ranks)
+        if checkpoint is None:
+            return 0
         model.load_state_dict(checkpoint.require("model", model.state_dict()))
         for i, ema in enumerate(emas):
             ema.load_state_dict(checkpoint.require(f"ema_{i}", ema.state_dict()))
         load_optimizer(optimizer, checkpoint.part("optimizer"))
         if extra is not None:
-            extra.load_state_dict(checkpoint.require("extra", extra.state_after(start)))
+            extra.load_state_dict(checkpoint.require("extra", extra.state_after(checkpoint.step)))
         if checkpoint.state["scaler"]:  # empty if it was not in use
             scaler.load_state_dict(checkpoint.state["scaler"])
         if ranks.first:
-            print(f"{what}: going on from step {start} ({checkpoint.path})", flush=True)
+            print(f"{what}: going on from step {checkpoint.step} ({checkpoint.path})", flush=True)
+            _tell_of_rounding(what, checkpoint.state.get("rounding", rounding), rounding)
+        return checkpoint.step
 
+    rounding = _what_rounds(hardware, ranks)
+    start = resume()
     log = RunLog(folder / LOG_FILE, what=what, steps=options.steps, start=start, active=ranks.first)
     first_bad = torch.full((), -1, dtype=torch.int64, device=ranks.device)
     with (
@@ -169,7 +175,7 @@ def train(
                         folder,
                         step + 1,
                         state(step + 1),
-                        {"scaler": scaler.state_dict()},
+                        {"scaler": scaler.state_dict(), "rounding": rounding},
                         keep_every=hardware.checkpoint_keep_every,
                     )
             if asked.stop and not last:
@@ -270,6 +276,28 @@ class _Gradients:
             buckets[-1].append(index)
             room -= size
         return buckets
+
+
+def _what_rounds(hardware: Hardware, ranks: Ranks) -> dict[str, Any]:
+    """By name, what decides how the numbers of a step are rounded, and nothing else of them."""
+    settings = {f"hardware.{key}": getattr(hardware, key) for key in ROUNDING_KEYS}
+    return {
+        **settings,
+        "processes": ranks.world_size,
+        "device": ranks.device.type,
+        "torch": torch.__version__,
+    }
+
+
+def _tell_of_rounding(what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Tell rather than start over: a result of other rounding is as good, and the change may be wanted."""
+    changes = [f"{key} was {before.get(key)} and is {now[key]}" for key in now if before.get(key) != now[key]]
+    if changes:
+        print(
+            f"{what}: {', '.join(changes)}: the result will differ by rounding from that of a run without a "
+            "change",
+            flush=True,
+        )
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

@@ -1,8 +1,17 @@
-"""Training of the latent-MAE (paper A.3): masked reconstruction, then a short phase with a class loss."""
+"""Training of the latent-MAE (paper A.3): masked reconstruction, then a short phase with a class loss.
+
+Wherever a masked error is shown (log, plots, `drift inspect mae`), it is the term of the loss: the squared
+error per masked position, summed over channels. A network that knows only the mean of each of C channels of
+variance one has an error of C.
+
+Golden numbers hold this loss and the drifting loss. None holds `negatives: second_batch` (literal loops in
+float64 do), a step taken in parts (it must agree with the whole), the optimizer and the EMA (tested against
+PyTorch and a closed form), and the losses of `drift.training.standins`, which are this project's own.
+"""
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +58,27 @@ def class_share(step: int, options: Mae) -> float:
     into = step - (options.steps - options.finetune_steps)
     if into < 0:
         return 0.0
-    return options.finetune_weight * min(1.0, (into + 1) / max(1, options.finetune_ramp_steps))
+    ramp = options.finetune_ramp_steps
+    return options.finetune_weight * (min(1.0, into / ramp) if ramp else 1.0)
+
+
+def mae_loss(
+    network: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    latents: Tensor,
+    mask: Tensor,
+    labels: Tensor,
+    share: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The training loss, a mean over samples, its reconstruction term, and the logits of the class head.
+
+        loss = share * cross entropy + (1 - share) * masked error
+
+    `network` is a `LatentMAE`, `labels` are `[B]`; see `LatentMAE.forward` for the masked error.
+    """
+    per_sample, logits = network(latents, mask)
+    reconstruction = per_sample.mean()
+    loss = share * F.cross_entropy(logits, labels) + (1 - share) * reconstruction
+    return loss, reconstruction, logits
 
 
 def train_mae(
@@ -57,9 +86,9 @@ def train_mae(
 ) -> tuple[LatentMAE, list[EMA]]:
     """Train a LatentMAE on `store`, going on from the checkpoint in `folder` if there is one.
 
-    Each step minimises `lambda * cross entropy + (1 - lambda) * masked L2`. The statistics are of the whole
-    batch: `loss`, `reconstruction` (masked L2 per element) and `accuracy` of the class head, which learns
-    nothing while lambda is 0. With `options.held_out`, `held_out` is the reconstruction of images that are
+    Each step minimises `mae_loss` with the share of `class_share`. The statistics are of the whole batch:
+    `loss`, `reconstruction` (the masked error) and `accuracy` of the class head, which learns nothing while
+    that share is 0. With `options.held_out`, `held_out` is the reconstruction of images that are
     never trained on, by the EMA weights. Raises `UserError` if the batch does not split over the processes,
     or nothing is left to train on.
     """
@@ -88,10 +117,10 @@ def train_mae(
         sums = PairwiseSum()
         for part in parts(len(labels), hardware.mae_micro_batch):
             wanted, hidden = (x[part].to(ranks.device, non_blocking=True) for x in (labels, mask))
-            with autocast(ranks, hardware.precision):
-                per_sample, logits = network(reader.place(latents[part]), hidden)
-                reconstruction, entropy = per_sample.mean(), F.cross_entropy(logits, wanted)
-            loss = share * entropy + (1 - share) * reconstruction
+            with autocast(ranks, options.precision):
+                loss, reconstruction, logits = mae_loss(
+                    network, reader.place(latents[part]), hidden, wanted, share
+                )
             backward(len(wanted) * loss, last=part.stop == len(labels))
             correct = (logits.argmax(1) == wanted).float().mean()
             sums.add([len(wanted) * torch.stack([loss.detach(), reconstruction.detach(), correct])])
@@ -133,7 +162,7 @@ def masked_error(
     hardware: Hardware,
     ranks: Ranks,
 ) -> Tensor:
-    """Mean masked L2 per element, a scalar, of `rows` of the latents, by `model` with `weights`.
+    """Mean over `rows` of the latents of the masked error, a scalar, by `model` with `weights`.
 
     Each row has the same mask every time and whichever process sees it.
     """
@@ -146,7 +175,7 @@ def masked_error(
             draw_mask((1, *grid), options.mask_ratio, torch_generator(seed, "mae/held_out", int(row)))
             for row in mine[part]
         ]
-        with autocast(ranks, hardware.precision):
+        with autocast(ranks, options.precision):
             per_sample, _ = functional_call(
                 model, dict(weights), (latents, torch.cat(masks).to(ranks.device))
             )

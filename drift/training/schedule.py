@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from drift.errors import one_of
+
 
 def learning_rate(
     step: int,
@@ -19,9 +21,10 @@ def learning_rate(
 
     `schedule` is `constant` or `cosine`; the cosine ends at `final_share * peak` after the last step.
     """
+    constant = one_of("schedule", schedule, "constant", "cosine") == "constant"
     if step < warmup_steps:
         return warmup_start + (peak - warmup_start) * step / warmup_steps
-    if schedule == "constant":
+    if constant:
         return peak
     done = (step - warmup_steps) / max(1, steps - warmup_steps)
     return peak * (final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * done)))

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from drift.data.images import augmented_view, center_view, open_images
 from drift.errors import UserError
-from drift.files import check_writable, replace_folder
+from drift.files import check_output, replace_folder
 from drift.launch import run_stage
 from drift.models.classifier import ClassifierConfig, ImageClassifier
 from drift.models.vae import VAE, to_float
@@ -171,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         steps = args.steps
     if steps < 1:
         raise UserError(f"--steps {steps}: give at least 1")
-    check_writable(args.out.parent)
+    check_output(args.out)
     model, _ = train(steps, args.seed)
     unfinished = args.out.with_name(f".{args.out.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,6 +1,8 @@
 import errno
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from complaints import complaint
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile
 from scipy.stats import ks_2samp
 from sklearn.datasets import load_digits
 
@@ -17,6 +19,8 @@ from drift.errors import UserError
 from drift.torchvision_shim import ensure_torchvision
 
 ensure_torchvision()
+from torchvision.datasets import ImageFolder  # noqa: E402
+from torchvision.datasets.folder import IMG_EXTENSIONS  # noqa: E402
 from torchvision.transforms import RandomResizedCrop  # noqa: E402
 
 
@@ -93,6 +97,74 @@ def test_folder_lists_in_the_order_of_names(root):
     assert source.labels.tolist() == [0, 0] + [1] * 8 and source.labels.dtype == np.int64
 
 
+def test_folder_has_the_samples_of_torchvisions_image_folder(tmp_path):
+    """Files in folders below a class (as Tiny ImageNet has them) or in linked ones, with all its suffixes."""
+    names = [
+        "ant/1.jpg", "ant/10.jpg", "ant/2.JPG",
+        "ant/images/0.png", "ant/images/deep/0.png", "ant/images-b/0.png",
+        "ant/notes.txt", "Bee/0.gif", "Bee/0.png", "Bee/\ue000.png", "Bee/\udcff.png", "Bee/\U0001f41d.png",
+        "10/0.png", "9/0.png", "9/folder.png/0.png", "caf\u00e9/0.png", "cafe\u0301/0.png",
+    ]  # fmt: skip
+    names += [f"suffixes/{number}{suffix}" for number, suffix in enumerate(IMG_EXTENSIONS)]
+    for name in names:
+        (tmp_path / "val" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "val" / name).write_bytes(b"x")
+    (tmp_path / "val/9/linked").symlink_to(tmp_path / "val/ant/images", target_is_directory=True)
+    theirs = ImageFolder(str(tmp_path / "val"))
+    ours = images.open_images("folder", str(tmp_path), "val", len(theirs.classes))
+    assert ours.class_names == theirs.classes
+    found = [(ours.name(i), ours.labels[i]) for i in range(len(ours))]
+    assert found == theirs.samples and len(found) == len(names) - 2 + 2
+    assert images.ImageFiles(tmp_path / "val")._names == sorted(
+        (os.path.relpath(path, tmp_path / "val") for path, _ in theirs.samples), key=os.path.split
+    )
+
+
+def test_files_passed_over_are_counted(root):
+    bees = root / "val" / "bees"
+    for name in ("x.gif", "y.GIF", "z"):
+        (bees / name).touch()
+    found = images.open_images("folder", str(root), "val", 2).passed_over
+    assert found.startswith(f"{root}/val: 7 other files passed over: ") and "; images end in .jpg, " in found
+    for kind in ("2 hidden", "2 .gif", "2 .txt", "1 without a suffix"):
+        assert kind in found
+    assert images.ImageFiles(bees).passed_over.startswith(f"{bees}: 5 other files passed over: 2 .gif, ")
+    for path in bees.iterdir():
+        path.rename(path.with_name(f"{path.name}.gif"))
+    told = complaint(lambda: images.open_images("folder", str(root), "val", 2))
+    assert "bees: a class without images" in told and "12 .gif" in told and ".tiff, .webp" in told
+
+
+def test_a_link_in_a_circle_is_refused(root):
+    (root / "val" / "ants" / "again").symlink_to(root / "val", target_is_directory=True)
+    for read in (lambda: images.open_images("folder", str(root), "val", 2), lambda: images.ImageFiles(root)):
+        assert "val/ants/again: a link to a folder that it is in" in complaint(read)
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "told"),
+    [
+        ("0 1 10 2", "00 01 02 10", "label 0 is '00' in val (4 classes), but '0' in train (4 classes)"),
+        ("ant bee", "ant wasp", "label 1 is 'wasp' in val (2 classes), but 'bee' in train (2 classes)"),
+        ("ant bee cat", "ant bee", "label 2 is no such class in val (2 classes), but 'cat' in train (3"),
+        ("ant", "ant bee", "label 1 is 'bee' in val (2 classes), but no such class in train (1"),
+        ("caf\u00e9", "cafe\u0301", r"label 0 is 'cafe\u0301' in val (1 classes), but 'caf\xe9' in train"),
+        ("ant bee", "bee ant", None),
+    ],
+)
+def test_splits_with_other_class_names_are_refused(tmp_path, train, val, told):
+    for split, names in (("train", train), ("val", val)):
+        for name in names.split():
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (4, 4)).save(tmp_path / split / name / "0.png")
+    if told is None:
+        images.open_images("folder", str(tmp_path), "val", len(val.split()))
+    else:
+        message = complaint(lambda: images.open_images("folder", str(tmp_path), "val", len(val.split())))
+        assert told in message and str(tmp_path) in message
+    images.open_images("folder", str(tmp_path), "train", len(train.split()))
+
+
 def test_folder_decodes_every_kind_of_file_to_rgb_as_stored(root):
     source = images.open_images("folder", str(root), "val", 2)
     for i in range(len(source)):
@@ -141,19 +213,66 @@ def test_folder_decodes_colours_as_stored(tmp_path, suffix, save):
     assert np.abs(decoded - pixels)[inside].max() <= (12 if suffix == ".jpeg" else 0)
 
 
+@pytest.mark.parametrize(
+    ("suffix", "dtype"), [(".png", "<u2"), (".pgm", "<i4"), (".tif", "<u2"), (".tiff", ">u2")]
+)
+def test_grey_of_16_bits_keeps_its_high_byte(tmp_path, suffix, dtype):
+    levels = np.arange(0, 65536, 257)[:, None].repeat(3, 1)
+    Image.fromarray(levels.astype(dtype)).save(tmp_path / f"x{suffix}")
+    decoded = np.asarray(images.load_rgb(tmp_path / f"x{suffix}"))
+    assert (decoded == (levels // 256)[..., None]).all()
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_grey_of_32_bits_is_not_clipped_but_refused(tmp_path, dtype):
+    Image.fromarray(np.full((4, 4), 200, dtype)).save(tmp_path / "x.tif")
+    with pytest.raises(images.BadImage, match=r"x\.tif: does not decode \(grey of 32 bits"):
+        images.load_rgb(tmp_path / "x.tif")
+
+
+def test_an_image_that_is_too_large_is_refused_by_its_header(tmp_path, monkeypatch):
+    path = tmp_path / "x.png"
+    Image.new("1", (12_000, 9_000)).save(path)
+    with monkeypatch.context() as patched:
+        patched.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+        with pytest.raises(images.BadImage, match=r"x\.png: .*12000x9000 pixels, more than 89478485") as told:
+            images.load_rgb(path)
+    assert "\n" not in str(told.value)
+    with path.open("ab") as file:
+        file.truncate(2**30)
+    with pytest.raises(images.BadImage, match=r"x\.png: does not decode \(1073741824 bytes, more than"):
+        images.load_rgb(path)
+    path.write_bytes(b"")
+    with pytest.raises(images.BadImage, match=r"x\.png: does not decode \(an empty file\); repair or remove"):
+        images.load_rgb(path)
+
+
+def test_want_of_memory_is_no_damage(root, monkeypatch):
+    def refuse(file):
+        raise MemoryError
+
+    monkeypatch.setattr(Image, "open", refuse)
+    source = images.open_images("folder", str(root), "val", 2)
+    with pytest.raises(
+        UserError, match=r"ants/B\.jpeg: no memory to decode it; lower hardware.workers"
+    ) as told:
+        source.load(0)
+    assert not isinstance(told.value, images.BadImage)
+
+
 def test_an_image_that_cannot_be_read_is_told_from_one_that_does_not_decode(root, monkeypatch):
     source = images.open_images("folder", str(root), "val", 2)
     (root / "val" / "ants" / "B.jpeg").write_bytes(b"no image")
-    with pytest.raises(UnidentifiedImageError, match=r"^of no known image format$"):
-        source.load(0)
+    told = complaint(lambda: source.load(0))
+    assert told.startswith(f"{root}/val/ants/B.jpeg: does not decode (of no known image format); repair")
     (root / "val" / "ants" / "z.Jpg").unlink()
     told = complaint(lambda: source.load(1))
     assert told.startswith(f"{root}/val/ants/z.Jpg: cannot be read (No such file or directory); run again")
 
-    def refuse(path):
+    def refuse(path, mode):
         raise OSError(errno.ESTALE, "Stale file handle")
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     assert "a_cmyk.JPEG: cannot be read (Stale file handle)" in complaint(lambda: source.load(2))
 
 
@@ -267,6 +386,53 @@ def test_center_view_is_halving_bicubic_and_central_crop(width, height, size, ha
     view = images.center_view(image, size)
     assert view.shape == (size, size, 3) and view.dtype == np.uint8
     assert np.abs(view - expected).max() <= 1 + halvings  # 8-bit rounding after each resize
+
+
+def whole_then_cut(image: Image.Image, size: int) -> np.ndarray:
+    """ADM's center_crop_arr, which the release took over: the whole picture is resized before it is cut."""
+    while min(*image.size) >= 2 * size:
+        image = image.resize(tuple(side // 2 for side in image.size), resample=Image.Resampling.BOX)
+    scale = size / min(*image.size)
+    image = image.resize(tuple(round(side * scale) for side in image.size), resample=Image.Resampling.BICUBIC)
+    pixels = np.array(image)
+    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    return pixels[top : top + size, left : left + size]
+
+
+@pytest.mark.parametrize(("width", "height"), [(500, 333), (97, 31), (31, 490), (33, 520), (8, 8), (3, 47)])
+def test_center_view_is_the_releases_to_the_bit(width, height):
+    image = noise_image(width, height)
+    assert np.array_equal(images.center_view(image, 32), whole_then_cut(image, 32))
+
+
+@pytest.mark.parametrize(
+    ("width", "height"), [(1, 2000), (2001, 3), (31, 999), (40, 5000), (4001, 97), (1, 1)]
+)
+def test_center_view_of_a_narrow_image_is_the_releases_within_rounding(width, height):
+    image = smooth_image(width, height)
+    difference = np.abs(images.center_view(image, 32).astype(int) - whole_then_cut(image, 32))
+    assert difference.max() <= 1 and (difference > 0).mean() < 0.01
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to measure")
+@pytest.mark.parametrize("shape", ["1, 2000", "2000, 1"])
+def test_center_view_of_a_narrow_image_takes_little_memory(shape):
+    program = f"""
+import re
+from pathlib import Path
+from PIL import Image
+from drift.data.images import center_view
+
+def peak():
+    return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
+
+center_view(Image.new("RGB", (300, 300)), 256)
+before = peak()
+center_view(Image.new("RGB", ({shape})), 256)
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 20_000  # KiB; the whole would be 512 000 x 256 pixels
 
 
 def test_center_view_of_a_square_of_the_right_size_is_the_image():

@@ -176,15 +176,30 @@ def test_latents_that_do_not_fit_onto_the_device_are_one_line(folder, monkeypatc
     ],
 )
 def test_rows_of_an_image(tmp_path, arrays, meta, per_image):
-    write_latents(tmp_path, "train", *arrays, meta)
+    latents, labels = arrays
+    write_latents(tmp_path, "train", latents, np.repeat(labels[::per_image], per_image), meta)
     assert LatentStore.open(tmp_path).per_image == per_image
 
 
-def test_rows_of_an_image_that_contradict_the_number_of_images_are_one_line(tmp_path, arrays):
-    write_latents(tmp_path, "train", *arrays, {"view": "augmented", "crops": 4, "images": 7})
-    assert "train_meta.json: 7 images of 4 rows each are not the 24 latents beside it; rerun" in complaint(
-        lambda: LatentStore.open(tmp_path).per_image
-    )
+@pytest.mark.parametrize(
+    ("meta", "message"),
+    [
+        (
+            {"view": "augmented", "crops": 4, "images": 7},
+            "7 images of 4 rows each are not the 24 latents beside",
+        ),
+        ({"view": "augmented", "crops": 7}, "3 images of 7 rows each are not the 24 latents beside it"),
+        (
+            {"view": "center", "mirror": True},
+            "the labels of the 2 rows of an image differ; rerun",
+        ),
+        ({"view": "centre"}, "view is 'centre', neither center nor augmented"),
+    ],
+)
+def test_rows_of_an_image_that_cannot_be_are_one_line(tmp_path, arrays, meta, message):
+    latents, _ = arrays
+    write_latents(tmp_path, "train", latents, np.arange(len(latents)) % 5, meta)
+    assert f"train_meta.json: {message}" in complaint(lambda: LatentStore.open(tmp_path).per_image)
 
 
 def test_files_of_the_prior_need_nothing_in_their_meta(folder):

@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 
+from drift.evaluation.reference import Peers
 from drift.torchvision_shim import ensure_torchvision
 
 
@@ -60,6 +61,11 @@ def random_port():
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
     return network.eval()
+
+
+def peers_of(rank, world_size, all_reduce_sum):
+    """For `work` of `run_ranks`, where a sum makes everybody wait."""
+    return Peers(rank, world_size, all_reduce_sum, wait=lambda: all_reduce_sum(torch.zeros(())))
 
 
 def run_ranks(world_size, work):

@@ -1,9 +1,9 @@
 import http.server
+import io
 import socket
 import threading
 import time
 from hashlib import sha256
-from pathlib import Path
 
 import pytest
 import torch
@@ -113,13 +113,30 @@ def test_a_damaged_file_is_named_and_kept(server, tmp_path):
     assert path.read_bytes() == CONTENT[:100]
 
 
-def test_inception_is_looked_for_where_cleanfid_looks(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", ["unreadable", "cut short"])
+def test_a_file_in_the_way_names_the_setting_that_goes_round_it(tmp_path, monkeypatch, page):
+    """Of another user, or cut short; whoever meets it may not be allowed to delete it."""
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    path = tmp_path / "checkpoints/inception-2015-12-05.pt"
+    path.parent.mkdir()
+    if page == "cut short":
+        path.write_bytes(b"PK")
+    else:
+        path.symlink_to(path)  # which not even root can open, as it can any file of mode 0600
+    with pytest.raises(UserError, match=r"name a copy of Inception's weights in fid\.inception") as error:
+        check_feature_network("inception", "clean")
+    assert str(path) in one_line(error)
+
+
+def test_inception_is_kept_in_a_cache_of_the_user(tmp_path, monkeypatch):
+    """Not in clean-fid's /tmp, where another user's file may be in the way."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     url, path, _ = features._inception_file("clean")
-    assert path == Path("/tmp/inception-2015-12-05.pt")
+    assert path == tmp_path / "hub" / "checkpoints" / "inception-2015-12-05.pt"
     assert url.startswith("https://") and url.endswith(path.name)
     url, path, digest = features._inception_file("legacy_pytorch")
-    assert path == tmp_path / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth"
+    assert path == tmp_path / "hub" / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth"
     assert url.endswith(path.name) and digest in path.name
 
 
@@ -133,18 +150,18 @@ def test_unknown_networks_are_refused(tmp_path):
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize("mode", ["clean", "legacy_tensorflow"])
 def test_inception_goes_through_cleanfid(tmp_path, monkeypatch, images, mode, capsys):
-    # On Windows clean-fid looks in the working directory, so there a stand-in can be put
-    monkeypatch.setattr(features.platform, "system", lambda: "Windows")
-    monkeypatch.chdir(tmp_path)
-    save_inception("inception-2015-12-05.pt")
-    digest = sha256(Path("inception-2015-12-05.pt").read_bytes()).hexdigest()
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    path = tmp_path / "checkpoints/inception-2015-12-05.pt"
+    path.parent.mkdir()
+    save_inception(path)
+    digest = sha256(path.read_bytes()).hexdigest()
     monkeypatch.setitem(features._INCEPTION_DIGESTS, mode, digest)
 
     network = load_feature_network("inception", mode)
     assert (network.name, network.dimension, network.published) == ("inception", 2048, True)
     assert not capsys.readouterr().out
     found = network(images)
-    script = torch.jit.load("inception-2015-12-05.pt")
+    script = torch.jit.load(path)
     if mode == "legacy_tensorflow":
         pixels = images.permute(0, 3, 1, 2).float()
         expected = script(pixels, return_features=True)
@@ -173,16 +190,24 @@ def test_a_local_copy_of_inception_and_what_is_not_the_published_file(tmp_path, 
     assert other.digest != network.digest
     with pytest.raises(UserError, match=r"fid\.inception = .*gone\.pt: there is no such file"):
         load_feature_network("inception", "clean", inception=str(tmp_path / "gone.pt"))
-    (tmp_path / "bad.pt").write_bytes(b"no network")
-    for mode in ("clean", "legacy_pytorch"):
-        with pytest.raises(UserError, match=r"bad\.pt: damaged, or not Inception"):
-            load_feature_network("inception", mode, inception=str(tmp_path / "bad.pt"))
+    (tmp_path / "folder.pt").mkdir()
+    with pytest.raises(UserError, match=r"fid\.inception = .*folder\.pt: cannot be read \(Is a directory"):
+        load_feature_network("inception", "clean", inception=str(tmp_path / "folder.pt"))
+    old = io.BytesIO()  # the published file of pytorch-fid is of this format
+    torch.save({"fc.weight": torch.zeros(3)}, old, _use_new_zipfile_serialization=False)
+    for content in (b"no network", b"", old.getvalue()[:1], old.getvalue()[:100]):
+        (tmp_path / "bad.pt").write_bytes(content)
+        for mode in ("clean", "legacy_pytorch"):
+            with pytest.raises(UserError, match=r"fid\.inception = .*bad\.pt: damaged, or not Inception"):
+                load_feature_network("inception", mode, inception=str(tmp_path / "bad.pt"))
 
 
-def test_the_pytorch_port_is_cleanfids(tmp_path, images):
+@pytest.mark.parametrize("prefix", ["", "module._orig_mod."])
+def test_the_pytorch_port_is_cleanfids(tmp_path, images, prefix):
     """Against the whole network with the same random weights, its last layer included."""
     whole = random_port()
-    torch.save(whole.state_dict(), tmp_path / "port.pth")
+    weights = {prefix + name: tensor for name, tensor in whole.state_dict().items()}
+    torch.save(weights, tmp_path / "port.pth")
     network = load_feature_network("inception", "legacy_pytorch", inception=str(tmp_path / "port.pth"))
     with torch.no_grad():
         pixels = F.interpolate(

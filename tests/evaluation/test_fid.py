@@ -8,7 +8,7 @@ import pytest
 import torch
 from painting import CLASSES, Decoder, Painter, Source, flat, pixel_network
 from PIL import Image
-from standins import random_port, run_ranks, save_inception
+from standins import peers_of, random_port, run_ranks, save_inception
 from torch_fidelity_shim import calculate_precision_recall_full, isc_features_to_metric
 
 from drift.data.images import ImageFiles
@@ -17,9 +17,9 @@ from drift.evaluation.features import load_feature_network
 from drift.evaluation.fid import METRICS, Samples, best_entry, evaluate_sweep, sweep_summary, write_sweep_csv
 from drift.evaluation.metrics import kernel_distance
 from drift.evaluation.moments import frechet_distance
-from drift.evaluation.reference import FeatureStatistics, Peers, Reference, measure_images
+from drift.evaluation.reference import FeatureStatistics, Reference, measure_images
 from drift.evaluation.sample import ImageDecoder, balanced_labels, sample_images
-from drift.seeds import derive_seed
+from drift.seeds import derive_seed, numpy_generator
 
 from cleanfid import inception_pytorch  # isort: skip  (after the shim, as it imports torchvision)
 
@@ -59,7 +59,8 @@ def test_sweep_is_what_its_images_give(network, reference, tmp_path):
         assert entry["fid"] == pytest.approx(expected, rel=1e-6)
         logits = -np.abs(pixels.mean(1, keepdims=True) - [40, 120, 200])
         assert entry["accuracy"] == pytest.approx((logits.argmax(1) == labels).mean())
-        score = isc_features_to_metric(torch.from_numpy(logits), shuffle=False)
+        order = numpy_generator(5, "fid/inception_score").permutation(60)
+        score = isc_features_to_metric(torch.from_numpy(logits[order]), shuffle=False)
         assert entry["inception_score"] == pytest.approx(score["inception_score_mean"], rel=1e-6)
         assert entry["inception_score_std"] == pytest.approx(score["inception_score_std"], rel=1e-5, abs=1e-9)
         precision, recall = calculate_precision_recall_full(
@@ -86,7 +87,7 @@ def test_ranks_and_batches_do_not_change_the_sweep(network, reference, tmp_path,
             png=tmp_path / "png",
             writers=2,
             batch_size=batch_size,
-            peers=Peers(rank, world_size, all_reduce_sum),
+            peers=peers_of(rank, world_size, all_reduce_sum),
         )
 
     results = run_ranks(world_size, work)
@@ -236,7 +237,7 @@ def test_the_samples_of_the_whole_sweep_are_counted(network, reference, tmp_path
                 metrics=(),
                 finished=[{"omega": 1.0, "ema_decay": 0.9, "fid": 1.0}],
                 on_images=seen[rank].append,
-                peers=Peers(rank, world_size, all_reduce_sum),
+                peers=peers_of(rank, world_size, all_reduce_sum),
             )
 
         run_ranks(world_size, work)

@@ -8,7 +8,7 @@ from torch_fidelity_shim import calculate_precision_recall_full, isc_features_to
 
 from drift.evaluation.metrics import InceptionScore, kernel_distance, precision_recall
 from drift.evaluation.moments import alone
-from drift.seeds import derive_seed
+from drift.seeds import derive_seed, numpy_generator
 
 
 def sets(seed=0, n=300, m=250, dimension=5):
@@ -21,10 +21,11 @@ def sets(seed=0, n=300, m=250, dimension=5):
 @pytest.mark.parametrize("count", [100, 137])
 def test_inception_score_is_torch_fidelitys(count):
     logits = 3 * torch.randn(count, 7, generator=torch.Generator().manual_seed(0))
-    expected = isc_features_to_metric(logits, splits=10, shuffle=False)
+    order = numpy_generator(3, "fid/inception_score").permutation(count)
+    expected = isc_features_to_metric(logits[order], splits=10, shuffle=False)
 
     def work(rank, all_reduce_sum):
-        score = InceptionScore(count, 7)
+        score = InceptionScore(count, 7, seed=3)
         for part in (
             torch.randperm(count, generator=torch.Generator().manual_seed(1))[rank::3].contiguous().split(13)
         ):
@@ -37,12 +38,16 @@ def test_inception_score_is_torch_fidelitys(count):
 
 
 def test_inception_score_of_what_is_known():
-    """Every class as often and for sure: their number; always the same answer: 1."""
-    sure = 1000 * torch.eye(5).repeat(40, 1)
-    score = InceptionScore(200, 5)
-    score.update(torch.arange(200), sure)
-    assert score.compute(alone) == (pytest.approx(5), pytest.approx(0, abs=1e-9))
-    score = InceptionScore(200, 5)
+    """Every class as often and for sure: nearly their number, in whatever order; always one answer: 1."""
+    labels = np.repeat(np.arange(50), 200)  # class after class, as the files of a folder
+    sure = 1000 * torch.eye(50)[labels]
+    shuffled = isc_features_to_metric(sure, splits=10, shuffle=True)["inception_score_mean"]
+    assert 48 < shuffled < 50
+    for order in (np.arange(10_000), np.arange(10_000).reshape(50, 200).T.reshape(-1)):
+        score = InceptionScore(10_000, 50, seed=0)
+        score.update(torch.arange(10_000), sure[order])
+        assert score.compute(alone)[0] == pytest.approx(shuffled, rel=0.01)
+    score = InceptionScore(200, 50, seed=0)
     score.update(torch.arange(200), sure[:1].expand(200, -1))
     assert score.compute(alone)[0] == pytest.approx(1)
 
@@ -75,7 +80,7 @@ def test_precision_and_recall_are_torch_fidelitys(seed, monkeypatch):
     generated, real = sets(seed)
     expected = calculate_precision_recall_full(*(torch.from_numpy(x).double() for x in (generated, real)), 3)
     monkeypatch.setattr("drift.evaluation.metrics.BLOCK", 64)  # several blocks
-    found = precision_recall(generated, real, images=10_000)
+    found = precision_recall(generated, real, images=10_000, seed=0)
     assert found == pytest.approx(expected, abs=1e-6)
     assert 0.2 < found[1] < found[0] < 1
 
@@ -93,5 +98,27 @@ def test_precision_and_recall_by_a_loop():
                     break
         return count / len(points)
 
-    expected = covered(generated[:25], real[:25]), covered(real[:25], generated[:25])
-    assert precision_recall(generated, real, images=25) == pytest.approx(expected)
+    some, others = (
+        rows[numpy_generator(7, "fid/precision_recall", name).permutation(len(rows))[:25]]
+        for name, rows in (("generated", generated), ("real", real))
+    )
+    expected = covered(some, others), covered(others, some)
+    assert precision_recall(generated, real, images=25, seed=7) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("sorted_by_class", ["real", "generated", "both"])
+def test_a_part_of_sets_that_are_sorted_by_class_is_of_all_classes(sorted_by_class):
+    """A perfect generator of 50 classes: the first thousand images of each side would have precision 0.2."""
+    rng = np.random.default_rng(0)
+    centres, labels = 10 * rng.standard_normal((50, 8)), np.repeat(np.arange(50), 100)
+    generated, real = (centres[labels] + rng.standard_normal((5000, 8)) for _ in range(2))
+    some = rng.permutation(5000)[:1000]
+    expected = calculate_precision_recall_full(*(torch.from_numpy(x[some]) for x in (generated, real)), 3)
+    assert min(expected) > 0.7
+    in_turn = np.arange(5000).reshape(50, 100).T.reshape(-1)
+    if sorted_by_class == "real":
+        generated = generated[in_turn]
+    elif sorted_by_class == "generated":
+        real = real[in_turn]
+    found = precision_recall(generated, real, images=1000, seed=0)
+    assert found == pytest.approx(expected, abs=0.06)

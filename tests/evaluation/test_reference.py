@@ -1,15 +1,17 @@
 import itertools
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from painting import Source, flat, pixel_network
 from PIL import Image
-from standins import run_ranks
+from processes import in_processes
+from standins import peers_of, run_ranks
 
-from drift.data.images import ImageFiles, open_images
+from drift.data import images as image_module
+from drift.data.images import BadImage, ImageFiles, center_view, open_images
 from drift.errors import UserError
 from drift.evaluation import reference as module
 from drift.evaluation.moments import trace_by_eigenvalues
@@ -23,6 +25,7 @@ from drift.evaluation.reference import (
     self_test,
 )
 from drift.evaluation.store import FeatureStore
+from drift.launch import Ranks
 
 REAL = {"image_size": 4, "batch_size": 7}
 
@@ -60,7 +63,7 @@ def test_ranks_share_the_real_images(network, tmp_path):
     sources = [Source(50, seed=0) for _ in range(3)]
 
     def work(rank, all_reduce_sum):
-        peers = Peers(rank, 3, all_reduce_sum)
+        peers = peers_of(rank, 3, all_reduce_sum)
         return measure_images(sources[rank], network, tmp_path / "shared", peers=peers, **REAL)
 
     for found in run_ranks(3, work):
@@ -76,7 +79,7 @@ def test_ranks_that_come_late_find_their_share(network, tmp_path, monkeypatch):
 
     def work(rank, all_reduce_sum):
         measured = measure_images(
-            sources[rank], network, tmp_path, peers=Peers(rank, 2, all_reduce_sum), **REAL
+            sources[rank], network, tmp_path, peers=peers_of(rank, 2, all_reduce_sum), **REAL
         )
         return measured.features[:]
 
@@ -104,6 +107,10 @@ def test_a_reference_is_measured_once_for_what_it_depends_on(network, tmp_path, 
     assert loaded(seed=3) == 0  # all of them are taken, whatever the seed
     assert loaded(digest="other") == loaded(network="other") == loaded(image_size=3) == 50
     assert loaded(images=20) == 20
+    with monkeypatch.context() as patched:
+        patched.setattr(image_module, "center_view", lambda image, size: center_view(image, size)[::-1])
+        assert loaded() == 50
+    assert loaded() == 0
     monkeypatch.setattr(module, "version", lambda package: "another")
     assert loaded() == 50
 
@@ -128,8 +135,105 @@ def test_what_was_interrupted_goes_on(network, tmp_path):
     assert np.array_equal(found.statistics.covariance, whole.statistics.covariance)
 
 
-def test_another_run_that_measures_the_same_is_waited_for(network, tmp_path, capsys):
-    entered, go = threading.Event(), threading.Event()
+@pytest.fixture
+def damaged(tmp_path):
+    """Twelve images in a folder, of which one is cut short, one is empty, and one is a text."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (12, 4, 4, 3), dtype=np.uint8)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{i:02d}.png")
+    whole = (folder / "03.png").read_bytes()
+    for name, content in (("03", whole[: len(whole) // 2]), ("07", b""), ("09", b"no image")):
+        (folder / f"{name}.png").write_bytes(content)
+    return folder, pixels[[0, 1, 2, 4, 5, 6, 8, 10, 11]]
+
+
+def test_images_that_do_not_decode_are_told_together(network, damaged, tmp_path):
+    folder, _ = damaged
+    with pytest.raises(UserError) as told:
+        measure_images(ImageFiles(folder), network, tmp_path / "cache", **REAL)
+    message = str(told.value)
+    assert message.startswith("3 of 12 images do not decode: ") and "\n" not in message
+    for name in ("03.png (", "07.png (an empty file)", "09.png (of no known image format)"):
+        assert f"{folder}/{name}" in message
+    assert "encode.on_bad_image: skip" in message
+
+
+def test_images_that_do_not_decode_are_left_out(network, damaged, tmp_path, capsys):
+    folder, kept = damaged
+    skip = {"on_bad_image": "skip"}
+    found = measure_images(ImageFiles(folder), network, tmp_path / "cache", **skip, **REAL)
+    assert "left out 3 of 12 images" in capsys.readouterr().out
+    np.testing.assert_allclose(found.statistics.mean, flat(kept).mean(0), rtol=1e-12)
+    np.testing.assert_allclose(found.statistics.covariance, np.cov(flat(kept), rowvar=False), rtol=1e-10)
+    assert found.statistics.count == len(found.features) == 9
+    assert np.array_equal(found.features[:], flat(kept).astype(np.float32))
+    assert np.array_equal(np.concatenate([block for _, block in found.features.blocks()]), flat(kept))
+    assert np.array_equal(found.features[np.array([8, 3])], flat(kept)[[8, 3]])
+    with pytest.raises(UserError, match="3 of 12 images do not decode"):  # whoever has skipped them before
+        measure_images(ImageFiles(folder), network, tmp_path / "cache", **REAL)
+    again = measure_images(ImageFiles(folder), network, tmp_path / "cache", **skip, **REAL)
+    assert again.digest == found.digest
+    (folder / "00.png").write_bytes(b"")
+    (folder / "01.png").write_bytes(b"")
+    told = "7 real images of .* that decode: too few for"
+    with pytest.raises(UserError, match=told):
+        measure_images(ImageFiles(folder), network, tmp_path / "cache", **skip, **REAL)
+
+
+def test_a_label_stays_with_its_image_where_others_are_left_out(network, tmp_path):
+    class Damaged(Source):
+        def load(self, index):
+            if index in (0, 7, 31):
+                raise BadImage(self.name(index), "broken")
+            return super().load(index)
+
+        def name(self, index):
+            return f"image {index}"
+
+    sources = [Damaged(50, seed=0) for _ in range(2)]
+    kept = np.delete(np.arange(50), [0, 7, 31])
+    for source in sources:
+        source.labels[9] = 1  # looks like class 0
+    measure = {"on_bad_image": "skip", **REAL}
+    alone = measure_images(sources[0], network, tmp_path / "alone", **measure)
+    assert alone.statistics.accuracy == 46 / 47
+    np.testing.assert_allclose(alone.statistics.mean, flat(sources[0].images[kept]).mean(0), rtol=1e-12)
+
+    def work(rank, all_reduce_sum):
+        return measure_images(
+            sources[rank], network, tmp_path / "x", peers=peers_of(rank, 2, all_reduce_sum), **measure
+        )
+
+    for found in run_ranks(2, work):
+        assert found.statistics.accuracy == 46 / 47 and found.digest == alone.digest
+        np.testing.assert_allclose(found.statistics.mean, alone.statistics.mean, rtol=1e-12)
+
+
+def test_a_repaired_image_is_measured(network, damaged, tmp_path):
+    """Of the same size, so that the folder looks as before."""
+    folder, _ = damaged
+    content = (folder / "11.png").read_bytes()
+    (folder / "11.png").write_bytes(content[:-20] + bytes(20))
+    for name in ("03", "07", "09"):
+        (folder / f"{name}.png").unlink()
+    with pytest.raises(UserError, match="1 of 9 images do not decode"):
+        measure_images(ImageFiles(folder), network, tmp_path / "cache", **REAL)
+    (folder / "11.png").write_bytes(content)
+    found = measure_images(ImageFiles(folder), network, tmp_path / "cache", **REAL)
+    assert found.statistics.count == 9 and np.isfinite(found.features[:]).all()
+
+
+def test_another_run_that_measures_the_same_is_waited_for(network, tmp_path, monkeypatch):
+    entered, go, told = threading.Event(), threading.Event(), []
+
+    def tell(text, **how):
+        told.append(text)
+        go.set()
+
+    monkeypatch.setattr(module, "print", tell, raising=False)
     first, second = Source(50, seed=0), Source(50, seed=0)
     load = first.load
 
@@ -146,12 +250,10 @@ def test_another_run_that_measures_the_same_is_waited_for(network, tmp_path, cap
     threads[0].start()
     assert entered.wait(30)
     threads[1].start()
-    while "waiting for another run" not in capsys.readouterr().out:
-        assert threads[1].is_alive()
-    go.set()
     for thread in threads:
         thread.join()
     assert (len(first.loaded), len(second.loaded)) == (50, 0)
+    assert len(told) == 1 and ": waiting for another run that measures the same images (process " in told[0]
 
 
 @pytest.mark.parametrize("keys", [("mu", "sigma"), ("ref_mu", "ref_sigma")])
@@ -162,6 +264,19 @@ def test_reference_from_npz(tmp_path, keys):
     np.testing.assert_array_equal(found.statistics.mean, mu)
     np.testing.assert_array_equal(found.statistics.covariance, sigma)
     assert found.statistics.mean.dtype == np.float64 and found.features is None
+
+
+def test_a_measured_reference_is_used_elsewhere_by_its_file_alone(network, tmp_path):
+    network.digest = "a"
+    measured = measure_images(Source(50, seed=0), network, tmp_path / "cache", **REAL)
+    copy = measured.file.rename(tmp_path / "train.npz")
+    found = load_statistics(copy, 7, "a")
+    pixels = flat(Source(50, seed=0).images)
+    np.testing.assert_allclose(found.statistics.mean, pixels.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(found.statistics.covariance, np.cov(pixels, rowvar=False), rtol=1e-10)
+    assert (found.statistics.accuracy, found.statistics.count, found.features) == (1, 50, None)
+    with pytest.raises(UserError, match=r"fid\.reference = .*train\.npz: was measured with another feature"):
+        load_statistics(copy, 7, "b")
 
 
 def test_reference_that_does_not_fit(tmp_path):
@@ -271,7 +386,21 @@ def test_a_covariance_that_is_none_fails_the_self_test():
         self_test(Reference("x.npz", "", FeatureStatistics(np.zeros(2), sigma)), seed=0)
 
 
-def test_peers_wait_where_their_tensors_are():
-    seen = []
-    Peers(all_reduce_sum=seen.append, device="meta").wait()
-    assert seen[0].device == torch.device("meta")
+def measure_without_waiting(ranks: Ranks, folder: Path) -> None:
+    peers = Peers(ranks.rank, ranks.world_size, ranks.sum, ranks.device, ranks.barrier)
+    source = Source(50, seed=0)
+    load = source.load
+
+    def late(index):
+        time.sleep(0.02 * ranks.rank)
+        return load(index)
+
+    source.load = late
+    found = measure_images(source, pixel_network(), folder / "cache", peers=peers, **REAL)
+    assert np.array_equal(found.features[:], flat(source.images).astype(np.float32))
+    assert found.statistics.mean == pytest.approx(flat(source.images).mean(0), rel=1e-12)
+
+
+def test_processes_on_gpus_wait_for_each_others_rows(tmp_path):
+    """Sums on a GPU make no host wait, so it took rows for measured that another had not written yet."""
+    assert in_processes(measure_without_waiting, 2, tmp_path, like_nccl=True) == [0, 0]

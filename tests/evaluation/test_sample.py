@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from overflow import Overflowing
@@ -6,8 +7,10 @@ from drift.evaluation.sample import (
     ImageDecoder,
     balanced_labels,
     draw_inputs,
+    random_labels,
     sample_images,
     sample_latents,
+    split_labels,
 )
 from drift.models.generator import Generator, GeneratorConfig
 from drift.models.vae import VAE
@@ -73,6 +76,25 @@ def test_inputs_of_a_sample_do_not_depend_on_its_company():
 
 def test_labels_in_turn():
     assert balanced_labels(7, 3).tolist() == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_labels_of_a_split_are_of_all_its_classes_however_few():
+    labels = np.repeat(np.arange(50), [100] * 25 + [60] * 25)  # 4000, class after class
+    few = np.bincount(split_labels(labels, 1000, seed=3), minlength=50)
+    # The first thousand would be of 10 classes. What a class has is hypergeometric, with a spread of 4.3
+    assert (abs(few - np.repeat([25, 15], 25)) < 4 * 4.3).all()
+    whole = split_labels(labels, 9000, seed=3)
+    assert np.bincount(whole[:4000]).tolist() == np.bincount(labels).tolist()
+    assert np.array_equal(whole[4000:8000], whole[:4000])
+    assert not np.array_equal(whole, split_labels(labels, 9000, seed=4))
+
+
+def test_random_labels_are_uniform_and_independent():
+    labels = random_labels(20_000, 10, seed=1)
+    counts = np.bincount(labels, minlength=10)
+    # Chi squared with 9 degrees of freedom: 21.7 is exceeded once in a hundred times, 2.1 fallen short of
+    assert 2.1 < ((counts - 2000) ** 2 / 2000).sum() < 21.7
+    assert (labels[1:] == labels[:-1]).mean() == pytest.approx(0.1, abs=0.01)
 
 
 def test_inputs_are_independent_standard_draws():
@@ -158,7 +180,7 @@ def test_images_that_overflow_in_bfloat16_are_decoded_in_float32(capsys):
     assert (images.int() - exact.int()).abs().max() <= 1  # ... which has a spacing of half a level below 1
     assert vae.recomputed == 2
     out = capsys.readouterr().out
-    assert out.count("overflowed in bfloat16") == 1 and "hardware.vae_precision: float32" in out
+    assert out.count("overflowed in bfloat16") == 1 and "precision: float32 in encode or fid" in out
     # not one pixel depends on the company
     for some in (slice(0, 3), slice(2, 3), slice(9, 11)):
         assert torch.equal(ImageDecoder(vae, 4)(latents[some]), images[some])

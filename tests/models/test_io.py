@@ -5,6 +5,7 @@ import torch
 from complaints import complaint
 from safetensors.torch import load_file, save_file
 
+from drift.files import without_wrappers
 from drift.models.generator import Generator, GeneratorConfig
 from drift.models.mae import LatentMAE, MAEConfig
 
@@ -73,6 +74,26 @@ def test_half_precision_weights_are_loaded_in_float32(model, tmp_path):
     save_file({name: value.bfloat16() for name, value in load_file(path).items()}, path)
     loaded = type(model).from_pretrained(tmp_path)
     assert_same_weights(loaded, model.bfloat16().float())
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_names_of_wrappers_are_taken_off(model, tmp_path, prefix):
+    model.save_pretrained(tmp_path)
+    save_file({prefix + k: v for k, v in model.state_dict().items()}, tmp_path / "model.safetensors")
+    assert_same_weights(type(model).from_pretrained(tmp_path), model)
+    one = dict([next(iter(model.state_dict().items()))])
+    twice = model.state_dict() | {prefix + name: tensor + 1 for name, tensor in one.items()}
+    save_file(twice, tmp_path / "model.safetensors")
+    assert "twice" in complaint(lambda: type(model).from_pretrained(tmp_path))
+
+
+def test_names_that_real_wrappers_make():
+    model = LatentMAE(MODELS[LatentMAE])
+    names = model.state_dict().keys()
+    model.encoder = torch.compile(torch.nn.Sequential(model.encoder)[0])  # within, not around
+    outside = torch.nn.DataParallel(torch.compile(model)).state_dict()
+    assert outside.keys() != names and any(".encoder._orig_mod." in name for name in outside)
+    assert without_wrappers(outside).keys() == names
 
 
 def test_channels_last_models_can_be_saved(tmp_path):

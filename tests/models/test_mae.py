@@ -92,7 +92,7 @@ def test_masked_loss_by_loops(fold, patch):
                 slice(row * patch, (row + 1) * patch),
                 slice(column * patch, (column + 1) * patch),
             )
-            errors += (reconstruction[at] - folded[at]).square().flatten().tolist()
+            errors += (reconstruction[at] - folded[at]).square().sum(dim=0).flatten().tolist()
         expected = sum(errors) / len(errors) if errors else 0.0
         assert found[b].item() == pytest.approx(expected, rel=1e-4)
 

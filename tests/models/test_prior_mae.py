@@ -64,7 +64,7 @@ def test_masked_error_is_that_of_masked_places(model, expected):
     reconstruction, _ = model.reconstruct(torch.where(hidden, 0, x))
     found, _ = model(x, mask)
     for b in range(2):
-        wanted = (reconstruction[b] - x[b])[:, hidden[b, 0]].square().mean()
+        wanted = (reconstruction[b] - x[b])[:, hidden[b, 0]].square().sum(dim=0).mean()
         torch.testing.assert_close(found[b], wanted)
 
 
@@ -125,6 +125,19 @@ def test_what_is_no_checkpoint_is_refused_and_never_executed(content, tmp_path, 
         torch.save([1, 2], path)
     assert str(path) in complaint(lambda: import_prior_mae(path, tmp_path / "out"))
     assert "executed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_weights_of_a_wrapped_model_are_taken(prefix, tmp_path, expected):
+    """As they are called if the prior's model was in DistributedDataParallel or compiled."""
+
+    def wrap(content):
+        shadow = content["ema"]["shadow"]
+        content["ema"]["shadow"] = {prefix + name: weight for name, weight in shadow.items()}
+
+    model = import_prior_mae(damaged(tmp_path, wrap), tmp_path / "out")
+    with torch.no_grad():
+        assert relative_error(model.reconstruct(expected["x"])[0], expected["recon"]) < 1e-5
 
 
 def test_half_precision_weights_are_taken(tmp_path):

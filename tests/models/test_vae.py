@@ -10,10 +10,19 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from drift.data.images import center_view, open_images
 from drift.errors import UserError
-from drift.models.vae import CONFIG_FILE, VAE, WEIGHTS_FILE, known_scaling_factor, to_float, to_uint8
+from drift.models.vae import (
+    CONFIG_FILE,
+    VAE,
+    WEIGHTS_FILE,
+    decode_latents,
+    known_scaling_factor,
+    to_float,
+    to_uint8,
+)
 from drift.torchvision_shim import ensure_torchvision
 from drift.training.compile import Compiled
 
@@ -76,6 +85,18 @@ def test_range_is_that_of_diffusers(images):
     assert np.array_equal(to_uint8(floats * 1.2), np.stack(pictures))
 
 
+def test_rounding_down_cuts_off_and_is_half_a_level_darker():
+    floats = torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(0)) * 2.2 - 1.1
+    nearest, down = (to_uint8(floats, rounding).numpy() for rounding in ("nearest", "down"))
+    # As code in use writes it: a cast to bytes cuts off
+    cut = ((floats.clamp(-1, 1) + 1) * 127.5).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(down, cut)
+    inside = (nearest > 0) & (nearest < 255)
+    assert (nearest[inside] - down[inside].astype(float)).mean() == pytest.approx(0.5, abs=0.02)
+    ends = torch.tensor([-2.0, -1.0, 1.0, 2.0]).view(1, 1, 2, 2).expand(1, 3, 2, 2)
+    assert to_uint8(ends, "down")[0, :, :, 0].flatten().tolist() == [0, 0, 255, 255]
+
+
 @torch.no_grad()
 def test_moments_scale_and_decode(network, folder, images):
     vae = VAE.from_pretrained(folder)
@@ -89,6 +110,50 @@ def test_moments_scale_and_decode(network, folder, images):
     torch.testing.assert_close(latents, (mean - 0.25) * 0.4)
     torch.testing.assert_close(vae.decode(latents), network.decode(mean).sample, rtol=1e-4, atol=1e-4)
     assert vae.scaling_factor == 0.4
+
+
+NORMALISED = {"shift_factor": None, "latents_mean": [-1.5, 0.5, 2.0], "latents_std": [8.0, 0.5, 3.0]}
+
+
+@torch.no_grad()
+def test_latents_are_normalised_per_channel_as_in_stable_diffusion_xl(network, folder, images):
+    """diffusers: `latents = (z - latents_mean) * scaling_factor / latents_std`, and back before decoding."""
+    plain = VAE.from_pretrained(folder)
+    edit_config(folder, **NORMALISED)
+    vae = VAE.from_pretrained(folder)
+    mean, _ = vae.moments(images)
+    latents = vae.scale(mean)
+    for channel, (shift, std) in enumerate(zip((-1.5, 0.5, 2.0), (8.0, 0.5, 3.0), strict=True)):
+        np.testing.assert_allclose(latents[:, channel], (mean[:, channel] - shift) * 0.4 / std, rtol=1e-5)
+    for decoded in (vae.decode(latents), decode_latents(vae.model, latents)):
+        torch.testing.assert_close(decoded, network.decode(mean).sample, rtol=1e-4, atol=1e-4)
+    assert vae.digest != plain.digest
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"scaling_factor": None}, "scaling_factor is null where a positive number is wanted"),
+        ({"scaling_factor": 0}, "scaling_factor is 0 where"),
+        ({"scaling_factor": "0.18"}, 'scaling_factor is "0.18" where'),
+        ({"shift_factor": [1, 2]}, r"shift_factor is \[1, 2\] where a number is wanted"),
+        ({"latents_mean": [0.0] * 3}, "has shift_factor = 0.25 beside latents_mean"),
+        (NORMALISED | {"latents_std": None}, "latents_std is null where a list of 3 positive numbers"),
+        (
+            NORMALISED | {"latents_std": [1.0, 0.0, 1.0]},
+            "latents_std is .* where a list of 3 positive",
+        ),
+        (NORMALISED | {"latents_mean": [0.0] * 4}, "latents_mean is .* where a list of 3 numbers"),
+    ],
+)
+def test_a_scale_that_cannot_be_is_refused_in_one_line(folder, changes, said):
+    edit_config(folder, **changes)
+    with pytest.raises(UserError, match=f"{folder}: {said}") as caught:
+        VAE.from_pretrained(folder)
+    assert "\n" not in str(caught.value) and CONFIG_FILE in str(caught.value)
+    if "scaling_factor" in changes:
+        with pytest.raises(UserError, match=said):
+            known_scaling_factor(folder)
 
 
 def test_the_number_of_threads_changes_no_bit():
@@ -235,6 +300,13 @@ def test_a_damaged_folder_is_named(folder, damage, said):
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_names_of_wrappers_are_taken_off(folder, prefix):
+    digest, file = VAE.from_pretrained(folder).digest, folder / WEIGHTS_FILE
+    save_file({prefix + name: tensor for name, tensor in load_file(file).items()}, file)
+    assert VAE.from_pretrained(folder).digest == digest
+
+
 def test_hub_ids_go_through_the_hub(folder, monkeypatch):
     def snapshot_download(repo_id, *, revision, allow_patterns):
         assert (repo_id, revision) == ("somebody/vae", "main")
@@ -315,6 +387,38 @@ def test_without_the_hub_one_line_tells_the_way_out(variables, tmp_path):
     (line,) = done.stdout.splitlines()
     assert line.startswith("VAE stabilityai/sd-vae-ft-mse: is not a local folder, and cannot be had")
     assert "revision v1" in line and f"put its {CONFIG_FILE} and {WEIGHTS_FILE} into a folder" in line
+
+
+LOADS_FROM_THE_CACHE = """
+from drift.models.vae import VAE
+print(VAE.from_pretrained("somebody/vae").revision)
+try:
+    VAE.from_pretrained("somebody/half")
+except Exception as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("offline", ["0", "1"])
+def test_a_proxy_that_cannot_be_used_does_not_matter_if_the_cache_is_whole(folder, tmp_path, offline):
+    """Without a package for SOCKS the hub's client gives up before it looks into its cache."""
+    commit = "1" * 40
+    for name in ("vae", "half"):
+        cache = tmp_path / f"hub/models--somebody--{name}"
+        shutil.copytree(folder, cache / "snapshots" / commit)
+        (cache / "refs").mkdir()
+        (cache / "refs/main").write_text(commit)
+    (cache / "snapshots" / commit / WEIGHTS_FILE).unlink()
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": offline}
+    for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        environment[name] = "socks5h://127.0.0.1:1"
+    done = subprocess.run(
+        [sys.executable, "-c", LOADS_FROM_THE_CACHE], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found, refused = done.stdout.splitlines()
+    assert found == commit
+    assert refused.startswith("VAE somebody/half: is not a local folder, and cannot be had")
 
 
 def test_committed_vae_reconstructs_held_out_digits():

@@ -5,29 +5,14 @@ from pathlib import Path
 
 import pytest
 from imports import ROOT, all_imports
+from project import copy_project
 from ruamel.yaml import YAML
 
-from drift.params import FIELD_KEYS, Settings
+from drift.params import FIELD_KEYS, OUTPUTS, Settings
+from drift.work import PLUMBING
 
 DVC = YAML(typ="safe", pure=True).load(ROOT / "dvc.yaml")
 STAGES = DVC["stages"]
-# They move files, read settings, start processes and talk; no number depends on them
-PLUMBING = {
-    Path("drift", name)
-    for name in (
-        "errors.py",
-        "files.py",
-        "hub.py",
-        "launch.py",
-        "params.py",
-        "progress.py",
-        "signals.py",
-        "work.py",
-        "evaluation/report.py",
-        "training/inputs.py",
-        "training/log.py",
-    )
-}
 
 
 def code_deps(stage: str) -> set[Path]:
@@ -45,10 +30,22 @@ def code_deps(stage: str) -> set[Path]:
 def test_deps_are_the_imported_modules(stage):
     needed = {
         path
-        for path in all_imports(Path("stages", f"{stage}.py"), without=PLUMBING)
+        for path in all_imports(Path("stages", f"{stage}.py"), without={Path(name) for name in PLUMBING})
         if path.name != "__init__.py"
     }
     assert code_deps(stage) == needed
+
+
+@pytest.mark.parametrize("setting", ["core.autocrlf=true", "core.eol=crlf"])
+def test_every_checkout_has_the_same_bytes(tmp_path, setting):
+    """DVC hashes them: what Git rewrites counts as changed, and so does all that was made from it."""
+    project = copy_project(tmp_path / "project")
+    project.run("git", "clone", "--quiet", "--config", setting, ".", str(tmp_path / "clone"))
+    names = project.run("git", "ls-files", "-z").stdout.split("\0")[:-1]
+    deps = {dep for stage in STAGES.values() for dep in stage["deps"] if not dep.startswith("artifacts/")}
+    assert all(any(name == dep or name.startswith(f"{dep}/") for name in names) for dep in deps)
+    changed = [n for n in names if (tmp_path / "clone" / n).read_bytes() != (project.folder / n).read_bytes()]
+    assert changed == []
 
 
 def test_encode_does_not_depend_on_the_mae_and_mae_not_on_the_field():
@@ -92,6 +89,11 @@ def test_metrics_and_plots_are_in_git_and_artifacts_in_the_cache():
     in_git = outputs("metrics") | outputs("plots")
     assert all(options["cache"] is False for options in in_git.values())
     assert all("cache" not in options for options in outputs("outs").values())
+
+
+def test_settings_know_the_folders_that_stages_write():
+    written = {path.removesuffix("/${item.view}") for path in outputs("outs")}
+    assert written == set(OUTPUTS)
 
 
 def test_every_further_plot_is_of_a_file_that_a_stage_writes():

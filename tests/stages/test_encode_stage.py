@@ -80,6 +80,17 @@ def test_it_encodes_and_skips(project, expected):
     assert b'"class1/07.png"' in expected["train_meta.json"]
 
 
+def test_a_finished_run_gives_its_latents_again(project, expected):
+    """DVC has removed them before it starts the stage, and has something newer in its lock file."""
+    shutil.rmtree(project.folder / "whole")
+    lock = project.folder / "dvc.lock"
+    lock.touch()
+    os.utime(lock, (time.time() + 60, time.time() + 60))
+    said = project.run(*COMMAND, "whole")
+    assert "finished already" in said.stdout and "encode center" not in said.stderr
+    assert contents(project, "whole") == expected
+
+
 def test_a_killed_run_goes_on_with_two_processes_to_the_same_bytes(project, expected):
     process = start(project, "killed")
     process.kill()
@@ -93,9 +104,9 @@ def test_another_precision_of_the_vae_does_not_go_on_with_these_rows(project, ex
     process = start(project, "rough")
     process.kill()
     process.communicate()
-    project.settings(hardware={"vae_precision": "bfloat16"})
+    project.settings(encode={"precision": "bfloat16"})
     assert "going on" not in project.run(*COMMAND, "rough").stdout
-    project.settings(hardware={"vae_precision": "float32"})
+    project.settings(encode={"precision": "float32"})
     rough = contents(project, "rough")
     assert b'"vae_precision": "bfloat16"' in rough["train_meta.json"]
     assert b'"vae_precision": "float32"' in expected["train_meta.json"]

@@ -104,9 +104,17 @@ def test_an_experiment_with_another_coupling_reruns_drift_and_fid(finished):
     assert finished.repro() == []  # all of it is in the run cache
 
 
-def test_changed_code_of_the_mae_reruns_what_uses_it(finished):
+def test_a_changed_comment_trains_nothing_again(finished):
     with open(finished.folder / "drift/models/mae.py", "a") as file:
         file.write("# changed\n")
+    said = finished.run("dvc", "repro").stdout
+    assert [f"{stage}: finished already" in said for stage in ("mae", "drift")] == [True, True]
+    assert "Running stage 'fid'" not in said  # what it reads has the same bytes
+
+
+def test_changed_code_of_the_mae_reruns_what_uses_it(finished):
+    with open(finished.folder / "drift/models/mae.py", "a") as file:
+        file.write("CHANGED = True\n")
     assert finished.repro() == ["mae", "drift", "fid"]
 
 
@@ -155,6 +163,11 @@ def test_an_imported_encoder_is_the_output_of_mae_and_leaves_dvc_content(finishe
     assert made_by["decides"]["mae"]["source"] == "other/prior"
     [line] = read_log(finished.folder / "artifacts/mae/logs.jsonl")
     assert line["held_out"] > 0
+    finished.settings(mae={"source": "artifacts/mae"})
+    said = finished.run("dvc", "repro", "--single-item", "mae", check=False).stderr
+    assert "error: params.yaml: mae.source = 'artifacts/mae': allowed: outside of artifacts/mae" in said
+    finished.run("dvc", "checkout", "artifacts/mae")  # which DVC had emptied before
+    assert weights(finished, "artifacts/mae").keys() == weights_of["other/prior"].keys()
     finished.settings(mae={"source": "other/nobody"})
     center = ("mae", "--latents", "artifacts/latents/center", "--out", "other/x")
     refused(finished.stage(*center, check=False), "other/nobody")
@@ -194,11 +207,53 @@ def test_fid_measures_the_same_images_for_any_processes_and_batches(finished):
     )
 
 
+DETERMINISTIC = """
+import importlib, sys, drift.launch
+drift.launch.make_deterministic = lambda: sys.exit("asked for")
+importlib.import_module(f"stages.{sys.argv[1]}").main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("stage", "arguments"),
+    [
+        ("encode", ("--view", "center", "--out", "other/latents")),
+        ("mae", (*MAE, "--out", "other/mae")),
+        ("drift", (*DRIFT, "--out", "other/generator")),
+        ("fid", ("--generator", "artifacts/generator", "--out", "other/fid.json", "--plots", "other")),
+    ],
+)
+def test_every_stage_asks_for_deterministic_algorithms_by_setting(finished, stage, arguments):
+    finished.settings(hardware={"deterministic": True})
+    done = finished.run(sys.executable, "-c", DETERMINISTIC, stage, *arguments, check=False)
+    assert done.stderr == "asked for\n"
+    finished.settings(hardware={"deterministic": False})
+
+
+# Not bfloat16 for the MAE: PyTorch's gradients of its convolutions on a CPU are not finite on maps of 1x1
+@pytest.mark.parametrize(
+    ("stage", "arguments", "half"), [("mae", MAE, "float16"), ("drift", DRIFT, "bfloat16")]
+)
+def test_training_in_another_precision_is_another_run(finished, stage, arguments, half):
+    decides = {}
+    for precision in ("float32", half):
+        finished.settings(**{stage: {"precision": precision}})
+        command = [sys.executable, "-m", f"stages.{stage}", *arguments, "--out", f"other/{precision}"]
+        finished.run(*command, DRIFT_WORK_DIR=f"other/{stage}-{precision}")
+        (note,) = (finished.folder / f"other/{stage}-{precision}" / stage).glob("*/work.json")
+        decides[precision] = json.loads(note.read_text())["decides"]
+        changed = finished.run("dvc", "status", stage).stdout
+        assert ("params.yaml" in changed) == (precision == half), changed
+    exact = decides["float32"]
+    assert exact | {stage: exact[stage] | {"precision": half}} == decides[half]
+    finished.settings(**{stage: {"precision": "float32"}})
+
+
 def test_fid_records_the_precision_of_the_vae_and_mixes_none(finished):
     decides = {}
     for precision in ("float32", "bfloat16"):
         name = f"other/vae-{precision}"
-        finished.settings(fid={"omegas": [1.0], "metrics": []}, hardware={"vae_precision": precision})
+        finished.settings(fid={"omegas": [1.0], "metrics": [], "precision": precision})
         command = [sys.executable, "-m", "stages.fid", "--generator", "artifacts/generator"]
         command += ["--out", f"{name}/fid.json", "--plots", name, "--report", f"{name}/index.html"]
         finished.run(*command, DRIFT_WORK_DIR=f"{name}/work")
@@ -206,9 +261,10 @@ def test_fid_records_the_precision_of_the_vae_and_mixes_none(finished):
         assert result["protocol"]["vae_precision"] == precision
         (note,) = (finished.folder / name / "work/fid").glob("*/work.json")
         decides[precision] = json.loads(note.read_text())["decides"]
-    assert decides["float32"] | {"vae_precision": "bfloat16"} == decides["bfloat16"]
+    exact = decides["float32"]
+    assert exact | {"fid": exact["fid"] | {"precision": "bfloat16"}} == decides["bfloat16"]
     metrics = ["kid", "inception_score", "precision_recall"]
-    finished.settings(fid={"omegas": [1.0, 2.0], "metrics": metrics}, hardware={"vae_precision": "float32"})
+    finished.settings(fid={"omegas": [1.0, 2.0], "metrics": metrics, "precision": "float32"})
 
 
 def test_fid_compares_with_statistics_and_refuses_what_they_cannot_give(finished):
@@ -321,8 +377,7 @@ def refused(done, *wanted):
 
 def test_a_checkpoint_of_another_shape_is_refused(finished):
     def newest():
-        (path,) = finished.folder.glob(".work/drift/*/step-00000004")
-        return path
+        return max(finished.folder.glob(".work/drift/*/step-00000004"), key=os.path.getmtime)
 
     finished.settings(drift={"steps": 4, "warmup_steps": 2})
     finished.stage("drift", *DRIFT, "--out", "other/wide")

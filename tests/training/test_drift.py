@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.compilers import nop
 
 import drift.training.drift
 import drift.training.loop
@@ -23,7 +25,7 @@ SETTINGS = load_settings(Path(__file__).parents[2] / "presets" / "digits.yaml")
 OPTIONS = SETTINGS.drift.model_copy(
     update={
         "hidden": 16, "depth": 1, "heads": 2, "style_codebooks": 2, "classes_per_step": 4, "generated": 3,
-        "positives": 2, "unconditional": 2, "queue_push": 16, "steps": 2, "warmup_steps": 0,
+        "positives": 2, "unconditional": 2, "push_per_step": 16, "steps": 2, "warmup_steps": 0,
     }
 )  # fmt: skip
 HARDWARE = SETTINGS.hardware.model_copy(update={"log_every": 1, "checkpoint_every": 2})
@@ -46,11 +48,11 @@ def encoder() -> LatentMAE:
     )
 
 
-def train(store, encoder, field, folder, ranks=ALONE, options=OPTIONS, **hardware):
+def train(store, encoder, field, folder, ranks=ALONE, options=None, **hardware):
     return train_generator(
         store,
         encoder,
-        options,
+        options or OPTIONS,
         field,
         seed=0,
         hardware=HARDWARE.model_copy(update=hardware),
@@ -131,6 +133,33 @@ def test_every_line_of_the_log_tells_about_the_field(store, encoder, tmp_path, f
     assert {"loss", "scale", "lr", *names, *(f"{n}_{t:g}" for n in names for t in field.temps)} <= set(header)
 
 
+# What has no effect
+
+IDLE = [
+    (
+        {"sampling": "direct", "lr_schedule": "constant", "style_codebooks": 0, "no_guidance_fraction": 1.0},
+        {
+            "lr_final": 0.5, "warmup_start_lr": 0.1, "style_entries": 3, "queue_per_class": 1,
+            "queue_global": 1, "push_per_step": 1, "omega_min": 1.5, "omega_max": 9.0, "omega_exponent": 1.0,
+        },
+    ),
+    (
+        {"omega_min": 2.0, "omega_max": 2.0, "unconditional": 0},
+        {"omega_exponent": 1.0, "queue_global": 1, "warmup_start_lr": 0.1},
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "turned"), IDLE, ids=["direct", "one_omega"])
+def test_settings_that_are_declared_without_effect_change_no_bit(store, encoder, tmp_path, options, turned):
+    options = OPTIONS.model_copy(update=options)
+    assert options.without_effect().keys() == turned.keys()
+    one, _ = train(store, encoder, FieldSettings(), tmp_path / "one", options=options)
+    other_options = options.model_copy(update=turned)
+    other, _ = train(store, encoder, FieldSettings(), tmp_path / "other", options=other_options)
+    assert torch.equal(weights(one), weights(other))
+
+
 # How a step is taken
 
 MEMORY = [
@@ -164,31 +193,123 @@ def test_what_changes_no_sum_changes_no_bit(store, encoder, tmp_path, hardware):
 
 def test_float16_trains_and_goes_on_with_its_scale(store, encoder, tmp_path):
     options = OPTIONS.model_copy(update={"steps": 5})
-    whole, _ = train(
-        store, encoder, FieldSettings(), tmp_path / "whole", options=options, precision="float16"
-    )
+    half = options.model_copy(update={"precision": "float16"})
+    whole, _ = train(store, encoder, FieldSettings(), tmp_path / "whole", options=half)
     assert weights(whole).isfinite().all()
     checkpoint = load_checkpoint(tmp_path / "whole")
     assert checkpoint.step == 5 and checkpoint.state["scaler"]["scale"] > 1
     shutil.copytree(tmp_path / "whole" / "step-00000004", tmp_path / "resumed" / "step-00000004")
-    resumed, _ = train(
-        store, encoder, FieldSettings(), tmp_path / "resumed", options=options, precision="float16"
-    )
+    resumed, _ = train(store, encoder, FieldSettings(), tmp_path / "resumed", options=half)
     assert torch.equal(weights(whole), weights(resumed))
     single, _ = train(store, encoder, FieldSettings(), tmp_path / "single", options=options)
     assert 0 < (weights(whole) - weights(single)).norm() < 0.1 * weights(single).norm()
 
 
-@pytest.mark.parametrize("sampling", ["queue", "direct"])
-def test_real_samples_are_of_their_class_and_the_same_for_any_share(store, sampling):
-    options = OPTIONS.model_copy(update={"sampling": sampling})
-    real = RealSamples(store, options, seed=0)
-    classes, of_class, of_any = real.draw(0, range(4))
-    assert (store.labels[of_class] == classes[:, None]).all()
-    assert of_class.shape == (4, 2) and of_any.shape == (4, 2)
-    share = RealSamples(store, options, seed=0).draw(0, range(2, 4))
-    assert np.array_equal(share[0], classes)
-    assert np.array_equal(share[1], of_class[2:]) and np.array_equal(share[2], of_any[2:])
+REAL = [
+    {"sampling": "queue", "class_sampling": "uniform"},
+    {"sampling": "queue", "class_sampling": "pushed"},
+    {"sampling": "direct", "class_sampling": "uniform"},
+]
+
+
+@pytest.mark.parametrize("how", REAL, ids=lambda how: "-".join(how.values()))
+def test_real_samples_are_of_their_class_and_the_same_for_any_share(store, how):
+    options = OPTIONS.model_copy(update=how)
+    real, share = RealSamples(store, options, seed=0), RealSamples(store, options, seed=0)
+    for step in range(5):
+        classes, of_class, of_any = real.draw(step, range(4))
+        assert (store.labels[of_class] == classes[:, None]).all()
+        assert of_class.shape == (4, 2) and of_any.shape == (4, 2)
+        some = share.draw(step, range(2, 4))
+        assert np.array_equal(some[0], classes)
+        assert np.array_equal(some[1], of_class[2:]) and np.array_equal(some[2], of_any[2:])
+
+
+@pytest.mark.parametrize("how", REAL, ids=lambda how: "-".join(how.values()))
+def test_real_samples_go_on_from_a_checkpoint(store, how):
+    options = OPTIONS.model_copy(update=how)
+    real, resumed = RealSamples(store, options, seed=0), RealSamples(store, options, seed=0)
+    expected = [real.draw(step, range(4)) for step in range(6)]
+    resumed.load_state_dict(real.state_after(3))
+    for step in range(3, 6):
+        for got, wanted in zip(resumed.draw(step, range(4)), expected[step], strict=True):
+            assert np.array_equal(got, wanted)
+
+
+class Rows:
+    """What `RealSamples` needs of a store: labels of images and their mirrors."""
+
+    def __init__(self, images: int, classes: int, per_image: int = 1):
+        self.labels = np.repeat(np.random.default_rng(0).permutation(images) % classes, per_image)
+        self.num_classes, self.per_image = classes, per_image
+        self.class_names = [str(label) for label in range(classes)]
+
+
+def test_classes_are_those_of_images_just_pushed():
+    """With as many pushed as classes are trained, they are the labels of these images, each as often."""
+    options = OPTIONS.model_copy(
+        update={"class_sampling": "pushed", "push_per_step": 8, "classes_per_step": 8, "queue_global": 8}
+    )
+    store = Rows(200, 6, per_image=2)
+    real = RealSamples(store, options.model_copy(update={"unconditional": 8}), seed=0)
+    repeated = 0
+    for step in range(20):
+        classes, _, of_any = real.draw(step, range(8))
+        newest = of_any[0]  # all of a queue of the latest eight
+        assert np.array_equal(np.sort(classes), np.sort(store.labels[newest]))
+        repeated += len(set(classes)) < 8
+    assert repeated == 20  # eight of six classes
+
+
+@pytest.mark.parametrize(
+    ("preset", "published"), [("imagenet256_ablation", 16), ("imagenet256_b2", 32), ("imagenet256_l2", 16)]
+)
+def test_a_class_is_trained_on_as_many_new_images_as_published(preset, published):
+    """Images in the queue of a class that were not there when it was last trained, counted one by one."""
+    options = load_settings(Path(__file__).parents[2] / "presets" / f"{preset}.yaml").drift
+    everything = options.model_copy(update={"positives": options.queue_per_class, "unconditional": 0})
+    images = 1_280_000
+    real = RealSamples(Rows(images, 1000), everything, seed=0)
+    begin = images // 2 // options.push_per_step  # in the middle of an epoch, where no image comes again
+    real.load_state_dict(real.state_after(begin))
+    slots, seen, new = range(options.classes_per_step), {}, []
+    for step in range(140):
+        classes, of_class, _ = real.draw(begin + step, slots)
+        for label, rows in dict(zip(classes.tolist(), of_class, strict=True)).items():
+            if label in seen:
+                new.append(len(set(rows) - seen.pop(label)))
+            if step < 50:  # as all that begin then have an end
+                seen[label] = set(rows)
+    assert len(seen) < 0.01 * len(new)
+    assert np.mean(new) == pytest.approx(published, rel=0.08)
+
+
+def test_a_class_that_occurs_twice_does_not_depend_on_the_number_of_processes(
+    store, encoder, tmp_path, monkeypatch
+):
+    pushes = (
+        OPTIONS.model_copy(update={"class_sampling": "pushed", "push_per_step": n}) for n in range(4, 30)
+    )
+    repeats = (o for o in pushes if len(set(RealSamples(store, o, seed=0).draw(0, range(4))[0])) < 4)
+    monkeypatch.setitem(globals(), "OPTIONS", next(repeats))
+    whole = first_batches(store, encoder, SECOND_BATCH, tmp_path, monkeypatch)
+    shares = [
+        first_batches(store, encoder, SECOND_BATCH, tmp_path / str(r), monkeypatch, Ranks(r, 2, ALONE.device))
+        for r in range(2)
+    ]
+    for i in range(2):
+        torch.testing.assert_close(torch.cat([share[i] for share in shares]), whole[i])
+
+
+@pytest.mark.parametrize("hardware", [{}, {"classes_per_pass": 1}], ids=str)
+@pytest.mark.parametrize("scope", ["batch", "class"])
+def test_a_run_whose_classes_repeat_goes_on_to_the_same_bits(store, encoder, tmp_path, scope, hardware):
+    options = OPTIONS.model_copy(update={"class_sampling": "pushed", "steps": 4})
+    field = FieldSettings(normalization_scope=scope)
+    whole, _ = train(store, encoder, field, tmp_path / "whole", options=options, **hardware)
+    shutil.copytree(tmp_path / "whole" / "step-00000002", tmp_path / "resumed" / "step-00000002")
+    resumed, _ = train(store, encoder, field, tmp_path / "resumed", options=options, **hardware)
+    assert weights(whole).isfinite().all() and torch.equal(weights(whole), weights(resumed))
 
 
 def test_a_run_that_draws_directly_goes_on_to_the_same_bits(store, encoder, tmp_path):
@@ -199,6 +320,23 @@ def test_a_run_that_draws_directly_goes_on_to_the_same_bits(store, encoder, tmp_
     assert torch.equal(weights(whole), weights(resumed))
     queued, _ = train(store, encoder, FieldSettings(), tmp_path / "queued")
     assert not torch.equal(weights(whole), weights(queued))
+
+
+def test_networks_whose_backward_pass_does_not_compile_train_uncompiled(
+    store, encoder, tmp_path, monkeypatch, capsys
+):
+    plain, _ = train(store, encoder, FieldSettings(), tmp_path / "plain", feature_batch=4)
+
+    def broken(graph, inputs):
+        raise RuntimeError("no such compiler")
+
+    compile, backend = torch.compile, aot_autograd(fw_compiler=nop, bw_compiler=broken)
+    monkeypatch.setattr(torch, "compile", lambda function, **how: compile(function, backend=backend, **how))
+    other, _ = train(store, encoder, FieldSettings(), tmp_path / "other", feature_batch=4, compile=True)
+    assert torch.equal(weights(plain), weights(other))
+    out = capsys.readouterr().out
+    for name in ("generator", "encoder"):
+        assert out.count(f"torch.compile of the {name} has failed") == 1
 
 
 @pytest.mark.large

@@ -1,7 +1,9 @@
 """The training loop: the same bits after a cut, gradients averaged over processes, no step after a NaN."""
 
+import gc
 import os
 import signal
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from processes import in_processes
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 import drift.training.loop
 from drift.errors import PeerLost, Stopped
@@ -35,6 +38,7 @@ def options(steps: int) -> Optimizer:
         betas=(0.9, 0.95),
         weight_decay=0.01,
         grad_clip=1.0,
+        precision="float32",
     )
 
 
@@ -66,7 +70,10 @@ def run(
     cut_at: int | None = None,
     bad_at: int | None = None,
     signals: dict[int, signal.Signals] | None = None,
+    look: Callable[[int], None] = lambda step: None,
+    **hardware,
 ):
+    """`look` is called at every step."""
     torch.manual_seed(0)
     model, counter = nn.Linear(3, 2), Counter()
 
@@ -74,6 +81,7 @@ def run(
         return torch.randn(4, 3, generator=torch_generator(0, "x", step))
 
     def compute(step, x, backward):
+        look(step)
         if step == cut_at:
             raise Cut
         counter.total += step
@@ -92,7 +100,7 @@ def run(
         count=1,
         options=options(steps),
         ema_decays=[0.5, 0.9],
-        hardware=HARDWARE,
+        hardware=HARDWARE.model_copy(update=hardware),
         ranks=ALONE,
         folder=folder,
         what="test",
@@ -120,6 +128,46 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bits(tmp_path):
     ]
     assert without_time[0] == without_time[1]
     assert [line["step"] for line in without_time[0]] == list(range(8))
+
+
+def tensor_bytes() -> int:
+    """Bytes of all tensors in this process, memory that several share counted once."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor) and not isinstance(thing, FakeTensor):  # other tests compile
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def test_a_resumed_run_holds_no_more_than_a_fresh_one(tmp_path):
+    """Neither tensors of the checkpoint nor its file, which is mapped while it is read."""
+    held, mapped = {}, {}
+
+    def look(step):
+        held[step] = tensor_bytes()
+        mapped[step] = "tensors.safetensors" in Path("/proc/self/maps").read_text()
+
+    run(tmp_path / "whole", look=look, prefetch=0)  # batches that are read ahead come when they will
+    whole = dict(held)
+    with pytest.raises(Cut):
+        run(tmp_path / "cut", cut_at=5)
+    held.clear(), mapped.clear()
+    run(tmp_path / "cut", look=look, prefetch=0)
+    assert held.keys() == {3, 4, 5, 6, 7}
+    assert all(held[step] <= whole[step] for step in held), (held, whole)
+    assert not any(mapped.values())
+
+
+def test_a_run_that_goes_on_in_another_rounding_says_so(tmp_path, capsys):
+    with pytest.raises(Cut):
+        run(tmp_path, cut_at=5)
+    with pytest.raises(Cut):
+        run(tmp_path, cut_at=4, checkpoint_every=5, prefetch=0)  # which change no bit
+    assert "rounding" not in capsys.readouterr().out
+    run(tmp_path, compile=True, mae_micro_batch=8)
+    told = "hardware.compile was False and is True, hardware.mae_micro_batch was None and is 8: "
+    assert f"test: {told}the result will differ by rounding" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

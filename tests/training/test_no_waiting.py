@@ -29,7 +29,7 @@ SETTINGS = load_settings(Path(__file__).parents[2] / "presets" / "digits.yaml")
 DRIFT = SETTINGS.drift.model_copy(
     update={
         "hidden": 16, "depth": 1, "heads": 2, "style_codebooks": 2, "classes_per_step": 4, "generated": 3,
-        "positives": 2, "unconditional": 2, "queue_push": 16, "steps": 1, "warmup_steps": 0,
+        "positives": 2, "unconditional": 2, "push_per_step": 16, "steps": 1, "warmup_steps": 0,
     }
 )  # fmt: skip
 MAE = SETTINGS.mae.model_copy(

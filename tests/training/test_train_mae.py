@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from golden_weights import golden_config, golden_numbers, golden_params
 
 from drift.data.latents import LatentStore, write_latents
 from drift.errors import UserError
@@ -13,9 +14,10 @@ from drift.launch import Ranks
 from drift.models import LatentMAE
 from drift.models.mae import draw_mask
 from drift.params import load_settings
+from drift.release import convert_mae
 from drift.seeds import torch_generator
 from drift.training.log import read_log, write_plot
-from drift.training.mae import HELD_OUT_COLUMNS, PLOT_COLUMNS, train_mae
+from drift.training.mae import HELD_OUT_COLUMNS, PLOT_COLUMNS, class_share, mae_loss, train_mae
 
 SETTINGS = load_settings(Path(__file__).parents[2] / "presets" / "digits.yaml")
 OPTIONS = SETTINGS.mae.model_copy(
@@ -53,16 +55,69 @@ def weights(model) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+def test_settings_that_are_declared_without_effect_change_no_bit(store, tmp_path):
+    options = OPTIONS.model_copy(update={"finetune_steps": 0, "held_out": 0, "lr_schedule": "constant"})
+    turned = {
+        "finetune_weight": 0.7, "finetune_ramp_steps": 3, "evaluate_every": 1, "lr_final": 0.5,
+        "warmup_start_lr": 0.1,
+    }  # fmt: skip
+    assert options.without_effect().keys() == turned.keys()
+    one, _ = train(store, tmp_path / "one", options)
+    other, _ = train(store, tmp_path / "other", options.model_copy(update=turned))
+    assert torch.equal(weights(one), weights(other))
+
+
+@pytest.mark.parametrize("share", [0, 0.1])
+@pytest.mark.parametrize("folder", ["release_mae", "release_mae_pixel"])
+def test_loss_and_gradients_are_the_releases(folder, share):
+    """In float64: one ReLU of the pixels' example has an input of 5e-9, whose sign float32 gets wrong."""
+    expected = {n: torch.from_numpy(a) for n, a in golden_numbers(folder, "training.npz").items()}
+    model = convert_mae(golden_params(folder), golden_config(folder)).train().double()
+    x, mask, labels = expected["x"].permute(0, 3, 1, 2).double(), expected["mask"], expected["labels"]
+    of = {name.partition("/")[2]: value for name, value in expected.items() if f"lambda_{share}/" in name}
+
+    per_sample, logits = model(x, mask)
+    torch.testing.assert_close(per_sample, of["recon_loss"], rtol=1e-4, atol=0)
+    entropy = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(entropy.float(), of["cls_loss"], rtol=1e-4, atol=0)
+
+    loss, reconstruction, _ = mae_loss(model, x, mask, labels, share)
+    assert loss.item() == pytest.approx(of["loss"].mean().item(), rel=1e-4)
+    assert reconstruction.item() == pytest.approx(of["recon_loss"].mean().item(), rel=1e-4)
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
+    assert norm.item() == pytest.approx(of["grad_norm"].item(), rel=1e-4)
+    for path, found in (
+        ("decoder/head/bias", model.decoder.head.bias.grad),
+        ("encoder/conv1/kernel", model.encoder.stem.conv.weight.grad.permute(2, 3, 1, 0)),
+        ("fc/kernel", model.classifier.weight.grad.T),
+    ):
+        wanted = of[f"grad/{path}"]
+        assert (found - wanted).norm() <= 1e-4 * wanted.norm(), path
+
+
+@pytest.mark.parametrize(
+    ("ramp", "shares"), [(4, [0, 0.25, 0.5, 0.75, 1, 1]), (1, [0, 1, 1, 1, 1, 1]), (0, [1] * 6)]
+)
+def test_the_share_of_the_class_loss_rises_from_0(ramp, shares):
+    options = OPTIONS.model_copy(
+        update={"steps": 10, "finetune_steps": 6, "finetune_ramp_steps": ramp, "finetune_weight": 0.5}
+    )
+    found = [class_share(step, options) for step in range(10)]
+    assert found == [0] * 4 + [0.5 * share for share in shares]
+
+
 @pytest.mark.parametrize("size", [1, 4, 5, 100])
 def test_micro_batches_add_up_to_the_batch(store, tmp_path, size):
     whole, _ = train(store, tmp_path / "whole")
     parts, _ = train(store, tmp_path / "parts", mae_micro_batch=size)
-    torch.testing.assert_close(weights(parts), weights(whole), rtol=1e-4, atol=1e-5)
+    # Adam makes a step of full length of a gradient that is 0 but for rounding, and few latents make many
+    assert (weights(parts) - weights(whole)).norm() < 3e-3 * weights(whole).norm()
     for line, expected in zip(
         *(read_log(tmp_path / run / "logs.jsonl") for run in ("parts", "whole")), strict=True
     ):
         for name in ("loss", "reconstruction", "accuracy", "grad_norm"):
-            assert line[name] == pytest.approx(expected[name], rel=1e-4), name
+            assert line[name] == pytest.approx(expected[name], rel=1e-4 if line["step"] == 1 else 0.1), name
 
 
 @pytest.mark.parametrize("hardware", [{"latents_on_device": True}, {"prefetch": 0}], ids=str)
@@ -73,12 +128,13 @@ def test_how_latents_come_changes_no_bit(store, tmp_path, hardware):
 
 
 def test_float16_goes_on_to_the_same_bits(store, tmp_path):
-    whole, _ = train(store, tmp_path / "whole", precision="float16")
+    options = OPTIONS.model_copy(update={"precision": "float16"})
+    whole, _ = train(store, tmp_path / "whole", options)
     shutil.copytree(tmp_path / "whole" / "step-00000002", tmp_path / "resumed" / "step-00000002")
-    resumed, _ = train(store, tmp_path / "resumed", precision="float16")
+    resumed, _ = train(store, tmp_path / "resumed", options)
     assert torch.equal(weights(whole), weights(resumed))
     single, _ = train(store, tmp_path / "single")
-    assert (weights(whole) - weights(single)).norm() < 0.1 * weights(single).norm()
+    assert 0 < (weights(whole) - weights(single)).norm() < 0.1 * weights(single).norm()
 
 
 def seen_rows(store, folder, monkeypatch, options=OPTIONS) -> list[np.ndarray]:

@@ -1,0 +1,93 @@
+"""No name is silently taken for another: every dispatch by name refuses one that it does not know."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal, get_origin, get_type_hints
+
+import numpy as np
+import pytest
+import torch
+
+from drift.adopt import _expected
+from drift.encoding import encode_view
+from drift.evaluation.fid import check_metrics
+from drift.field import FieldSettings
+from drift.field.coupling import normalised_rows
+from drift.field.distance import distances
+from drift.field.loss import takes_triton
+from drift.params import load_settings
+from drift.training.drift import RealSamples, feature_dtype
+from drift.training.schedule import learning_rate
+
+SETTINGS = load_settings(Path(__file__).parents[1] / "presets" / "digits.yaml")
+STORE = SimpleNamespace(
+    labels=np.arange(400) % 10, num_classes=10, class_names=list("0123456789"), per_image=1
+)
+
+
+def rate(step: int):
+    return lambda schedule: learning_rate(
+        step, steps=9, peak=1.0, warmup_steps=3, warmup_start=0.0, schedule=schedule, final_share=0.1
+    )
+
+
+def real_samples(**changes) -> RealSamples:
+    return RealSamples(STORE, SETTINGS.drift.model_copy(update=changes), seed=0)
+
+
+def encode(tmp_path: Path, **changes):
+    how = {"view": "center", "posterior": "mean", "on_bad_image": "error"} | changes
+    options = dict.fromkeys(("crops", "crop_scale", "crop_ratio", "flip", "mirror", "seed"))
+    return encode_view(None, None, tmp_path, dataset="digits", image_size=32, batch_size=1, **options, **how)
+
+
+DISPATCHES = {
+    "coupling of split": lambda name: normalised_rows(torch.zeros(2, 3), name),
+    "metric": lambda name: distances(torch.ones(1, 2, 3), name, 0.0, False),
+    "field_impl": lambda name: takes_triton(
+        name, FieldSettings(), torch.device("cpu"), generated=2, positives=2, unconditional=0
+    ),
+    "schedule in the warm-up": rate(0),
+    "schedule after it": rate(5),
+    "precision": feature_dtype,
+    "sampling": lambda name: real_samples(sampling=name),
+    "class_sampling": lambda name: real_samples(class_sampling=name),
+    "view": lambda name: encode(Path("unused"), view=name),
+    "posterior": lambda name: encode(Path("unused"), posterior=name),
+    "on_bad_image": lambda name: encode(Path("unused"), on_bad_image=name),
+    "adopted view": lambda name: _expected(name, SETTINGS),
+    "metrics": lambda name: check_metrics([name], SimpleNamespace(classify=True), True),
+    **{
+        key: lambda name, key=key: replace(FieldSettings(), **{key: name})
+        for key, kind in get_type_hints(FieldSettings).items()
+        if get_origin(kind) is Literal or kind is bool
+    },
+}
+
+
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+def test_an_unknown_name_is_refused(dispatch):
+    with pytest.raises((ValueError, KeyError), match="unheard-of"):
+        DISPATCHES[dispatch]("unheard-of")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("temps", ()), ("temps", (0.02, 0.0)), ("sinkhorn_iters", 0), ("sinkhorn_tolerance", -1.0),
+        ("affinity_floor", float("nan")),
+    ],
+)  # fmt: skip
+def test_numbers_of_the_field_are_held_to_their_range(key, value):
+    with pytest.raises(ValueError, match=f"{key} = .*: allowed"):
+        FieldSettings(**{key: value})
+
+
+def test_known_names_still_differ():
+    """What the names choose between is not the same thing."""
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    row, two_sided = (normalised_rows(logits, name) for name in ("row", "partial_two_sided"))
+    torch.testing.assert_close(row, logits.softmax(dim=1))
+    by_hand = (logits.softmax(dim=1) * logits.softmax(dim=0)).sqrt()
+    torch.testing.assert_close(two_sided, by_hand / by_hand.sum(dim=1, keepdim=True))
