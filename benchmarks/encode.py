@@ -25,10 +25,10 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.timing import call_seconds, machine
+from drift.autoencoders.kl import VAE, VAEPrecision
 from drift.data.images import FolderImages
-from drift.encoding import encode_view
-from drift.models.vae import VAE, VAEPrecision
 from drift.training.compile import Compiled
+from drift.training.encode import encode_view
 
 WIDTH, HEIGHT = 500, 375  # the most frequent size in ImageNet
 VAE_BATCHES = 5

@@ -29,12 +29,12 @@ import torch
 from ruamel.yaml import YAML
 
 from benchmarks.timing import call_seconds, in_child, machine
+from drift.autoencoders.kl import VAE, VAEPrecision, to_uint8
 from drift.evaluation.batches import in_batches
-from drift.evaluation.features import load_feature_network
+from drift.evaluation.networks import load_feature_network
 from drift.evaluation.sample import balanced_labels, draw_inputs
 from drift.models.generator import Generator
-from drift.models.vae import VAE, VAEPrecision, to_uint8
-from drift.params import Settings, load_settings
+from drift.settings import Settings, load_settings
 from drift.training.compile import Compiled
 
 REPEATS = 5

@@ -41,7 +41,7 @@ from benchmarks.timing import (
     time_meter,
 )
 from benchmarks.training import FIELD, NEVER, Case, Enough, no_plain_field, plain_case, run, step_flops
-from drift.params import Settings, load_settings
+from drift.settings import Settings, load_settings
 
 WARM_UP = 3  # steps before those that count
 TRACED = 3  # steps

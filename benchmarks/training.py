@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from drift.field.coupling import COUPLINGS
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -34,18 +35,17 @@ import drift.training.objective
 from benchmarks.field import TEMPS, plain_loss
 from benchmarks.timing import Split, flop_meter
 from drift.data.latents import LatentReader, LatentStore, write_latents
-from drift.data.prefetch import Prefetch
 from drift.field import FieldSettings
-from drift.field.coupling import COUPLINGS
-from drift.launch import Ranks
 from drift.models import Generator, LatentMAE
 from drift.models.ema import EMA
-from drift.params import Settings
+from drift.runtime.processes import Ranks
+from drift.settings import Settings
 from drift.training.compile import Compiled
 from drift.training.drift import FrozenEncoder, generator_config, train_generator
 from drift.training.log import RunLog
 from drift.training.mae import mae_config, train_mae
 from drift.training.objective import drift_objective
+from drift.training.prefetch import Prefetch
 
 PER_CLASS = 128  # latents in the store, or as many as are asked for
 NEVER = 10**9  # steps

@@ -12,15 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from drift.data.latents import LatentStore
-from drift.files import check_output, sha256, write_json
-from drift.launch import join, run_stage, spawn, stage_parser, wanted_processes
 from drift.models.generator import CLASSES_FILE
 from drift.models.mae import LatentMAE
-from drift.params import load_settings
+from drift.runtime.files import check_output, sha256, write_json
+from drift.runtime.processes import join, run_stage, spawn, stage_parser, wanted_processes
+from drift.runtime.work import Work
+from drift.settings import load_settings
 from drift.training.drift import plot_columns, train_generator
 from drift.training.export import export_run
 from drift.training.inputs import check_latents
-from drift.work import Work
 
 
 def main(argv: Sequence[str] | None = None) -> int:

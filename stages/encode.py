@@ -11,15 +11,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from drift.autoencoders.kl import VAE
 from drift.data.images import VIEW_OPTIONS, VIEWS, open_images, view_digest
-from drift.encoding import encode_view
-from drift.files import check_output, link_folder
-from drift.launch import join, run_stage, spawn, stage_parser, wanted_processes
-from drift.models.vae import VAE
-from drift.params import load_settings
-from drift.signals import Signals
+from drift.runtime.files import check_output, link_folder
+from drift.runtime.processes import join, run_stage, spawn, stage_parser, wanted_processes
+from drift.runtime.signals import Signals
+from drift.runtime.work import Work
+from drift.settings import load_settings
 from drift.training.compile import Compiled
-from drift.work import Work
+from drift.training.encode import encode_view
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,11 +17,10 @@ from typing import Any
 from ruamel.yaml import YAML
 
 import drift
+from drift.autoencoders.kl import VAE
 from drift.data.images import ImageSource, open_images
 from drift.data.listing import class_difference
-from drift.errors import UserError
-from drift.evaluation.features import FeatureNetwork, check_feature_network, load_feature_network
-from drift.evaluation.fid import Samples, best_entry, check_metrics, evaluate_sweep, sweep_summary
+from drift.evaluation.networks import FeatureNetwork, check_feature_network, load_feature_network
 from drift.evaluation.outputs import Outputs, Pictures
 from drift.evaluation.pictures import class_rows, omega_columns
 from drift.evaluation.reference import (
@@ -35,16 +34,17 @@ from drift.evaluation.reference import (
 )
 from drift.evaluation.report import print_report
 from drift.evaluation.sample import ImageDecoder, balanced_labels, random_labels, split_labels
-from drift.files import sha256, write_json
-from drift.launch import join, run_stage, spawn, stage_parser, wanted_processes
+from drift.evaluation.sweep import Samples, best_entry, check_metrics, evaluate_sweep, sweep_summary
 from drift.models.ema import ema_file
 from drift.models.generator import CLASSES_FILE, Generator, read_class_names
-from drift.models.vae import VAE
-from drift.params import Settings, load_settings
-from drift.progress import ProgressLog
-from drift.seeds import numpy_generator
+from drift.runtime.errors import UserError
+from drift.runtime.files import sha256, write_json
+from drift.runtime.processes import join, run_stage, spawn, stage_parser, wanted_processes
+from drift.runtime.progress import ProgressLog
+from drift.runtime.seeds import numpy_generator
+from drift.runtime.work import SETTINGS_FILE, Work, work_root
+from drift.settings import Settings, load_settings
 from drift.training.compile import Compiled
-from drift.work import SETTINGS_FILE, Work, work_root
 
 PACKAGES = ("clean-fid", "diffusers", "numpy", "pillow", "scipy", "torch", "torchvision")
 

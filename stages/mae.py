@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from drift.data.latents import LatentStore
-from drift.files import check_output, sha256
-from drift.launch import join, run_stage, spawn, stage_parser, wanted_processes
-from drift.params import load_settings
+from drift.runtime.files import check_output, sha256
+from drift.runtime.processes import join, run_stage, spawn, stage_parser, wanted_processes
+from drift.runtime.work import Work
+from drift.settings import load_settings
 from drift.training.export import export_run
 from drift.training.inputs import check_latents
 from drift.training.mae import (
@@ -25,7 +26,6 @@ from drift.training.mae import (
     open_encoder,
     train_mae,
 )
-from drift.work import Work
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from drift.errors import UserError
+from drift.runtime.errors import UserError
 
 
 def complaint(call: Callable[[], object]) -> str:

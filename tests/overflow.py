@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parameter import Buffer
 
-from drift.torchvision_shim import ensure_torchvision
+from drift.runtime.torchvision import ensure_torchvision
 
 ensure_torchvision()
 from diffusers.configuration_utils import FrozenDict  # noqa: E402

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
-from drift.launch import Ranks
+from drift.runtime.processes import Ranks
 
 
 def in_processes(

@@ -7,17 +7,13 @@ from typing import Literal, get_origin, get_type_hints
 
 import numpy as np
 import pytest
-import torch
 
-from drift.adopt import _expected
-from drift.encoding import encode_view
-from drift.evaluation.fid import check_metrics
+from drift.evaluation.sweep import check_metrics
 from drift.field import FieldSettings
-from drift.field.coupling import normalised_rows
-from drift.field.distance import distances
-from drift.field.loss import takes_triton
-from drift.params import load_settings
+from drift.settings import load_settings
+from drift.sharing.adopt import _expected
 from drift.training.drift import RealSamples, feature_dtype
+from drift.training.encode import encode_view
 from drift.training.schedule import learning_rate
 
 SETTINGS = load_settings(Path(__file__).parents[1] / "presets" / "digits.yaml")
@@ -43,11 +39,6 @@ def encode(tmp_path: Path, **changes):
 
 
 DISPATCHES = {
-    "coupling of split": lambda name: normalised_rows(torch.zeros(2, 3), name),
-    "metric": lambda name: distances(torch.ones(1, 2, 3), name, 0.0, False),
-    "field_impl": lambda name: takes_triton(
-        name, FieldSettings(), torch.device("cpu"), generated=2, positives=2, unconditional=0
-    ),
     "schedule in the warm-up": rate(0),
     "schedule after it": rate(5),
     "precision": feature_dtype,
@@ -82,12 +73,3 @@ def test_an_unknown_name_is_refused(dispatch):
 def test_numbers_of_the_field_are_held_to_their_range(key, value):
     with pytest.raises(ValueError, match=f"{key} = .*: allowed"):
         FieldSettings(**{key: value})
-
-
-def test_known_names_still_differ():
-    """What the names choose between is not the same thing."""
-    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
-    row, two_sided = (normalised_rows(logits, name) for name in ("row", "partial_two_sided"))
-    torch.testing.assert_close(row, logits.softmax(dim=1))
-    by_hand = (logits.softmax(dim=1) * logits.softmax(dim=0)).sqrt()
-    torch.testing.assert_close(two_sided, by_hand / by_hand.sum(dim=1, keepdim=True))

@@ -10,7 +10,7 @@ import torch
 from imports import ROOT
 
 from drift.models import Generator, LatentMAE
-from drift.params import load_settings
+from drift.settings import load_settings
 from drift.training.drift import generator_config
 from drift.training.mae import mae_config
 
@@ -80,9 +80,9 @@ import numpy as np
 import torch
 import drift.training.loop
 from drift.data.latents import LatentStore, write_latents
-from drift.launch import Ranks
+from drift.runtime.processes import Ranks
 from drift.models.mae import LatentMAE, MAEConfig
-from drift.params import load_settings
+from drift.settings import load_settings
 from drift.training.drift import train_generator
 from drift.training.log import read_log
 from drift.training.mae import train_mae

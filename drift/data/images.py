@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from drift.data.listing import class_difference, class_folders, list_images, passed_over
-from drift.errors import UserError
+from drift.runtime.errors import UserError
 
 VIEW_OPTIONS = {"center": ("mirror",), "augmented": ("crops", "crop_scale", "crop_ratio", "flip")}
 """The views of an image, and the settings of `encode` that only one of them has."""

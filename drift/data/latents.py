@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from drift.errors import UserError
-from drift.files import atomic_write, sha256, write_json
+from drift.runtime.errors import UserError
+from drift.runtime.files import atomic_write, sha256, write_json
 
 _LOADED_AT_ONCE = 4096  # rows
 _WAY_OUT = "rerun encode (dvc repro) or fetch it (dvc pull)"

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from drift.evaluation.moments import AllReduceSum
 from drift.evaluation.store import BLOCK, FeatureStore
-from drift.seeds import derive_seed, numpy_generator
-from drift.torchvision_shim import ensure_torchvision
+from drift.runtime.seeds import derive_seed, numpy_generator
+from drift.runtime.torchvision import ensure_torchvision
 
 SPLITS = 10  # of the Inception Score (Salimans et al. 2016)
 NEIGHBOURS = 3  # k of precision and recall (Kynkäänniemi et al. 2019)

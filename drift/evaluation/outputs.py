@@ -7,10 +7,10 @@ from typing import Any
 
 from PIL import Image
 
-from drift.evaluation.fid import write_sweep_csv
 from drift.evaluation.page import training_curves, write_page
 from drift.evaluation.pictures import save_png
-from drift.files import check_output, write_json
+from drift.evaluation.sweep import write_sweep_csv
+from drift.runtime.files import check_output, write_json
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from drift.evaluation.report import COLUMNS
-from drift.files import atomic_write
-from drift.progress import read_log
+from drift.runtime.files import atomic_write
+from drift.runtime.progress import read_log
 
 _TEMPLATE = "page.html.j2"
 _CURVES = (

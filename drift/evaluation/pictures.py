@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from drift.evaluation.sample import ImageDecoder, draw_inputs, sample_latents
-from drift.files import atomic_write
 from drift.models.generator import Generator
+from drift.runtime.files import atomic_write
 
 VISIBLE_SIDE = 64  # pixels; smaller images are enlarged to at least this, or nobody sees anything
 _BACKGROUND = 255

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from drift.files import atomic_write, check_writable, write_json
+from drift.runtime.files import atomic_write, check_writable, write_json
 
 FILE = "fid.json"
 """What is in a folder of PNG files beside them, once all are there: what was measured on them."""

@@ -27,14 +27,14 @@ from drift.data.images import (
     refuse_or_leave_out,
     view_digest,
 )
-from drift.errors import UserError
 from drift.evaluation.batches import one_behind
-from drift.evaluation.features import FeatureNetwork
 from drift.evaluation.moments import AllReduceSum, Moments, alone, frechet_distance
+from drift.evaluation.networks import FeatureNetwork
 from drift.evaluation.store import FeatureStore
-from drift.files import atomic_write, check_readable, sha256
-from drift.lock import Lock
-from drift.seeds import numpy_generator
+from drift.runtime.errors import UserError
+from drift.runtime.files import atomic_write, check_readable, sha256
+from drift.runtime.lock import Lock
+from drift.runtime.seeds import numpy_generator
 
 _KEYS = (("mu", "sigma"), ("ref_mu", "ref_sigma"))  # clean-fid's and the prior's names; the release's
 _WAIT_S = 1.0  # between two looks at a lock

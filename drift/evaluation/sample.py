@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from drift.autoencoders.kl import VAE, Rounding, to_uint8
 from drift.evaluation.batches import in_batches
 from drift.models.generator import Generator, GeneratorConfig
-from drift.models.vae import VAE, Rounding, to_uint8
-from drift.seeds import numpy_generator, torch_generator
+from drift.runtime.seeds import numpy_generator, torch_generator
 
 
 def sample_generator(seed: int, index: int) -> torch.Generator:

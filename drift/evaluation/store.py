@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from drift.files import RowFile
+from drift.runtime.files import RowFile
 
 BLOCK = 1024  # rows that are read at once
 _MISSING, _THERE, _UNDECODABLE = 0, 1, 2  # marks of a row

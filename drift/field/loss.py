@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from drift.errors import UserError
 from drift.field.problems import Problems
 from drift.field.settings import FieldSettings, contradictions
+from drift.runtime.errors import UserError
 
 Reduce = Callable[[Tensor], Tensor]
 """Sums a 1-D tensor over the processes that share the classes of a step."""

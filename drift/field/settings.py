@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from drift.errors import one_of
 from drift.field.couplings import COUPLINGS, Coupling
+from drift.runtime.errors import one_of
 
 
 class Guards(NamedTuple):

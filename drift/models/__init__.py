@@ -1,4 +1,4 @@
-"""Networks. Names are imported when they are used, so that `drift.models.vae` does not load the rest."""
+"""Networks. Names are imported when they are used, so that `drift.autoencoders.kl` does not load the rest."""
 
 import importlib
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from drift.errors import UserError
-from drift.models.io import PretrainedModel
+from drift.models.base import PretrainedModel
+from drift.runtime.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """The one-step generator: a DiT from noise, class, CFG strength and style indices to a latent (paper A.2).
 
-Follows the release, whose parameters `drift.release` converts. Shape letters: B batch, C channels, T tokens,
+Follows the release, whose parameters `drift.interop.release` converts. Shape letters: B batch, C channels, T tokens,
 D hidden size, S style codebooks.
 """
 
@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from drift.errors import UserError
-from drift.models.io import PretrainedModel, require_at_least
+from drift.models.base import PretrainedModel, require_at_least
+from drift.runtime.errors import UserError
 
 CLASSES_FILE = "classes.json"
 """Class names in the order of the labels, in the folder of a trained generator."""

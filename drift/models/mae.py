@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from drift.errors import UserError
-from drift.models.features import feature_sets, root_mean_square
-from drift.models.io import PretrainedModel, require_at_least
+from drift.models.base import PretrainedModel, require_at_least
+from drift.models.pooling import feature_sets, root_mean_square
+from drift.runtime.errors import UserError
 
 _EPS = 1e-6  # release: of every GroupNorm
 
@@ -185,7 +185,7 @@ class LatentMAE(PretrainedModel):
     @classmethod
     def variants(cls) -> dict[str, type["LatentMAE"]]:
         """This class, and that of the prior's encoder."""
-        from drift.models.prior_mae import PriorMAE
+        from drift.models.sinkhorn_mae import PriorMAE
 
         return {"LatentMAE": LatentMAE, "PriorMAE": PriorMAE}
 

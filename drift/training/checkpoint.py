@@ -18,9 +18,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from drift.errors import UserError
-from drift.files import sha256, sync
-from drift.launch import Ranks
+from drift.runtime.errors import UserError
+from drift.runtime.files import sha256, sync
+from drift.runtime.processes import Ranks
 
 KEPT = 2
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors tells of the system's errors

@@ -14,21 +14,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from drift.data.bank import DirectSampling, SampleQueue, choose_classes
 from drift.data.latents import LatentReader, LatentStore, pinned
-from drift.data.queue import DirectSampling, SampleQueue, choose_classes
-from drift.errors import one_of
-from drift.field.loss import takes_triton
+from drift.field.couplings import COUPLINGS
 from drift.field.settings import FieldSettings
-from drift.launch import Ranks
 from drift.models.ema import EMA
 from drift.models.generator import Generator, GeneratorConfig
 from drift.models.mae import LatentMAE
-from drift.params import Drift, Hardware
-from drift.seeds import derive_seed, torch_generator
+from drift.runtime.errors import one_of
+from drift.runtime.processes import Ranks
+from drift.runtime.seeds import derive_seed, torch_generator
+from drift.settings import Drift, Hardware
 from drift.training.compile import Compiled
 from drift.training.log import Tree
 from drift.training.loop import Backward, autocast, parts, train
-from drift.training.objective import Samples, drift_objective, mean_statistics, step_sums
+from drift.training.objective import Samples, Statistics, drift_objective, mean_statistics, step_totals
 from drift.training.schedule import draw_omega
 
 
@@ -40,7 +40,7 @@ def plot_columns(field: FieldSettings) -> list[str]:
 
 def _by_temperature(field: FieldSettings) -> list[str]:
     """Statistics of `drifting_loss` that have one value per temperature."""
-    return ["drift_rms", "neighbours", *(["marginal_error"] if field.coupling == "sinkhorn" else [])]
+    return ["drift_rms", "neighbours", *COUPLINGS[field.coupling].statistics]
 
 
 def generator_config(options: Drift, store: LatentStore) -> GeneratorConfig:
@@ -90,19 +90,10 @@ def train_generator(
     """Train a Generator on `store` in the features of `encoder`, going on from `folder` if it can.
 
     Returns the generator and one EMA per decay of `options.ema_decays`. Raises `UserError` if the classes of
-    a step do not split over the processes, a class has too few samples, or the field cannot be computed by
-    `hardware.field_impl`.
+    a step do not split over the processes, or a class has too few samples.
     """
     mine = ranks.share(options.classes_per_step, "drift.classes_per_step")  # of the Nc class slots
     slots = range(mine.start, mine.stop)
-    takes_triton(
-        hardware.field_impl,
-        field,
-        ranks.device,
-        generated=options.generated,
-        positives=options.positives,
-        unconditional=options.unconditional,
-    )
     torch.manual_seed(derive_seed(seed, "drift/init"))
     config = generator_config(options, store)
     model = Generator(config).to(ranks.device)
@@ -116,7 +107,6 @@ def train_generator(
         "drop_duplicates": one_of("duplicate_features", options.duplicate_features, "keep", "drop") == "drop",
         "feature_batch": hardware.feature_batch,
         "feature_dtype": feature_dtype(options.precision),
-        "field_impl": hardware.field_impl,
     }
     n = options.generated
     sample_shape = (config.in_channels, config.input_size, config.input_size)
@@ -177,12 +167,12 @@ def train_generator(
 
     def compute(step: int, batch: _Batch, backward: Backward) -> Tree:
         passes = parts(len(slots), hardware.classes_per_pass)
-        sums = None
+        totals = None
         if len(passes) > 1 and field.normalization_scope == "batch":
             with torch.no_grad():
                 given = [samples(batch, part) for part in passes]
             with autocast(ranks, options.precision):
-                sums = step_sums(given, frozen, field, reduce=reduce, **objective_options)
+                totals = step_totals(given, frozen, field, reduce=reduce, **objective_options)
         gathered, shares = [], []
         for part in passes:
             *inputs, negatives = samples(batch, part)
@@ -193,14 +183,14 @@ def train_generator(
                     field,
                     negatives=negatives,
                     reduce=reduce,
-                    sums=sums,
+                    totals=totals,
                     **objective_options,
                 )
             classes = part.stop - part.start
             backward(classes * loss, last=part.stop == len(slots))
             gathered.append(statistics)
             shares.append(classes / len(slots))
-        statistics = gathered[0] if sums is not None else mean_statistics(gathered, shares)
+        statistics = over_processes(mean_statistics(gathered, shares), ranks)
         total = torch.stack([s["loss"] for s in statistics.values()]).sum()
         return {"loss": total, **summarise(statistics, field), "feature_sets": statistics}
 
@@ -218,6 +208,19 @@ def train_generator(
         extra=real,
     )
     return model, emas
+
+
+def over_processes(statistics: Statistics, ranks: Ranks) -> Statistics:
+    """Means over the processes, which have as many classes each; one collective for all of them."""
+    if ranks.world_size == 1:
+        return statistics
+    values = [value for of_set in statistics.values() for value in of_set.values()]
+    flat = ranks.sum(torch.cat([value.reshape(-1) for value in values])) / ranks.world_size
+    parts = iter(flat.split([value.numel() for value in values]))
+    return {
+        name: {key: next(parts).view_as(value) for key, value in of_set.items()}
+        for name, of_set in statistics.items()
+    }
 
 
 def feature_dtype(precision: str) -> torch.dtype:

@@ -4,8 +4,8 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from drift.models.base import PretrainedModel
 from drift.models.ema import EMA, ema_file
-from drift.models.io import PretrainedModel
 from drift.training.log import write_plot
 from drift.training.loop import LOG_FILE
 

@@ -2,9 +2,9 @@
 
 import re
 
+from drift.autoencoders.kl import known_scaling_factor
 from drift.data.latents import LatentStore, check_meta
-from drift.models.vae import known_scaling_factor
-from drift.params import Settings
+from drift.settings import Settings
 
 
 def check_latents(store: LatentStore, settings: Settings, view: str) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from drift.files import atomic_write
-from drift.progress import ProgressLog, read_log
+from drift.runtime.files import atomic_write
+from drift.runtime.progress import ProgressLog, read_log
 
 
 class RunLog:

@@ -15,15 +15,15 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from drift.data.prefetch import Prefetch
-from drift.errors import Stopped
-from drift.launch import Ranks
 from drift.models.ema import EMA
-from drift.params import ROUNDING_KEYS, Hardware, Optimizer
-from drift.signals import Asked, Signals
-from drift.sums import PairwiseSum
+from drift.runtime.errors import Stopped
+from drift.runtime.processes import Ranks
+from drift.runtime.signals import Asked, Signals
+from drift.runtime.sums import PairwiseSum
+from drift.settings import ROUNDING_KEYS, Hardware, Optimizer
 from drift.training.checkpoint import load_optimizer, optimizer_tensors, save_checkpoint, shared_checkpoint
 from drift.training.log import RunLog, Tree, to_numbers
+from drift.training.prefetch import Prefetch
 from drift.training.schedule import learning_rate
 
 LOG_FILE = "logs.jsonl"
@@ -91,7 +91,7 @@ def train(
 
     Checkpoints and `logs.jsonl` go to `folder`, which only the first process reads and writes. Returns one
     EMA per decay. Raises FloatingPointError naming the first step with a loss or gradient that is not finite;
-    no checkpoint is written after such a step. Raises Stopped after SIGTERM or SIGINT (see `drift.signals`),
+    no checkpoint is written after such a step. Raises Stopped after SIGTERM or SIGINT (see `drift.runtime.signals`),
     with a checkpoint of the step that was being taken.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]

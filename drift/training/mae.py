@@ -20,21 +20,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
+from drift.data.bank import batch_rows, held_out_rows
 from drift.data.latents import LatentReader, LatentStore, pinned
-from drift.data.queue import batch_rows, held_out_rows
-from drift.errors import UserError
-from drift.launch import Ranks
+from drift.models.base import CONFIG_FILE
 from drift.models.ema import EMA
-from drift.models.io import CONFIG_FILE
 from drift.models.mae import LatentMAE, MAEConfig, draw_mask
-from drift.params import Hardware, Mae
-from drift.progress import read_log
-from drift.seeds import derive_seed, torch_generator
-from drift.sums import PairwiseSum
+from drift.runtime.errors import UserError
+from drift.runtime.processes import Ranks
+from drift.runtime.progress import read_log
+from drift.runtime.seeds import derive_seed, torch_generator
+from drift.runtime.sums import PairwiseSum
+from drift.runtime.work import SETTINGS_FILE
+from drift.settings import Hardware, Mae
 from drift.training.compile import Compiled
 from drift.training.log import Tree, write_plot
 from drift.training.loop import LOG_FILE, Backward, autocast, parts, train
-from drift.work import SETTINGS_FILE
 
 PLOT_COLUMNS = ("loss", "reconstruction", "accuracy", "grad_norm", "lr")
 HELD_OUT_COLUMNS = ("held_out",)

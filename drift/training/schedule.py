@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from drift.errors import one_of
+from drift.runtime.errors import one_of
 
 
 def learning_rate(

@@ -21,14 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from drift.autoencoders.kl import VAE, to_float
 from drift.data.images import augmented_view, center_view, open_images
-from drift.errors import UserError
-from drift.files import check_output, replace_folder
-from drift.launch import run_stage
 from drift.models.classifier import ClassifierConfig, ImageClassifier
-from drift.models.vae import VAE, to_float
-from drift.seeds import derive_seed, numpy_generator, torch_generator
-from drift.torchvision_shim import ensure_torchvision
+from drift.runtime.errors import UserError
+from drift.runtime.files import check_output, replace_folder
+from drift.runtime.processes import run_stage
+from drift.runtime.seeds import derive_seed, numpy_generator, torch_generator
+from drift.runtime.torchvision import ensure_torchvision
 from drift.training.schedule import learning_rate
 
 if TYPE_CHECKING:

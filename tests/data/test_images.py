@@ -15,8 +15,8 @@ from scipy.stats import ks_2samp
 from sklearn.datasets import load_digits
 
 from drift.data import images
-from drift.errors import UserError
-from drift.torchvision_shim import ensure_torchvision
+from drift.runtime.errors import UserError
+from drift.runtime.torchvision import ensure_torchvision
 
 ensure_torchvision()
 from torchvision.datasets import ImageFolder  # noqa: E402

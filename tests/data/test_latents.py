@@ -11,7 +11,7 @@ from complaints import complaint
 
 from drift.data import latents as module
 from drift.data.latents import LatentReader, LatentStore, check_meta, latent_files, write_latents
-from drift.errors import UserError
+from drift.runtime.errors import UserError
 
 N = 24
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from drift.evaluation.features import FeatureNetwork
+from drift.evaluation.networks import FeatureNetwork
 
 CLASSES = 3
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from drift.evaluation.reference import Peers
-from drift.torchvision_shim import ensure_torchvision
+from drift.runtime.torchvision import ensure_torchvision
 
 
 class Layers(torch.nn.Module):

@@ -8,7 +8,7 @@ from torch_fidelity_shim import calculate_precision_recall_full, isc_features_to
 
 from drift.evaluation.metrics import InceptionScore, kernel_distance, precision_recall
 from drift.evaluation.moments import alone
-from drift.seeds import derive_seed, numpy_generator
+from drift.runtime.seeds import derive_seed, numpy_generator
 
 
 def sets(seed=0, n=300, m=250, dimension=5):

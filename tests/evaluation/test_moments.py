@@ -8,7 +8,7 @@ from standins import run_ranks
 
 from drift.evaluation import moments as module
 from drift.evaluation.moments import Moments, frechet_distance, trace_by_eigenvalues, trace_by_square_root
-from drift.torchvision_shim import ensure_torchvision
+from drift.runtime.torchvision import ensure_torchvision
 
 
 def by_eigenvalues(mu1, sigma1, mu2, sigma2):

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from drift.errors import UserError
 from drift.evaluation.png import PngFolder, png_folder_name
+from drift.runtime.errors import UserError
 
 
 @pytest.fixture

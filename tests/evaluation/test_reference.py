@@ -12,7 +12,6 @@ from standins import peers_of, run_ranks
 
 from drift.data import images as image_module
 from drift.data.images import BadImage, ImageFiles, center_view, open_images
-from drift.errors import UserError
 from drift.evaluation import reference as module
 from drift.evaluation.moments import trace_by_eigenvalues
 from drift.evaluation.reference import (
@@ -25,7 +24,8 @@ from drift.evaluation.reference import (
     self_test,
 )
 from drift.evaluation.store import FeatureStore
-from drift.launch import Ranks
+from drift.runtime.errors import UserError
+from drift.runtime.processes import Ranks
 
 REAL = {"image_size": 4, "batch_size": 7}
 

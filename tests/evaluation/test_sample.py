@@ -3,6 +3,7 @@ import pytest
 import torch
 from overflow import Overflowing
 
+from drift.autoencoders.kl import VAE
 from drift.evaluation.sample import (
     ImageDecoder,
     balanced_labels,
@@ -13,7 +14,6 @@ from drift.evaluation.sample import (
     split_labels,
 )
 from drift.models.generator import Generator, GeneratorConfig
-from drift.models.vae import VAE
 
 CONFIG = GeneratorConfig(
     in_channels=4,

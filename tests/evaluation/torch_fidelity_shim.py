@@ -1,6 +1,6 @@
 """torch-fidelity's functions on features; importing it imports torchvision."""
 
-from drift.torchvision_shim import ensure_torchvision
+from drift.runtime.torchvision import ensure_torchvision
 
 ensure_torchvision()
 

@@ -7,9 +7,9 @@ import torch
 from field_inputs import draw, loss_and_grad, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from drift.errors import UserError
 from drift.field import FieldSettings, drifting_loss
 from drift.field.problems import Problems
+from drift.runtime.errors import UserError
 
 RELEASE = FieldSettings()
 SETTINGS = {

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from drift.data.images import center_view, open_images
-from drift.errors import UserError
 from drift.models.classifier import ClassifierConfig, ImageClassifier
+from drift.runtime.errors import UserError
 
 COMMITTED = Path(__file__).parents[2] / "pretrained/digits_classifier"
 SMALL = ClassifierConfig(image_size=12, widths=(4, 6), feature_dim=5, num_classes=3)

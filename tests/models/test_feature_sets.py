@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from drift.models.features import feature_sets, root_mean_square
+from drift.models.pooling import feature_sets, root_mean_square
 
 SHAPES = [(1, 1), (2, 2), (4, 4), (8, 8), (2, 4), (8, 4), (6, 6), (3, 5)]
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from golden_weights import golden_config, golden_numbers, golden_params
 
-from drift.errors import UserError
+from drift.interop.release import convert_generator
 from drift.models.generator import SIZES, Generator, GeneratorConfig, rope, rotate
-from drift.release import convert_generator
+from drift.runtime.errors import UserError
 
 TINY = {
     "in_channels": 3,

@@ -5,9 +5,9 @@ import torch
 from golden_weights import golden_config, golden_numbers, golden_params
 from torch import nn
 
-from drift.errors import UserError
+from drift.interop.release import convert_mae
 from drift.models.mae import LatentMAE, MAEConfig, draw_mask
-from drift.release import convert_mae
+from drift.runtime.errors import UserError
 
 FOLDERS = ["release_mae", "release_mae_pixel"]
 SMALL = MAEConfig(in_channels=3, base_channels=8, layers=(2, 1, 1, 1), num_classes=5, norm_groups=8)

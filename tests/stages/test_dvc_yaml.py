@@ -8,8 +8,8 @@ from imports import ROOT, all_imports
 from project import copy_project
 from ruamel.yaml import YAML
 
-from drift.params import FIELD_KEYS, OUTPUTS, Settings
-from drift.work import PLUMBING
+from drift.runtime.work import PLUMBING
+from drift.settings import FIELD_KEYS, OUTPUTS, Settings
 
 DVC = YAML(typ="safe", pure=True).load(ROOT / "dvc.yaml")
 STAGES = DVC["stages"]

@@ -208,8 +208,8 @@ def test_fid_measures_the_same_images_for_any_processes_and_batches(finished):
 
 
 DETERMINISTIC = """
-import importlib, sys, drift.launch
-drift.launch.make_deterministic = lambda: sys.exit("asked for")
+import importlib, sys, drift.runtime.processes
+drift.runtime.processes.make_deterministic = lambda: sys.exit("asked for")
 importlib.import_module(f"stages.{sys.argv[1]}").main(sys.argv[2:])
 """
 

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 import drift.training.checkpoint
-from drift.errors import UserError
+from drift.runtime.errors import UserError
 from drift.training.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
 
 

@@ -13,10 +13,10 @@ import drift.training.drift
 import drift.training.loop
 from drift.data.latents import LatentStore, write_latents
 from drift.field import FieldSettings
-from drift.launch import Ranks
 from drift.models import LatentMAE
 from drift.models.mae import MAEConfig
-from drift.params import load_settings
+from drift.runtime.processes import Ranks
+from drift.settings import load_settings
 from drift.training.checkpoint import load_checkpoint
 from drift.training.drift import RealSamples, plot_columns, train_generator
 from drift.training.log import read_log, write_plot
@@ -86,7 +86,7 @@ def first_batches(store, encoder, field, folder, monkeypatch, ranks=ALONE):
     return caught
 
 
-SECOND_BATCH = FieldSettings.prior(
+SECOND_BATCH = FieldSettings.sinkhorn(
     coupling="sinkhorn", drift_form="split", dist_metric="l2_sq", negatives="second_batch"
 )
 

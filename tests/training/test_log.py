@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from drift.progress import read_log
+from drift.runtime.progress import read_log
 from drift.training.log import RunLog, to_numbers, write_plot
 
 

@@ -14,12 +14,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import drift.training.loop
-from drift.errors import PeerLost, Stopped
-from drift.launch import Ranks
 from drift.models.ema import EMA
-from drift.params import Optimizer, load_settings
-from drift.seeds import torch_generator
-from drift.sums import PairwiseSum, pairwise_sum
+from drift.runtime.errors import PeerLost, Stopped
+from drift.runtime.processes import Ranks
+from drift.runtime.seeds import torch_generator
+from drift.runtime.sums import PairwiseSum, pairwise_sum
+from drift.settings import Optimizer, load_settings
 from drift.training.checkpoint import load_checkpoint
 from drift.training.log import read_log
 from drift.training.loop import train

@@ -18,10 +18,10 @@ import drift.training.loop
 import drift.training.mae
 from drift.data.latents import LatentStore, write_latents
 from drift.field import FieldSettings
-from drift.launch import Ranks
 from drift.models import LatentMAE
 from drift.models.mae import MAEConfig
-from drift.params import load_settings
+from drift.runtime.processes import Ranks
+from drift.settings import load_settings
 from drift.training.drift import train_generator
 from drift.training.mae import train_mae
 
@@ -116,8 +116,8 @@ def train(store, folder, field, **changes):
         (FieldSettings(), {}),
         (FieldSettings(), {"classes_per_pass": 2, "feature_batch": 4, "activation_checkpointing": True}),
         (FieldSettings(negatives="second_batch", drift_unit_vec=True), {}),
-        (FieldSettings.prior(normalize_drift_theta=False, drift_tau_scale=True), {"classes_per_pass": 2}),
-        (FieldSettings.prior(coupling="row", drift_form="split"), {"prefetch": 0}),
+        (FieldSettings.sinkhorn(normalize_drift_theta=False, drift_tau_scale=True), {"classes_per_pass": 2}),
+        (FieldSettings.sinkhorn(coupling="row", drift_form="split"), {"prefetch": 0}),
     ],
     ids=["release", "saving-memory", "second-batch", "tau-scale", "split"],
 )

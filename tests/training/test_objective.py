@@ -11,10 +11,10 @@ from oracle import naive_drifting_loss
 from torch import Tensor
 
 from drift.field import FieldSettings, drifting_loss
+from drift.interop.release import convert_mae
 from drift.models.mae import LatentMAE, MAEConfig
-from drift.release import convert_mae
 from drift.training import objective as module
-from drift.training.objective import Samples, drift_objective, mean_statistics, step_sums
+from drift.training.objective import Samples, drift_objective, mean_statistics, step_totals
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RELEASE = FieldSettings()
@@ -224,7 +224,7 @@ SECOND_BATCH = FieldSettings(negatives="second_batch")
 
 @pytest.mark.parametrize("feature_batch", [None, 3])
 @pytest.mark.parametrize(
-    "settings", [RELEASE, SECOND_BATCH, FieldSettings.prior()], ids=["release", "second", "prior"]
+    "settings", [RELEASE, SECOND_BATCH, FieldSettings.sinkhorn()], ids=["release", "second", "prior"]
 )
 def test_a_step_in_parts_equals_the_whole(settings, feature_batch):
     *inputs, negatives = draw_classes()
@@ -239,11 +239,13 @@ def test_a_step_in_parts_equals_the_whole(settings, feature_batch):
     samples = [
         Samples(*(t[part] for t in inputs), None if negatives is None else negatives[part]) for part in cut
     ]
-    sums = step_sums(samples, mae, settings, **options) if settings.normalization_scope == "batch" else None
+    totals = (
+        step_totals(samples, mae, settings, **options) if settings.normalization_scope == "batch" else None
+    )
     shares, losses, gathered = [2 / 5, 2 / 5, 1 / 5], [], []
     for *given, repelling in samples:
         part_loss, part_statistics = drift_objective(
-            *given, mae, settings, negatives=repelling, sums=sums, **options
+            *given, mae, settings, negatives=repelling, totals=totals, **options
         )
         losses.append(part_loss)
         gathered.append(part_statistics)
@@ -254,7 +256,7 @@ def test_a_step_in_parts_equals_the_whole(settings, feature_batch):
         relative_error(in_parts, grad) < 1e-4
     )  # features of other batches differ by rounding, near pairs amplify it
     assert losses[0] != losses[1]
-    of_step = gathered[0] if sums is not None else mean_statistics(gathered, shares)
+    of_step = gathered[0] if totals is not None else mean_statistics(gathered, shares)
     torch.testing.assert_close(of_step, statistics, rtol=1e-4, atol=1e-5)
 
 

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from drift.errors import UserError
+from drift.autoencoders.kl import VAE
 from drift.models.classifier import ImageClassifier
-from drift.models.vae import VAE
-from drift.seeds import torch_generator
+from drift.runtime.errors import UserError
+from drift.runtime.seeds import torch_generator
 from drift.training import standins
 
 

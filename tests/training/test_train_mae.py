@@ -9,13 +9,13 @@ import torch
 from golden_weights import golden_config, golden_numbers, golden_params
 
 from drift.data.latents import LatentStore, write_latents
-from drift.errors import UserError
-from drift.launch import Ranks
+from drift.interop.release import convert_mae
 from drift.models import LatentMAE
 from drift.models.mae import draw_mask
-from drift.params import load_settings
-from drift.release import convert_mae
-from drift.seeds import torch_generator
+from drift.runtime.errors import UserError
+from drift.runtime.processes import Ranks
+from drift.runtime.seeds import torch_generator
+from drift.settings import load_settings
 from drift.training.log import read_log, write_plot
 from drift.training.mae import HELD_OUT_COLUMNS, PLOT_COLUMNS, class_share, mae_loss, train_mae
 

@@ -1,0 +1,357 @@
+"""DriftPipeline: class-conditional images in one forward pass, as a diffusers pipeline.
+
+    pipe = DriftPipeline.from_pretrained("artifacts/generator").to("cuda")
+    images = pipe(class_labels=[207, 360], omega=1.5, generator=torch.Generator().manual_seed(0)).images
+
+A folder of the pipeline holds `model_index.json`, `generator/` and, unless it is only named, `vae/`: configs
+and safetensors, which are read as data. There is no code in it, and none is executed.
+"""
+
+import json
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+from torch import Tensor
+
+from drift.autoencoders.kl import VAE, Rounding, decode_latents, latent_scale, to_uint8
+from drift.evaluation.batches import in_batches
+from drift.evaluation.sample import draw_sample, sample_generator, sample_latents
+from drift.models.base import CONFIG_FILE
+from drift.models.generator import Generator, read_class_names
+from drift.runtime.errors import UserError
+from drift.runtime.files import write_json
+from drift.runtime.hub import download
+from drift.runtime.torchvision import ensure_torchvision
+from drift.runtime.work import SETTINGS_FILE
+
+ensure_torchvision()
+
+from diffusers import AutoencoderKL, DiffusionPipeline  # noqa: E402
+from diffusers.utils import BaseOutput  # noqa: E402
+
+INDEX_FILE = "model_index.json"
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+_HUB_OPTIONS = {"cache_dir", "force_download", "local_files_only", "token"}
+
+
+@dataclass
+class DriftPipelineOutput(BaseOutput):
+    """What a `DriftPipeline` returns: `images`, one per class label, of the type that was asked for."""
+
+    images: list[Image.Image] | np.ndarray | Tensor
+
+
+class DriftPipeline(DiffusionPipeline):
+    """Class-conditional generation by a drifting model (arXiv 2602.04770).
+
+    Args:
+        generator: the network that turns noise into latents.
+        vae: decodes latents into images; None if only latents are wanted.
+        id2label: name of each class by its number; a name may have several words, separated by commas.
+        vae_reference: where the VAE came from: `id`, a hub id or a folder, and `revision`.
+    """
+
+    model_cpu_offload_seq = "generator->vae"
+    _optional_components = ["vae"]  # noqa: RUF012 (diffusers' name)
+
+    def __init__(
+        self,
+        generator: Generator,
+        vae: AutoencoderKL | None,
+        id2label: dict[int, str] | None = None,
+        vae_reference: dict[str, str | None] | None = None,
+    ):
+        super().__init__()
+        if vae is not None:
+            latent_scale(vae.config, "of the pipeline")  # before any work
+        self.register_modules(generator=generator, vae=vae)
+        self.id2label = {int(label): name for label, name in (id2label or {}).items()}
+        self.vae_reference = vae_reference
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Class number by name, each of a name's alternatives included, in the names' alphabetical order."""
+        names = {}
+        for label, name in self.id2label.items():
+            for alternative in (name, *name.split(",")):
+                names.setdefault(alternative.strip(), label)
+        return dict(sorted(names.items()))
+
+    def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
+        """Class numbers of class names; raises `UserError` for a name that no class has."""
+        names = self.labels
+        found = []
+        for name in [label] if isinstance(label, str) else label:
+            if name not in names:
+                near = ", ".join(other for other in names if name.lower() in other.lower())
+                known = near or ", ".join(list(names)[:10]) + (", ..." if len(names) > 10 else "")
+                raise UserError(
+                    f"class {name!r}: no class has this name; there are: {known or 'no names at all'}"
+                )
+            found.append(names[name])
+        return found
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str] | np.ndarray | Tensor,
+        omega: float | Sequence[float] = 1.0,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        noise: Tensor | None = None,
+        style_indices: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        rounding: Rounding = "nearest",
+    ) -> DriftPipelineOutput | tuple:
+        """One image for each class label.
+
+        Args:
+            class_labels: classes of the images, each a number, NumPy's and PyTorch's included, or a name.
+            omega: CFG strength of all or of each of them; 1 is none. It costs nothing.
+            generator: source of the noise and the style indices, or one for each image; then an image does
+                not depend on its company. `sample_generators` makes those of the fid stage.
+            noise: `[B, C, h, w]`, standard normal, instead of being drawn.
+            style_indices: `[B, S]`, instead of being drawn.
+            output_type: `pil`; `np`, float32 `[B, H, W, 3]` in 0 to 1; `pt`, the same as a tensor
+                `[B, 3, H, W]`; or `latent`, float32 `[B, C, h, w]` as the generator gives them. All but the
+                last have exactly the 8-bit values that a PNG holds.
+            return_dict: a `DriftPipelineOutput`, or else a tuple of the images.
+            rounding: to 8 bits, as the setting `fid.rounding`.
+
+        Raises:
+            UserError: for a class, a number of generators or an output type that cannot be.
+        """
+        classes = self._class_numbers(class_labels)
+        if output_type not in OUTPUT_TYPES:
+            raise UserError(f"output_type = {output_type!r}: allowed: {', '.join(OUTPUT_TYPES)}")
+        if self.vae is None and output_type != "latent":
+            raise UserError(
+                "this pipeline has no VAE: give it one (vae=...), or ask for output_type='latent'"
+            )
+        device, dtype = self._execution_device, self.generator.dtype
+        noise, style_indices = self._draw(len(classes), generator, noise, style_indices)
+        strength = torch.as_tensor(omega, dtype=torch.float32, device=device).expand(len(classes))
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            latents = sample_latents(
+                self.generator,
+                noise.to(device, dtype),
+                torch.tensor(classes, device=device),
+                style_indices.to(device),
+                strength,
+            ).float()
+        images = latents if output_type == "latent" else self._decode(latents, output_type, rounding)
+        self.maybe_free_model_hooks()
+        return DriftPipelineOutput(images=images) if return_dict else (images,)
+
+    def _class_numbers(self, class_labels: Any) -> list[int]:
+        single = isinstance(class_labels, int | str) or getattr(class_labels, "ndim", 1) == 0
+        numbers = []
+        for label in [class_labels] if single else class_labels:
+            try:
+                number = self.get_label_ids(label)[0] if isinstance(label, str) else operator.index(label)
+            except TypeError:
+                raise UserError(f"class {label}: is neither a number nor a name of a class") from None
+            if not 0 <= number < self.generator.config.num_classes:
+                raise UserError(
+                    f"class {label}: the classes are 0 to {self.generator.config.num_classes - 1}"
+                )
+            numbers.append(number)
+        if not numbers:
+            raise UserError("class_labels is empty: give at least one class")
+        return numbers
+
+    def _draw(
+        self,
+        count: int,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        noise: Tensor | None,
+        style_indices: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        if generator is None or isinstance(generator, torch.Generator):
+            generator = [generator] * count
+        if len(generator) != count:
+            raise UserError(
+                f"{len(generator)} generators for {count} class labels: give one, or one for each"
+            )
+        drawn = [draw_sample(self.generator.config, each) for each in generator]
+        chosen = []
+        for name, given, column in (("noise", noise, 0), ("style_indices", style_indices, 1)):
+            wanted = torch.stack([each[column] for each in drawn])
+            if given is not None and given.shape != wanted.shape:
+                raise UserError(f"{name} {list(given.shape)}: the shape must be {list(wanted.shape)}")
+            chosen.append(wanted if given is None else given)
+        return chosen[0], chosen[1]
+
+    def _decode(
+        self, latents: Tensor, output_type: str, rounding: Rounding
+    ) -> list[Image.Image] | np.ndarray | Tensor:
+        decoded = in_batches(lambda part: decode_latents(self.vae, part), latents)
+        if not decoded.isfinite().all():  # rounding would hide it
+            raise UserError(
+                f"the VAE's images are not finite in {self.vae.dtype}: pipe.vae.to(torch.float32) may help, "
+                "and the generator can stay as it is"
+            )
+        pixels = to_uint8(decoded, rounding).cpu().numpy()
+        if output_type == "pil":
+            return [Image.fromarray(image) for image in pixels]
+        scaled = pixels.astype(np.float32) / 255
+        return scaled if output_type == "np" else torch.from_numpy(scaled).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def sample_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
+        """The random generators of the fid stage's samples number `indices` with the setting `seed`."""
+        return [sample_generator(seed, index) for index in indices]
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        include_vae: bool = True,
+        variant: str | None = None,
+        safe_serialization: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Write the pipeline into a folder; without the VAE, only where it came from.
+
+        `variant` is a word for the names of the files, such as fp16, by which `from_pretrained` finds them
+        again. Raises `UserError` if the VAE is to be left out and its origin is not known, or the weights are
+        not to be safetensors.
+        """
+        if not safe_serialization:
+            raise UserError("safe_serialization = False: weights are written as safetensors only")
+        if kwargs:
+            raise TypeError(f"save_pretrained takes no {', '.join(kwargs)}")
+        folder = Path(save_directory)
+        if self.vae is not None and not include_vae and self.vae_reference is None:
+            raise UserError("where the VAE came from is not known, so it must be saved (include_vae=True)")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.generator.save_pretrained(folder / "generator", f"model.{variant}" if variant else "model")
+        has_vae = self.vae is not None and include_vae
+        if has_vae:
+            self.vae.save_pretrained(folder / "vae", safe_serialization=True, variant=variant)
+            config = json.loads((folder / "vae" / CONFIG_FILE).read_text(encoding="utf-8"))
+            config.pop("_name_or_path", None)  # where it was loaded from on this machine
+            write_json(folder / "vae" / CONFIG_FILE, config)
+        index = {
+            "_class_name": "DriftPipeline",
+            "generator": ["drift.models", "Generator"],
+            "vae": ["diffusers", "AutoencoderKL"] if has_vae else [None, None],
+            "vae_reference": self.vae_reference,
+            "id2label": {str(label): name for label, name in self.id2label.items()},
+        }
+        write_json(folder / INDEX_FILE, index)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        vae: AutoencoderKL | str | Path | None = None,
+        weights: str = "model",
+        revision: str | None = None,
+        torch_dtype: torch.dtype | None = None,
+        load_vae: bool = True,
+        variant: str | None = None,
+        **options: Any,
+    ) -> "DriftPipeline":
+        """Load a pipeline from a folder or from the Hugging Face hub, on the CPU.
+
+        Args:
+            pretrained_model_name_or_path: a folder that `save_pretrained` or the drift stage has written, or
+                a hub id of the former.
+            vae: an AutoencoderKL, or a folder or hub id of one, instead of the folder's or the one it names.
+            weights: which copy of the generator's weights, `model` or `ema_<decay>`.
+            revision: branch, tag or commit on the hub.
+            torch_dtype: of the weights; float32 if none is given.
+            load_vae: without it, the pipeline gives latents only.
+            variant: word in the names of the weights' files, such as fp16; the VAE's are taken without it
+                where there are none with it.
+            options: `cache_dir`, `force_download`, `local_files_only` and `token` as huggingface_hub's
+                `snapshot_download` has them; `use_safetensors`, which cannot be False.
+
+        Raises:
+            UserError: if a file is missing or damaged, or the VAE is not known.
+        """
+        if options.pop("use_safetensors", None) is False:
+            raise UserError("use_safetensors = False: weights are read from safetensors only")
+        if unknown := sorted(options.keys() - _HUB_OPTIONS):
+            raise TypeError(f"from_pretrained takes no {', '.join(unknown)}")
+        if variant:
+            weights = f"{weights}.{variant}"
+        source = str(pretrained_model_name_or_path)
+        folder = Path(source)
+        if not folder.is_dir():
+            folder = download(
+                source,
+                revision,
+                ["*.json", "*.safetensors"],
+                what=f"{source}: is not a local folder, and",
+                way_out="name the folder of a generator or of a pipeline",
+                **options,
+            )
+        generator, own_vae, reference, id2label = _read_folder(source, folder, weights)
+        vae = own_vae if vae is None else vae
+        if isinstance(vae, AutoencoderKL):
+            reference = None  # it may be another
+        elif load_vae:
+            if vae is None and reference is None:
+                raise UserError(
+                    f"{source}: does not say which VAE decodes its latents; name it (vae=..., or --vae)"
+                )
+            at = (reference["id"], reference["revision"]) if vae is None else (str(vae), None)
+            loaded = VAE.from_pretrained(*at, variant=variant, **options)
+            if vae is None or vae != own_vae:
+                reference = {"id": loaded.id, "revision": loaded.revision}
+            vae = loaded.model
+        pipeline = cls(generator, vae if load_vae else None, id2label, reference)
+        return pipeline if torch_dtype is None else pipeline.to(torch_dtype)
+
+
+def _read_folder(
+    source: str, folder: Path, weights: str
+) -> tuple[Generator, Path | None, dict[str, str | None] | None, dict[int, str] | None]:
+    """The generator in a folder, the VAE's folder in it, where a VAE came from, and the classes' names."""
+    if (folder / INDEX_FILE).is_file():
+        index = _read_index(folder / INDEX_FILE)
+        generator = Generator.from_pretrained(folder / "generator", weights=weights)
+        own_vae = folder / "vae" if index["vae"][0] is not None else None
+        return generator, own_vae, index["vae_reference"], index["id2label"]
+    if not (folder / CONFIG_FILE).is_file():
+        raise UserError(
+            f"{source}: has neither {INDEX_FILE}, of a pipeline, nor {CONFIG_FILE}, of a generator; name "
+            "a folder of one of them"
+        )
+    generator = Generator.from_pretrained(folder, weights=weights)
+    names = read_class_names(folder)
+    return generator, None, _made_with(folder), dict(enumerate(names)) if names else None
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        whole = index["_class_name"] == "DriftPipeline" and isinstance(index["vae"], list)
+        whole = whole and all(key in index for key in ("vae_reference", "id2label"))
+        whole = whole and all(label.isdecimal() for label in index["id2label"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path}: damaged, or not of a DriftPipeline; make the folder again (drift export)")
+    return index
+
+
+def _made_with(folder: Path) -> dict[str, str | None] | None:
+    """The VAE of the latents that a generator of the drift stage was trained on; None if it does not say."""
+    try:
+        settings = YAML(typ="safe", pure=True).load(folder / SETTINGS_FILE)
+        return {"id": settings["decides"]["vae"], "revision": settings["decides"]["vae_revision"]}
+    except (OSError, KeyError, TypeError):
+        return None
+    except YAMLError:
+        raise UserError(f"{folder / SETTINGS_FILE}: damaged; get the folder again (dvc pull)") from None

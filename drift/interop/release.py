@@ -1,0 +1,396 @@
+"""Weights of others as models of ours: the release's (JAX), and the prior's encoders (PyTorch).
+
+A folder of the release (`Goodeat/drifting` on the Hugging Face hub) holds `metadata.json` and
+`ema_params.msgpack`, a tree of arrays in Flax's encoding; the prior's `ckpt_final.pt` is read with
+`weights_only`. Nothing in them is executed. Every array must find its place in a model of the size that the
+metadata tells, with the same shape, and every place its array.
+"""
+
+import dataclasses
+import json
+import mmap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import msgpack
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from drift.models.base import PretrainedModel, make_config
+from drift.models.generator import Generator, GeneratorConfig, RMSNorm
+from drift.models.mae import LatentMAE, MAEConfig
+from drift.models.sinkhorn_mae import PriorMAE, PriorMAEConfig
+from drift.runtime.errors import UserError
+from drift.runtime.files import check_writable, without_wrappers
+from drift.runtime.hub import download
+
+HUB_ID = "Goodeat/drifting"
+RELEASES = {
+    **dict.fromkeys(("latent_L_sota", "latent_B_sota", "pixel_L_sota", "pixel_B_sota", "ablation"), "gen"),
+    **dict.fromkeys(("mae_latent_640", "mae_latent_256", "mae_pixel_640"), "mae"),
+}
+"""Names of the release's models on the hub, and of which kind they are."""
+
+_WAY_OUT = "get a fresh copy"
+
+# Keys of the release's model_config: those that ours has under the same or another name, those that must
+# have one value because ours knows no other, and those that change no number of a forward pass in float32
+_MAE_KEYS = {
+    "in_channels": "in_channels",
+    "base_channels": "base_channels",
+    "layers": "layers",
+    "patch_size": "patch_size",
+    "input_patch_size": "input_patch_size",
+    "num_classes": "num_classes",
+}
+_MAE_IGNORED = {"dropout_prob", "use_bf16"}
+_MAE_NORM_GROUPS = 32  # fixed in the release
+_GENERATOR_KEYS = {
+    "in_channels": "in_channels",
+    "input_size": "input_size",
+    "num_classes": "num_classes",
+    "hidden_size": "hidden_size",
+    "depth": "depth",
+    "num_heads": "num_heads",
+    "patch_size": "patch_size",
+    "mlp_ratio": "mlp_ratio",
+    "n_cls_tokens": "context_tokens",
+    "noise_coords": "style_codebooks",
+    "noise_classes": "style_entries",
+}
+_PRIOR_MAE_KEYS = {"in_ch": "in_channels", "base_width": "base_channels", "blocks_per_stage": "layers"}
+_GENERATOR_IGNORED = {"use_bf16", "attn_fp32", "use_remat"}
+# These may be absent: with another value there would be other arrays, or arrays of other shapes
+_SHOWN_BY_ARRAYS = {"cond_dim", "out_channels", "use_qknorm", "use_swiglu", "use_rmsnorm"}
+
+
+def import_release(source: str | Path, destination: str | Path) -> LatentMAE | Generator:
+    """Write the model in the release's folder `source` as a folder of ours, and return it.
+
+    Both files are looked for in `source` and in `source/params_ema`. Raises `UserError` if they are missing,
+    damaged, or do not fit together, or if `destination` cannot be written.
+    """
+    source = Path(source)
+    metadata_path, params_path = _find(source, "metadata.json"), _find(source, "ema_params.msgpack")
+    kind, model_config = _read_metadata(metadata_path)
+    params = read_flax_msgpack(params_path)
+    try:
+        model = {"mae": convert_mae, "gen": convert_generator}[kind](params, model_config)
+    except UserError as error:
+        raise UserError(f"{params_path.parent}: {error}") from None
+    check_writable(destination)  # makes it, so not before there is something to write
+    model.save_pretrained(destination)
+    return model
+
+
+def download_release(name: str, revision: str | None = None) -> Path:
+    """The folder of the release's model `name` (one of `RELEASES`), downloaded if the hub's cache lacks it.
+
+    Raises `UserError` if it cannot be had.
+    """
+    folder = f"models/{RELEASES[name]}/jax/{name}"
+    root = download(
+        HUB_ID,
+        revision,
+        [f"{folder}/*"],
+        what=f"{name}: {HUB_ID}",
+        way_out=f"get {folder}/ of it where there is a network, and name the local folder instead",
+    )
+    return root / folder
+
+
+def import_prior_mae(checkpoint: str | Path, destination: str | Path) -> PriorMAE:
+    """Write the EMA weights of the prior's MAE `checkpoint` (`ckpt_final.pt`) as a folder of ours.
+
+    Returns the model, which `LatentMAE.from_pretrained` loads from there. Raises `UserError` if the file is
+    missing, damaged or another's, if it does not hold exactly the parameters of its `mae_cfg`, or if
+    `destination` cannot be written.
+    """
+    checkpoint = Path(checkpoint)
+    content = _load_checkpoint(checkpoint)
+    try:
+        config, shadow = dict(content["mae_cfg"]), dict(content["ema"]["shadow"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{checkpoint}: has no mae_cfg and ema.shadow, so it is not an MAE checkpoint of the prior; name "
+            "its ckpt_final.pt"
+        ) from None
+    try:
+        model = convert_prior_mae(shadow, config)
+    except UserError as error:
+        raise UserError(f"{checkpoint}: {error}") from None
+    check_writable(destination)
+    model.save_pretrained(destination)
+    return model
+
+
+def convert_prior_mae(shadow: Mapping[str, Tensor], mae_cfg: Mapping[str, Any]) -> PriorMAE:
+    """A PriorMAE in evaluation mode from the prior's `mae_cfg` and its weights by name.
+
+    Raises `UserError` naming the first key or weight that does not fit.
+    """
+    values = _translate(mae_cfg, _PRIOR_MAE_KEYS, {"conv1_stride": 1}, set(), "mae_cfg")
+    defaults = dataclasses.asdict(PriorMAEConfig())
+    layers = values["layers"]
+    values["layers"] = list(layers) if isinstance(layers, tuple) else layers
+    model = PriorMAE.uninitialized(make_config(PriorMAEConfig, {**_as_json(defaults), **values}))
+    encoder, decoder = model.encoder, model.decoder
+    modules: dict[str, nn.Module] = {
+        "encoder.conv1": encoder.stem.conv,
+        "encoder.gn1": encoder.stem.norm,
+        "decoder.init.0": decoder.bridge.conv,
+        "decoder.init.1": decoder.bridge.norm,
+        "decoder.out": decoder.head,
+    }
+    for s, blocks in enumerate(encoder.stages, start=1):
+        for b, block in enumerate(blocks):
+            path = f"encoder.stage{s}.{b}"
+            modules[f"{path}.conv1"], modules[f"{path}.gn1"] = block.conv1, block.norm1
+            modules[f"{path}.conv2"], modules[f"{path}.gn2"] = block.conv2, block.norm2
+            if block.shortcut is not None:
+                modules[f"{path}.down.0"], modules[f"{path}.down.1"] = block.shortcut
+    for number, up in zip((3, 2, 1), decoder.ups, strict=True):
+        modules[f"decoder.up{number}.conv1"], modules[f"decoder.up{number}.gn1"] = up.proj.conv, up.proj.norm
+        modules[f"decoder.up{number}.conv2"] = up.refine.conv
+        modules[f"decoder.up{number}.gn2"] = up.refine.norm
+    views = {f"{path}.{name}": value for path, m in modules.items() for name, value in m.named_parameters()}
+    params = {name: value.float().numpy() for name, value in without_wrappers(shadow).items()}
+    _fill(model, views, params, "mae_cfg")
+    return model.eval()
+
+
+def _load_checkpoint(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file; name the prior's ckpt_final.pt")
+    try:
+        # Mapped, since the optimizer's state in it is twice as large as the weights that are read
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UnpicklingError:
+        raise UserError(
+            f"{path}: damaged, or holds objects that only executing code from it would load, which is not "
+            "done; get a fresh copy, or save its 'ema' and 'mae_cfg' alone where you trust it"
+        ) from None
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split()).partition(". ")[0]  # a paragraph of advice follows
+        raise UserError(f"{path}: damaged, or no checkpoint ({reason}); get a fresh copy") from None
+    return content if isinstance(content, Mapping) else {}
+
+
+def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+def convert_mae(params: Mapping[str, np.ndarray], model_config: Mapping[str, Any]) -> LatentMAE:
+    """A LatentMAE in evaluation mode from the release's `model_config` and its arrays by path.
+
+    Raises `UserError` naming the first key or array that does not fit.
+    """
+    config = _with_classes(model_config, params.get("fc/bias"))
+    values = _translate(config, _MAE_KEYS, {}, _MAE_IGNORED)
+    model = LatentMAE.uninitialized(make_config(MAEConfig, {**values, "norm_groups": _MAE_NORM_GROUPS}))
+    encoder, decoder = model.encoder, model.decoder
+    layers: dict[str, nn.Module] = {
+        "encoder/conv1": encoder.stem.conv,
+        "encoder/gn1": encoder.stem.norm,
+        "decoder/bridge/conv": decoder.bridge.conv,
+        "decoder/bridge/gn": decoder.bridge.norm,
+        "decoder/head": decoder.head,
+        "fc": model.classifier,
+    }
+    for s, (blocks, norm) in enumerate(zip(encoder.stages, encoder.stage_norms, strict=True)):
+        layers[f"encoder/layer{s + 1}_norm"] = norm
+        for b, block in enumerate(blocks):
+            path = f"encoder/stages_{s}/layers_{b}"
+            layers[f"{path}/conv1"], layers[f"{path}/gn1"] = block.conv1, block.norm1
+            layers[f"{path}/conv2"], layers[f"{path}/gn2"] = block.conv2, block.norm2
+            if block.shortcut is not None:
+                layers[f"{path}/proj_conv"], layers[f"{path}/proj_gn"] = block.shortcut
+    for name in ("up43", "up32", "up21", "up10"):
+        up = decoder.get_submodule(name)
+        layers[f"decoder/{name}/concat_norm_fn"] = up.norm
+        for part in ("proj", "refine"):
+            layers[f"decoder/{name}/{part}/conv"] = up.get_submodule(part).conv
+            layers[f"decoder/{name}/{part}/gn"] = up.get_submodule(part).norm
+    _fill(model, _views(layers), params)
+    return model.eval()
+
+
+def convert_generator(params: Mapping[str, np.ndarray], model_config: Mapping[str, Any]) -> Generator:
+    """A Generator in evaluation mode from the release's `model_config` and its arrays by path.
+
+    Raises `UserError` naming the first key or array that does not fit.
+    """
+    required = {
+        "cond_dim": model_config.get("hidden_size"),
+        "out_channels": model_config.get("in_channels"),
+        **dict.fromkeys(("use_qknorm", "use_swiglu", "use_rope", "use_rmsnorm"), True),
+    }
+    config = _with_classes(model_config, params.get("Embed_0/embedding"))
+    values = _translate(config, _GENERATOR_KEYS, required, _GENERATOR_IGNORED)
+    model = Generator.uninitialized(make_config(GeneratorConfig, values))
+    dit = "LightningDiT_0"
+    layers: dict[str, nn.Module] = {
+        "Embed_0": model.class_embedding,
+        "TimestepEmbedder_0/TorchLinear_0/Dense_0": model.omega_embedder.mlp[0],
+        "TimestepEmbedder_0/TorchLinear_1/Dense_0": model.omega_embedder.mlp[2],
+        "RMSNorm_0": model.omega_embedder.norm,
+        f"{dit}/TorchLinear_0/Dense_0": model.patch_embedding,
+        f"{dit}/FinalLayer_0/RMSNorm_0": model.final.norm,
+        f"{dit}/FinalLayer_0/TorchLinear_0/Dense_0": model.final.modulation,
+        f"{dit}/FinalLayer_0/TorchLinear_1/Dense_0": model.final.output,
+    }
+    for i, block in enumerate(model.blocks):
+        path = f"{dit}/blocks_{i}"
+        layers |= {
+            f"{path}/RMSNorm_0": block.norm1,
+            f"{path}/RMSNorm_1": block.norm2,
+            f"{path}/TorchLinear_0/Dense_0": block.modulation,
+            f"{path}/Attention_0/TorchLinear_0/Dense_0": block.attention.qkv,
+            f"{path}/Attention_0/TorchLinear_1/Dense_0": block.attention.output,
+            f"{path}/Attention_0/q_norm": block.attention.q_norm,
+            f"{path}/Attention_0/k_norm": block.attention.k_norm,
+            f"{path}/SwiGLUFFN_0/TorchLinear_0/Dense_0": block.mlp.gate,
+            f"{path}/SwiGLUFFN_0/TorchLinear_1/Dense_0": block.mlp.value,
+            f"{path}/SwiGLUFFN_0/TorchLinear_2/Dense_0": block.mlp.output,
+        }
+    views = {f"{dit}/pos_embed": model.position_embedding}
+    if model.context_projection is not None:
+        layers[f"{dit}/TorchLinear_1/Dense_0"] = model.context_projection
+        views[f"{dit}/cls_embed"] = model.context_embedding
+    if model.style_embedder is not None:
+        codebooks = model.style_embedder.weight.split(model.config.style_entries)
+        views |= {f"noise_embeds_{i}/embedding": codebook for i, codebook in enumerate(codebooks)}
+    _fill(model, views | _views(layers), params)
+    return model.eval()
+
+
+def read_flax_msgpack(path: str | Path) -> dict[str, np.ndarray]:
+    """Every array of a file in Flax's encoding, by its path in the tree, words joined by `/`.
+
+    bfloat16, which NumPy does not know, becomes float32. Raises `UserError` if the file is damaged.
+    """
+    try:
+        with Path(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return dict(_flatten(msgpack.unpackb(content, ext_hook=_decode_extension)))
+    except (OSError, ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
+        raise UserError(f"{path}: damaged, or not Flax's msgpack ({error}); {_WAY_OUT}") from None
+
+
+def _find(folder: Path, name: str) -> Path:
+    for path in (folder / name, folder / "params_ema" / name):
+        if path.is_file():
+            return path
+    raise UserError(f"{folder / name}: is missing; name a folder of the release that has it")
+
+
+def _read_metadata(path: Path) -> tuple[str, dict[str, Any]]:
+    try:
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+        kind, model_config = metadata["kind"], dict(metadata["model_config"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{path}: damaged, or not the release's metadata ({reason}); {_WAY_OUT}") from None
+    if kind not in ("gen", "mae"):
+        raise UserError(f"{path}: kind is {kind!r}; only gen and mae can be imported")
+    return kind, model_config
+
+
+def _with_classes(model_config: Mapping[str, Any], array: np.ndarray | None) -> Mapping[str, Any]:
+    """The config with its number of classes, which the release's trainer leaves to the data.
+
+    It is the number of rows of `array`, which has one for each class.
+    """
+    if "num_classes" in model_config or array is None:
+        return model_config
+    return {**model_config, "num_classes": array.shape[0]}
+
+
+def _translate(
+    model_config: Mapping[str, Any],
+    keys: Mapping[str, str],
+    required: Mapping[str, Any],
+    ignored: set[str],
+    name: str = "model_config",
+) -> dict[str, Any]:
+    """The values of another's config, which has the name `name` there, under our names."""
+    needed = keys.keys() | required.keys()
+    for key in sorted(model_config.keys() - needed - ignored):
+        raise UserError(
+            f"{name} has the unknown key {key}, which may change the model; take it out there if it does not"
+        )
+    for key in sorted(needed - model_config.keys() - _SHOWN_BY_ARRAYS):
+        raise UserError(f"{name} lacks the key {key}; add it with the value that the model was built with")
+    for key, value in required.items():
+        if key in model_config and model_config[key] != value:
+            raise UserError(f"{name} has {key} = {model_config[key]!r}; only {value!r} can be imported")
+    return {ours: model_config[theirs] for theirs, ours in keys.items()}
+
+
+def _views(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The tensors of layers by the release's path, as views in the release's layout."""
+    views = {}
+    for path, layer in layers.items():
+        match layer:
+            case nn.Conv2d():
+                views[f"{path}/kernel"] = layer.weight.permute(2, 3, 1, 0)  # [kh, kw, in, out]
+            case nn.Linear():
+                views[f"{path}/kernel"] = layer.weight.T  # [in, out]
+            case nn.GroupNorm():
+                views[f"{path}/scale"] = layer.weight
+            case RMSNorm():
+                views[f"{path}/weight"] = layer.weight
+            case nn.Embedding():
+                views[f"{path}/embedding"] = layer.weight
+        if getattr(layer, "bias", None) is not None:
+            views[f"{path}/bias"] = layer.bias
+    return views
+
+
+def _fill(
+    model: PretrainedModel,
+    views: Mapping[str, Tensor],
+    params: Mapping[str, np.ndarray],
+    config: str = "model_config",
+) -> None:
+    """Write `params` through `views` of the parameters of `model`, each exactly once."""
+    assert sum(view.numel() for view in views.values()) == sum(p.numel() for p in model.parameters())
+    for path in sorted(views.keys() | params.keys()):
+        found, wanted = (list(side[path].shape) if path in side else "absent" for side in (params, views))
+        if found != wanted:
+            raise UserError(
+                f"parameter {path} is {found} where {config} makes it {wanted}; they are not of one model: "
+                f"{_WAY_OUT}"
+            )
+        if not np.issubdtype(params[path].dtype, np.floating):
+            raise UserError(
+                f"parameter {path} is {params[path].dtype}, not a floating point number; {_WAY_OUT}"
+            )
+        np.copyto(views[path].detach().numpy(), params[path], casting="same_kind")
+
+
+def _flatten(tree: Any, path: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    if isinstance(tree, np.ndarray):
+        yield path, tree
+    elif not isinstance(tree, dict):
+        raise ValueError(f"{path or 'the whole'} is a {type(tree).__name__}, not an array")
+    elif "__msgpack_chunked_array__" in tree:  # how Flax splits arrays over 1 GiB; its lists are dicts
+        shape, chunks = ([part[str(i)] for i in range(len(part))] for part in (tree["shape"], tree["chunks"]))
+        yield path, np.concatenate(chunks).reshape(shape)
+    else:
+        for word, subtree in tree.items():
+            yield from _flatten(subtree, f"{path}/{word}" if path else word)
+
+
+def _decode_extension(code: int, data: bytes) -> np.ndarray:
+    """An array (Flax's extension type 1) or a NumPy scalar (3): packed shape, dtype name and bytes."""
+    if code not in (1, 3):
+        raise ValueError(f"unknown extension type {code}")
+    shape, dtype, content = msgpack.unpackb(data)
+    if dtype == "bfloat16":  # the upper half of a float32
+        array = (np.frombuffer(content, np.uint16).astype(np.uint32) << 16).view(np.float32)
+    else:
+        array = np.frombuffer(content, dtype)
+    return array.reshape(shape)

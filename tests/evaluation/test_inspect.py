@@ -1,0 +1,842 @@
+"""`drift inspect`: numbers against NumPy and plain loops, warnings, refusals, pixels of the pictures."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from complaints import complaint
+from imports import ROOT
+from PIL import Image
+
+from drift import cli
+from drift.autoencoders.kl import VAE, to_uint8
+from drift.data.images import DigitImages, open_images
+from drift.data.latents import LatentStore, latent_files, write_latents
+from drift.evaluation import inspect_latents as inspection_of_latents
+from drift.evaluation.inspect_features import check_feature_sets, error_of_means, inspect_mae
+from drift.evaluation.inspect_latents import (
+    Distribution,
+    histogram_picture,
+    inspect_latents,
+    latent_warnings,
+    measure_latents,
+)
+from drift.evaluation.inspect_reading import SourceImages
+from drift.evaluation.inspect_writing import bands
+from drift.models.mae import LatentMAE, MAEConfig, draw_mask
+from drift.runtime.seeds import torch_generator
+from drift.settings import load_settings
+from drift.training.encode import encode_view
+from stages import mae as mae_stage
+
+VAE_FOLDER = "pretrained/digits_vae"
+CLASSES, IMAGES = 3, 4  # per class
+SCALE = 3  # that an image of 32 pixels is shown at
+STEP = SCALE * 32 + 2  # from one image of a picture to the next
+MAE = MAEConfig(in_channels=4, base_channels=16, layers=(1, 1, 1, 1), norm_groups=8, num_classes=CLASSES)
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)  # the settings name the VAE from there
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Folders of images, of their latents in both views, and `params.yaml`; one image does not decode.
+
+    The images are digits, which the VAE knows, and none that looks like its mirror image.
+    """
+    folder = tmp_path_factory.mktemp("world")
+    digits = DigitImages(None, "train")
+    for number, digit in enumerate((2, 4, 7)):
+        for position, index in enumerate(np.flatnonzero(digits.labels == digit)[:IMAGES]):
+            path = folder / "images" / "train" / "abc"[number] / f"{number * IMAGES + position:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            digits.load(index).resize((48, 48), Image.Resampling.BICUBIC).save(path)
+    bad = folder / "images" / "train" / "a" / "01.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+
+    text = (ROOT / "presets" / "digits.yaml").read_text()
+    for before, after in {
+        "dataset: digits": "dataset: folder",
+        "root: null": f"root: {folder / 'images'}",
+        "classes: 10": f"classes: {CLASSES}",
+        "crops: 4": "crops: 2",
+        "mirror: false": "mirror: true",
+        "  held_out: 64": "  held_out: 3",
+        "  steps: 510": "  steps: 4",
+        "  batch_size: 128": "  batch_size: 8",
+        "  warmup_steps: 20": "  warmup_steps: 1",
+        "  finetune_steps: 300": "  finetune_steps: 2",
+        "  finetune_ramp_steps: 100": "  finetune_ramp_steps: 1",
+        "  evaluate_every: 50": "  evaluate_every: 2",
+        "  classes_per_step: 10": f"  classes_per_step: {CLASSES}",
+        "reference: held_out": f"reference: {folder / 'images'}",
+    }.items():
+        assert before in text, before
+        text = text.replace(before, after)
+    (folder / "params.yaml").write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        settings = load_settings(folder / "params.yaml")
+        source = open_images("folder", settings.data.root, "train", CLASSES)
+        for view in ("center", "augmented"):
+            encoded = encode_view(
+                source,
+                VAE.from_pretrained(VAE_FOLDER),
+                folder / "work" / view,
+                dataset="folder",
+                view=view,
+                image_size=32,
+                crops=2,
+                crop_scale=(0.9, 1.0),
+                crop_ratio=(1.0, 1.0),
+                flip=False,
+                mirror=True,
+                posterior="mean",
+                seed=0,
+                on_bad_image="skip",
+                batch_size=8,
+            )
+            shutil.copytree(encoded, folder / view)
+    return folder
+
+
+@pytest.fixture
+def settings(world):
+    return load_settings(world / "params.yaml")
+
+
+@pytest.fixture
+def copy(world, tmp_path):
+    """The centre latents, to be tampered with."""
+    return Path(shutil.copytree(world / "center", tmp_path / "latents"))
+
+
+@pytest.fixture(scope="module")
+def trained(world):
+    """An MAE as the stage makes it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setenv("DRIFT_WORK_DIR", str(world / "mae_work"))
+        arguments = [
+            "--latents",
+            world / "augmented",
+            "--out",
+            world / "mae",
+            "--params",
+            world / "params.yaml",
+        ]
+        arguments += ["--plot", world / "plot.csv", "--held-out-plot", world / "held_out.csv"]
+        assert mae_stage.main([str(argument) for argument in arguments]) == 0
+    return world / "mae"
+
+
+def random_mae(config: MAEConfig = MAE) -> LatentMAE:
+    torch.manual_seed(0)
+    return LatentMAE(config).eval()
+
+
+def make_store(folder, latents, labels=None, **meta) -> LatentStore:
+    labels = np.arange(len(latents)) % CLASSES if labels is None else labels
+    write_latents(folder, "train", latents, labels, meta)
+    return LatentStore.open(folder)
+
+
+def normal(n=60, shape=(4, 8, 8)) -> np.ndarray:
+    """Latents whose channels have mean 0 and standard deviation 1."""
+    latents = np.random.default_rng(1).standard_normal((n, *shape))
+    return (latents - latents.mean((0, 2, 3), keepdims=True)) / latents.std((0, 2, 3), keepdims=True)
+
+
+def cell(picture: np.ndarray, index: int, kind: int, n: int, kinds: int) -> np.ndarray:
+    """The image of thing `index` in its `kind`, at its own size, from a picture of `bands`."""
+    columns, strips = min(8, n), -(-n // 8)
+    height = (len(picture) + 12) // strips - 12
+    top = (index // 8) * (height + 12) + height - kinds * STEP + kind * STEP
+    left = picture.shape[1] - (columns - index % 8) * STEP
+    block = picture[top : top + 32 * SCALE, left : left + 32 * SCALE]
+    assert np.array_equal(block, block[::SCALE, ::SCALE].repeat(SCALE, 0).repeat(SCALE, 1))
+    return block[::SCALE, ::SCALE]
+
+
+def read_png(path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def decoded(latents: torch.Tensor) -> np.ndarray:
+    return to_uint8(VAE.from_pretrained(VAE_FOLDER).decode(latents)).numpy()
+
+
+# Statistics
+
+
+@pytest.mark.parametrize("block", [1, 600, 10**6])
+def test_statistics_are_those_of_the_whole_array(tmp_path, monkeypatch, block):
+    latents = normal() * np.array([0.3, 1, 2, 30])[:, None, None] + np.array([0, 1, -0.5, 3])[:, None, None]
+    latents[7], latents[11, 2, 3, 3], latents[12, 0, 0, 0], latents[12, 1, 0, 0] = (
+        0.25,
+        np.nan,
+        np.inf,
+        -np.inf,
+    )
+    latents[13] = 0
+    latents[59, 3, 7, 7] = np.nan
+    monkeypatch.setattr(inspection_of_latents, "_BLOCK", block)
+    found = measure_latents(make_store(tmp_path, latents), CLASSES)
+    stored = latents.astype(np.float16).astype(np.float64)
+    for measured, values in [
+        *((found.channels[c], stored[:, c]) for c in range(4)),
+        (found.all, stored),
+    ]:
+        finite = values[np.isfinite(values)]
+        assert measured.mean == pytest.approx(finite.mean(), rel=1e-12, abs=1e-14)
+        assert measured.std == pytest.approx(finite.std(), rel=1e-12)
+        assert (measured.min, measured.max) == (finite.min(), finite.max())
+        assert measured.nans == np.isnan(values).sum() and measured.infinities == np.isinf(values).sum()
+        edges = np.linspace(-5, 5, 31)
+        histogram = np.histogram(finite, edges)[0] / (finite.size * np.diff(edges))
+        np.testing.assert_allclose(measured.density(edges), histogram, rtol=1e-12)
+    assert found.not_finite_rows == [11, 12, 59] and found.constant_rows == [7, 13]
+    assert found.per_class.tolist() == [20, 20, 20]
+    described = found.as_json()
+    assert described["not_finite_rows"] == {"count": 3, "first": [11, 12, 59]}
+    assert described["rows_per_class"]["median"] == 20
+    json.dumps(described, allow_nan=False)
+
+
+def test_without_any_finite_number_there_are_no_statistics(tmp_path):
+    found = measure_latents(make_store(tmp_path, np.full((3, 4, 8, 8), np.nan)), CLASSES)
+    assert found.as_json()["all"] == {
+        "mean": None, "std": None, "min": None, "max": None, "nans": 768, "infinities": 0
+    }  # fmt: skip
+    assert "768 NaN" in latent_warnings(found, 1.0, CLASSES, [])[0]
+    assert histogram_picture(found).startswith(b"\x89PNG")
+
+
+def test_an_empty_distribution():
+    assert math.isnan(Distribution().mean) and math.isnan(Distribution().max)
+
+
+def warnings_of(tmp_path, latents, labels=None, scaling_factor=1.82155, classes=CLASSES):
+    store = make_store(tmp_path, latents, labels)
+    found = measure_latents(store, max(classes, store.num_classes))
+    return latent_warnings(found, scaling_factor, classes, ["ape", "bee", "cat"])
+
+
+def test_good_latents_have_no_warnings(tmp_path):
+    assert warnings_of(tmp_path, normal()) == []
+    # The SD-VAE on ImageNet, as EDM2 has its channels
+    mean, std = np.array([5.81, 3.25, 0.12, -2.15]), np.array([4.17, 4.62, 3.71, 3.28])
+    sd = (mean[:, None, None] + std[:, None, None] * normal()) * 0.18215
+    assert warnings_of(tmp_path, sd, scaling_factor=0.18215) == []
+
+
+def nan_at_2(latents):
+    latents[2, 1, 4, 4] = np.nan
+    return latents
+
+
+def constant_at_5(latents):
+    latents[5] = -1.5
+    return latents
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda x: x / 1.82155, "expected 0.7 to 1.4; they look as if the scaling factor had been left out"),
+        (lambda x: x / 1.82155, "had been left out (1.82155)"),
+        (lambda x: x * 1.82155, "had been applied twice"),
+        (lambda x: x * 20, "of all latents is 20"),
+        (nan_at_2, "1 NaN and 0 infinite numbers in 1 row (2)"),
+        (constant_at_5, "1 row (5) with one and the same number"),
+        (lambda x: x + np.array([0, 3, 0, 0])[:, None, None], "the mean of channel 1 is 3"),
+        (lambda x: x * np.array([1, 1, 1, 1e-3])[:, None, None], "channel 3 has nearly one value only"),
+    ],
+)
+def test_what_is_wrong_is_told(tmp_path, change, told):
+    assert any(told in line for line in warnings_of(tmp_path, change(normal())))
+
+
+def test_a_wrong_scale_of_unknown_origin_has_no_hint(tmp_path):
+    (line,) = warnings_of(tmp_path, 20 * normal(), scaling_factor=1.5)
+    assert line.endswith("expected 0.7 to 1.4")
+
+
+def test_classes(tmp_path):
+    assert warnings_of(tmp_path, normal(), np.arange(60) % 2) == ["no latents of 1 class (cat)"]
+    over = warnings_of(tmp_path, normal(), np.arange(60) % 5)
+    assert over == ["labels up to 4, but data.classes is 3"]
+
+
+# Which image a row is of
+
+
+@pytest.mark.parametrize("view", ["center", "augmented"])
+def test_each_row_finds_its_image(world, settings, view):
+    """The decoded latents tell: of all images, a row's own is the nearest, in its own orientation."""
+    store = LatentStore.open(world / view)
+    assert len(store) == 2 * (CLASSES * IMAGES - 1)
+    sources = SourceImages(store, settings)
+    pictures = np.stack([sources.picture(row) for row in range(len(store))]).astype(float)
+    images = decoded(store.rows(np.arange(len(store)))).astype(float)
+    apart = np.abs(images[:, None] - pictures[None]).mean((2, 3, 4))
+    nearest = apart.argmin(1)
+    if view == "augmented":  # both rows of an image have the same picture
+        nearest = nearest // 2 * 2 + np.arange(len(store)) % 2
+    assert nearest.tolist() == list(range(len(store)))
+    assert "01.png" not in {Path(sources.name(row)).name for row in range(len(store))}  # was left out
+    assert sources.name(2) == "a/02.png" and sources.exact == (view == "center")
+
+
+def test_other_images_are_refused(world, settings, copy, tmp_path):
+    images = Path(shutil.copytree(world / "images", tmp_path / "images"))
+    assert SourceImages(LatentStore.open(copy), settings, str(images)).name(0) == "a/00.png"
+    shutil.copy(images / "train" / "b" / "04.png", images / "train" / "b" / "new.png")
+
+    def look(root, **changes):
+        return complaint(
+            lambda: inspect_latents(
+                copy, settings.model_copy(update=changes), tmp_path / "out", compare=True, root=root
+            )
+        )
+
+    told = look(str(images))
+    assert str(images) in told and "are not those that were encoded" in told
+    assert "--compare-images nowhere: there is no such folder" in look("nowhere")
+    digits = settings.data.model_copy(update={"dataset": "digits", "root": None})
+    assert "which has no folder" in look(str(images), data=digits)
+    meta_path = latent_files(copy)[2]
+    meta = json.loads(meta_path.read_text())
+    meta_path.write_text(json.dumps({k: v for k, v in meta.items() if k != "images_sha256"}))
+    assert "has no images_sha256" in look(None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_labels_that_are_not_those_of_the_images_are_refused(world, settings, copy):
+    meta = json.loads(latent_files(copy)[2].read_text())
+    labels = np.load(latent_files(copy)[1])
+    write_latents(copy, "train", np.load(latent_files(copy)[0]), labels[::-1], meta)
+    assert "labels are not those of the images" in complaint(
+        lambda: SourceImages(LatentStore.open(copy), settings)
+    )
+
+
+def test_an_image_that_no_longer_decodes_is_named(world, settings, tmp_path):
+    images = Path(shutil.copytree(world / "images", tmp_path / "images"))
+    sources = SourceImages(LatentStore.open(world / "center"), settings, str(images))
+    path = images / "train" / "a" / "00.png"
+    path.write_bytes(b"x" * 100)
+    assert f"{path}: does not decode" in complaint(lambda: sources.picture(0))
+
+
+# drift inspect latents
+
+
+def test_the_picture_has_each_latent_above_its_image(world, settings, tmp_path):
+    found = inspect_latents(world / "center", settings, tmp_path / "out", count=13, compare=True)
+    assert found.warnings == []
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "histogram.png",
+        "latents.png",
+        "meta.json",
+    ]
+    assert [p.name for p in found.files] == ["latents.png", "histogram.png", "meta.json"]
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    store = LatentStore.open(world / "center")
+    assert meta["latents"]["digest"] == store.digest and meta["files"] == ["latents.png", "histogram.png"]
+    picture = read_png(tmp_path / "out" / "latents.png")
+    rows = [shown["row"] for shown in meta["shown"]]
+    assert len(set(rows)) == 13
+    assert [shown["label"] for shown in meta["shown"]] == sorted(store.labels[rows])
+    expected = decoded(store.rows(np.array(rows)))
+    for index, shown in enumerate(meta["shown"]):
+        image = cell(picture, index, 0, 13, 2).astype(int)
+        assert np.abs(image - expected[index]).max() <= 1  # the VAE rounds otherwise in other batches
+        with Image.open(world / "images" / "train" / shown["image"]) as source:
+            expected_source = np.asarray(source.resize((32, 32), Image.Resampling.BICUBIC)).astype(int)
+        if shown["row"] % 2:  # the mirror image
+            expected_source = expected_source[:, ::-1]
+        assert np.abs(cell(picture, index, 1, 13, 2) - expected_source).max() <= 1
+    assert (picture[-STEP:, -3 * STEP :] == 255).all()  # the places of three that there are not
+
+
+def test_the_same_again_and_another_seed(world, settings, tmp_path):
+    for name, seed in (("one", 0), ("two", 0), ("three", 1)):
+        inspect_latents(world / "augmented", settings, tmp_path / name, count=4, seed=seed)
+    one, two, three = (
+        [(tmp_path / name / file).read_bytes() for file in ("latents.png", "histogram.png", "meta.json")]
+        for name in ("one", "two", "three")
+    )
+    assert one == two and one[0] != three[0] and one[1] == three[1]
+
+
+def test_latents_of_other_images_are_told(world, settings, tmp_path):
+    meta = json.loads(latent_files(world / "center")[2].read_text())
+    latents, labels = (np.load(path) for path in latent_files(world / "center")[:2])
+    shuffled = np.random.default_rng(3).permutation(len(latents))
+    write_latents(tmp_path / "latents", "train", latents[shuffled], labels, meta)
+    found = inspect_latents(tmp_path / "latents", settings, tmp_path / "out", compare=True)
+    assert any("differ from their images" in line for line in found.warnings)
+
+
+def test_a_latent_that_is_not_finite_is_red(settings, tmp_path):
+    make_store(tmp_path / "latents", nan_at_2(normal(3)))
+    inspect_latents(tmp_path / "latents", settings, tmp_path / "out", count=3)
+    picture = read_png(tmp_path / "out" / "latents.png")
+    colours = [tuple(cell(picture, index, 0, 3, 1)[0, 0]) for index in range(3)]
+    assert colours.count((200, 0, 0)) == 1
+
+
+def test_the_histogram_shows_the_channels(tmp_path):
+    store = make_store(tmp_path, normal())
+    content = histogram_picture(measure_latents(store, CLASSES))
+    (tmp_path / "histogram.png").write_bytes(content)
+    picture = read_png(tmp_path / "histogram.png")
+    assert picture.shape[:2] == (450, 800)
+    blue = (np.abs(picture[..., :3].astype(int) - (31, 119, 180)).sum(-1) < 30).nonzero()
+    assert blue[1].max() - blue[1].min() > 300  # the first curve crosses the picture
+
+
+# drift inspect mae
+
+
+def naive_error(model, latents, masks, patch) -> float:
+    """Mean over samples of the squared error per masked place, summed over channels, place by place."""
+    errors = []
+    for x, mask in zip(latents, masks, strict=True):
+        hidden = [
+            (y, z) for y in range(x.shape[1]) for z in range(x.shape[2]) if mask[y // patch, z // patch]
+        ]
+        seen = x.clone()
+        for y, z in hidden:
+            seen[:, y, z] = 0
+        with torch.no_grad():
+            output = model.reconstruct(seen[None])[0][0]
+        errors.append(np.mean([float((output[:, y, z] - x[:, y, z]).square().sum()) for y, z in hidden]))
+    return float(np.mean(errors))
+
+
+def test_the_masked_error_is_that_of_a_plain_loop(world, settings, tmp_path):
+    model = random_mae()
+    model.save_pretrained(tmp_path / "mae")
+    found = inspect_mae(tmp_path / "mae", world / "center", settings, tmp_path / "out", count=2)
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    store = LatentStore.open(world / "center")
+    assert meta["masked_error"]["held_out"]["rows"] == 6 and meta["masked_error"]["others"]["rows"] == 16
+    shown = [entry["row"] for entry in meta["shown"]]
+    masks = torch.cat([draw_mask((1, 4, 4), 0.5, torch_generator(0, "inspect/mask", r)) for r in shown])
+    errors = [entry["masked_error"] for entry in meta["shown"]]
+    naive = naive_error(model, store.rows(np.array(shown)), masks, 2)
+    assert np.mean(errors) == pytest.approx(naive, rel=1e-5)
+
+    every = np.arange(len(store))
+    masks = torch.cat([draw_mask((1, 4, 4), 0.5, torch_generator(0, "mae/held_out", int(r))) for r in every])
+    naive = naive_error(model, store.rows(every), masks, 2)
+    both = sum(meta["masked_error"][name]["error"] * meta["masked_error"][name]["rows"] for name in errors_of)
+    assert both / len(store) == pytest.approx(naive, rel=1e-5)
+    assert any("it has learnt nothing" in line for line in found.warnings)
+    assert meta["logged_held_out"] is None and meta["feature_sets"] is None
+
+
+errors_of = ("held_out", "others")
+
+
+def test_the_error_of_the_means_is_that_of_a_network_that_gives_them(world):
+    store, rows = LatentStore.open(world / "center"), np.array([3, 4, 9, 15])
+    means = store.rows(rows).mean(dim=(0, 2, 3))
+
+    class Means(LatentMAE):
+        def _decode(self, x):
+            return means[None, :, None, None].expand_as(x), x.new_zeros(len(x), 1)
+
+    masks = torch.cat([draw_mask((1, 4, 4), 0.5, torch_generator(7, "mae/held_out", int(r))) for r in rows])
+    naive = naive_error(Means(MAE), store.rows(rows), masks, 2)
+    assert error_of_means(random_mae(), store, rows, 0.5, 7) == pytest.approx(naive, rel=1e-5)
+
+
+def test_on_the_latents_of_its_training_the_error_is_that_of_the_log(world, settings, trained, tmp_path):
+    out = tmp_path / "out"
+    found = inspect_mae(trained, world / "augmented", settings, out)
+    meta = json.loads((out / "meta.json").read_text())
+    last = json.loads((trained / "logs.jsonl").read_text().splitlines()[-1])
+    assert meta["logged_held_out"] == last["held_out"]
+    assert meta["masked_error"]["held_out"]["error"] == pytest.approx(last["held_out"], rel=1e-6)
+    assert not any("log" in line for line in found.warnings)
+    assert any("at the end of training" in line for line in found.lines)
+    # On other latents the log says nothing
+    inspect_mae(trained, world / "center", settings, out)
+    assert json.loads((out / "meta.json").read_text())["logged_held_out"] is None
+
+    changed = Path(shutil.copytree(trained, tmp_path / "changed"))
+    model = LatentMAE.from_pretrained(trained)
+    model.decoder.head.weight.data *= 3
+    model.save_pretrained(changed)
+    found = inspect_mae(changed, world / "augmented", settings, out)
+    assert any("weights and log are not of one run" in line for line in found.warnings)
+    found = inspect_mae(trained, world / "augmented", settings.model_copy(update={"seed": 5}), out)
+    assert any("seed was 0" in line for line in found.warnings)
+
+
+def test_the_picture_of_the_mae(world, settings, trained, tmp_path):
+    inspect_mae(trained, world / "center", settings, tmp_path / "out", count=5, seed=3, compare=True)
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    picture = read_png(tmp_path / "out" / "mae.png")
+    store, model = LatentStore.open(world / "center"), LatentMAE.from_pretrained(trained)
+    for index, shown in enumerate(meta["shown"]):
+        source, latent, masked, filled, network = (
+            cell(picture, index, kind, 5, 5).astype(int) for kind in range(5)
+        )
+        x = store.rows(np.array([shown["row"]]))
+        mask = draw_mask((1, 4, 4), 0.5, torch_generator(3, "inspect/mask", shown["row"]))[0].numpy()
+        original = decoded(x)[0].astype(int)
+        seen = x.clone()
+        for y, z in np.argwhere(mask):
+            seen[0, :, 2 * y : 2 * y + 2, 2 * z : 2 * z + 2] = 0
+            assert (masked[8 * y : 8 * y + 8, 8 * z : 8 * z + 8] == 128).all()
+        for y, z in np.argwhere(~mask):
+            block = (slice(8 * y, 8 * y + 8), slice(8 * z, 8 * z + 8))
+            assert np.abs(masked[block] - original[block]).max() <= 1
+        with torch.no_grad():
+            output = model.reconstruct(seen)[0]
+        hidden = torch.from_numpy(mask.repeat(2, 0).repeat(2, 1))
+        assert np.abs(latent - original).max() <= 1
+        assert np.abs(filled - decoded(torch.where(hidden, output, x))[0]).max() <= 1
+        assert np.abs(network - decoded(output)[0]).max() <= 1
+        assert np.abs(source - original).mean() < 12
+
+
+# Feature sets
+
+
+def check(model, n=12, drop=True, guard=1e-3, latents=None):
+    latents = torch.from_numpy(normal(n)).float() if latents is None else latents
+    return {c.name: c for c in check_feature_sets(model, latents, drop_duplicates=drop, guard=guard)}
+
+
+def test_the_scale_is_the_mean_distance_of_a_plain_loop():
+    found = check(random_mae())
+    with torch.no_grad():
+        sets = random_mae().encode(torch.from_numpy(normal(12)).float(), drop_duplicates=True)
+    assert set(found) == {*sets, "global"}
+    for name in ("norm_x", "conv1", "layer2_std_2", "layer3_mean", "layer4"):
+        values = sets[name].double().numpy()  # [M, L, C]
+        apart = [
+            np.linalg.norm(values[i, l] - values[j, l])
+            for i in range(12)
+            for j in range(12)
+            for l in range(values.shape[1])
+            if i != j
+        ]
+        assert found[name].scale == pytest.approx(np.mean(apart) / math.sqrt(values.shape[2]), rel=1e-4)
+        assert found[name].rms == pytest.approx(math.sqrt((values**2).mean()), rel=1e-5)
+        assert (found[name].locations, found[name].channels) == values.shape[1:]
+    assert found["global"].channels == 256
+
+
+def test_a_network_that_works_has_no_problem():
+    found = check(random_mae()).values()
+    assert all(c.problem is None and not c.by_construction for c in found)
+    assert all(c.not_finite == 0 and c.constant_channels == 0 for c in found)
+
+
+def test_zeroed_weights_are_flagged(world, settings, tmp_path):
+    model = random_mae()
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    found = check(model)
+    assert found["norm_x"].problem is None and found["global"].problem is None
+    others = [c for name, c in found.items() if name not in ("norm_x", "global")]
+    assert all(c.problem == "constant" and c.constant_channels == 1 for c in others)
+    model.save_pretrained(tmp_path / "mae")
+    report = inspect_mae(tmp_path / "mae", world / "center", settings, tmp_path / "out", feature_sets=True)
+    (line,) = (line for line in report.warnings if line.startswith("feature sets"))
+    assert "conv1" in line and "layer4" in line and "norm_x" not in line
+    assert any("<- constant" in line for line in report.lines)
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    assert {c["name"] for c in meta["feature_sets"] if c["problem"]} == {c.name for c in others}
+
+
+def test_a_stage_whose_weights_are_zero_is_the_only_one_flagged():
+    model = random_mae()
+    for parameter in model.encoder.stages[3].parameters():
+        parameter.data.zero_()
+    found = check(model)
+    assert {c.problem for name, c in found.items() if not name.startswith("layer4")} == {None}
+    assert found["layer4"].problem == "constant"
+
+
+def test_an_encoder_that_does_not_look_at_its_input():
+    model = random_mae()
+    model.encoder.stem.conv.weight.data.zero_()
+    model.encoder.stem.norm.bias.data.normal_()
+    found = check(model)
+    assert found["layer1"].problem == "the same for every sample"  # the edges differ from the middle
+    assert found["layer1"].constant_channels < 1
+
+
+def test_weights_that_are_not_finite(world, settings, tmp_path):
+    model = random_mae()
+    model.encoder.stages[2][0].conv1.weight.data[0, 0, 0, 0] = math.nan
+    model.save_pretrained(tmp_path / "mae")
+    found = check(model)
+    assert found["layer2"].problem is None and found["layer3"].problem == "not finite"
+    assert 0 < found["layer3"].not_finite <= 1
+    report = inspect_mae(tmp_path / "mae", world / "center", settings, tmp_path / "out", feature_sets=True)
+    assert any("its weights are not finite" in line for line in report.warnings)
+    assert any(line.startswith("feature sets that are not finite: layer3") for line in report.warnings)
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    assert meta["masked_error"]["others"]["error"] is None
+
+
+def test_features_below_the_guard_of_the_field():
+    latents = 1e-4 * torch.from_numpy(normal(12)).float()
+    assert check(random_mae(), latents=latents)["global"].problem == "smaller than the field's guard (0.001)"
+    assert check(random_mae(), latents=latents, guard=1e-6)["global"].problem is None
+
+
+def test_sets_that_are_constant_by_construction_are_no_warning():
+    """With one channel per group in the first two stages, whatever the weights are."""
+    model = random_mae(MAEConfig(base_channels=16, layers=(1, 1, 1, 1), norm_groups=16, num_classes=3))
+    for module in model.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.weight.data.normal_()
+            module.bias.data.normal_()
+    found = check(model)
+    assert {name for name, c in found.items() if c.by_construction} == {"layer1_mean", "layer1_std"}
+    for name, one in found.items():
+        if one.by_construction:
+            assert one.scale < 1e-5 and one.problem is None
+        else:
+            assert one.scale > 1e-3 and one.problem is None, name
+    # Kept duplicates: the std of the one location of layer 4
+    kept = check(model, drop=False)
+    assert kept["layer4_std"].by_construction and not kept["layer4_mean"].by_construction
+    assert kept["layer4_std"].scale == 0
+
+
+# Refusals
+
+
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def set_meta(**changes):
+    def change(path):
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("file", "tamper", "told"),
+    [
+        (0, flip_a_byte, "is not what train_meta.json was written for"),
+        (1, flip_a_byte, "labels"),
+        (0, cut, "is cut short"),
+        (1, cut, "is cut short"),
+        (2, cut, "is not JSON"),
+        (0, Path.unlink, "is missing"),
+        (2, Path.unlink, "is missing"),
+        (2, lambda path: path.write_text("[1]"), "holds list"),
+        (2, set_meta(num_classes="3"), 'num_classes is "3" where int'),
+        (2, set_meta(num_classes=2), "labels 0 to 2"),
+        (2, set_meta(class_names=["a", "b"]), "2 class_names for 3 classes"),
+        (2, set_meta(class_names=["a", "b", 3]), "class_names is"),
+        (2, set_meta(shape=[1, 2]), "shape is [1, 2]"),
+        (2, set_meta(view="side"), 'view is "side"'),
+        (2, set_meta(sha256={}), "sha256 is {}"),
+        (2, set_meta(skipped_images={"count": 1}), "skipped_images is"),
+        (2, set_meta(images=50), "49 images"),
+        (2, set_meta(images=0), "images is 0"),
+        (2, set_meta(mirror=1), "mirror is 1 where bool"),
+        (2, set_meta(image_size=64), "image_size is 64"),
+        (2, set_meta(scaling_factor=1.0), "scaling_factor is 1.0"),
+        (2, set_meta(vae_sha256="0" * 64), "other weights of pretrained/digits_vae"),
+    ],
+)
+def test_what_was_changed_is_named_and_nothing_written(settings, copy, tmp_path, file, tamper, told):
+    path = latent_files(copy)[file]
+    tamper(path)
+    message = complaint(lambda: inspect_latents(copy, settings, tmp_path / "out"))
+    assert told in message and str(copy) in message
+    if "labels 0 to 2" not in told:
+        assert path.name in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_latents_of_another_shape_than_the_vae_has(settings, tmp_path):
+    make_store(tmp_path / "latents", normal(6, (4, 4, 4)))
+    told = complaint(lambda: inspect_latents(tmp_path / "latents", settings, tmp_path / "out"))
+    assert "latents of [4, 4, 4]" in told and "[4, 8, 8]" in told
+
+
+def test_a_wrong_folder_or_view(world, settings, tmp_path):
+    def look(folder, out=tmp_path / "out", **options):
+        return complaint(lambda: inspect_latents(folder, settings, out, **options))
+
+    assert "there is no such folder of latents" in look(tmp_path / "nowhere")
+    assert 'view is "center"' in look(world / "center", view="augmented")
+    assert "is what is inspected" in look(world / "center", out=world / "center")
+
+
+@pytest.mark.parametrize(
+    ("tamper", "told"),
+    [
+        (lambda f: cut(f / "model.safetensors"), "model.safetensors: damaged"),
+        (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: is missing"),
+        (lambda f: cut(f / "config.json"), "config.json: damaged"),
+        (lambda f: set_meta(base_channels=8)(f / "config.json"), "they are not of one model"),
+        (lambda f: set_meta(model="Generator")(f / "config.json"), "not the config of a LatentMAE"),
+        (lambda f: (f / "settings.yaml").write_text("decides: 3"), "settings.yaml: not what the stage mae"),
+        (lambda f: (f / "settings.yaml").write_text("{"), "settings.yaml: not what the stage mae"),
+        (shutil.rmtree, "there is no such folder"),
+    ],
+)
+def test_an_mae_that_was_changed(world, settings, trained, tmp_path, tamper, told):
+    folder = Path(shutil.copytree(trained, tmp_path / "mae"))
+    tamper(folder)
+    message = complaint(lambda: inspect_mae(folder, world / "center", settings, tmp_path / "out"))
+    assert told in message and str(folder) in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_mae_of_other_inputs(world, settings, tmp_path):
+    def look(config):
+        random_mae(config).save_pretrained(tmp_path / "mae")
+        return complaint(lambda: inspect_mae(tmp_path / "mae", world / "center", settings, tmp_path / "out"))
+
+    shape = {"base_channels": 8, "layers": (1, 1, 1, 1), "norm_groups": 2}
+    assert "3 channels" in look(MAEConfig(in_channels=3, **shape))
+    assert "an MAE of pixels" in look(MAEConfig(input_patch_size=2, **shape))
+    assert "cannot be masked in squares" in look(MAEConfig(patch_size=3, **shape))
+
+
+def test_one_latent_has_no_features_to_compare(settings, tmp_path):
+    random_mae().save_pretrained(tmp_path / "mae")
+    make_store(tmp_path / "latents", normal(1))
+    settings = settings.model_copy(update={"mae": settings.mae.model_copy(update={"held_out": 0})})
+    arguments = (tmp_path / "mae", tmp_path / "latents", settings, tmp_path / "out")
+    assert "features of one latent" in complaint(lambda: inspect_mae(*arguments, feature_sets=True))
+    found = inspect_mae(*arguments)
+    assert any("of 1 latents" in line for line in found.lines)
+
+
+# Pictures
+
+
+def test_bands_put_kinds_below_each_other_and_go_on_below():
+    colours = np.arange(10, 130, 10, dtype=np.uint8)  # of 12 things
+    one = np.broadcast_to(colours[:, None, None, None], (12, 32, 32, 3))
+    picture = np.asarray(bands({"one": one, "two": one + 100}, [str(c) for c in colours]))
+    for index, colour in enumerate(colours):
+        assert (cell(picture, index, 0, 12, 2) == colour).all()
+        assert (cell(picture, index, 1, 12, 2) == colour + 100).all()
+    assert (picture[:, :20] < 128).any()  # the names of the kinds
+    alone = np.asarray(bands({"one": one[:3]}, ["a", "b", "c"]))
+    assert alone.shape[1] == 3 * STEP + 2
+
+
+def test_a_long_caption_stays_within_its_image():
+    image = np.full((2, 96, 96, 3), 200, np.uint8)
+    picture = np.asarray(bands({"one": image}, ["Mergus serrator, the red-breasted merganser", ""]))
+    ink = (picture[: -STEP - 2] < 128).any((0, 2)).nonzero()[0]
+    assert ink.min() >= 2 and 60 < ink.max() <= 98
+
+
+# The command
+
+
+def run(capsys, *arguments):
+    code = cli.main(["inspect", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_the_command_prints_numbers_warnings_and_files(world, tmp_path, capsys, trained):
+    params = ["--params", world / "params.yaml"]
+    code, out, err = run(
+        capsys,
+        "latents",
+        world / "center",
+        *params,
+        "--count",
+        3,
+        "--out",
+        tmp_path / "a",
+        "--compare-images",
+    )
+    assert (code, err) == (0, "")
+    assert "mean" in out and "difference:" in out and "warning" not in out
+    assert f"written: {tmp_path / 'a' / 'latents.png'}" in out
+
+    latents = np.load(latent_files(world / "center")[0]) / 1.82155
+    make_store(tmp_path / "unscaled", latents)
+    code, out, _ = run(capsys, "latents", tmp_path / "unscaled", *params, "--out", tmp_path / "b")
+    assert code == 0
+    assert "warning: the standard deviation of all latents is" in out
+
+    code, out, _ = run(
+        capsys, "mae", trained, "--latents", world / "augmented", *params, "--out", tmp_path / "c",
+        "--check-feature-sets", "--compare-images", world / "images",
+    )  # fmt: skip
+    assert code == 0
+    assert "masked error:" in out and "layer3_mean_2" not in out and "layer3_mean " in out
+    assert {path.name for path in (tmp_path / "c").iterdir()} == {"mae.png", "meta.json"}
+
+    cut(Path(shutil.copytree(trained, tmp_path / "cut")) / "model.safetensors")
+    code, out, err = run(capsys, "mae", tmp_path / "cut", "--latents", world / "center", *params)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1 and "model.safetensors" in err
+
+
+def test_without_a_folder_it_is_that_of_the_view(world, tmp_path, capsys, monkeypatch):
+    (tmp_path / "artifacts").mkdir()
+    shutil.copytree(world / "augmented", tmp_path / "artifacts" / "latents" / "augmented")
+    (tmp_path / "pretrained").symlink_to(ROOT / "pretrained")
+    shutil.copy(world / "params.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run(capsys, "latents", "--view", "augmented", "--count", 1)
+    assert code == 0 and "outputs/latents-augmented/meta.json" in out
+    code, _, err = run(capsys, "latents")
+    assert code == 2 and "artifacts/latents/center: there is no such folder" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "WHAT"),
+        (["latent"], "latent"),
+        (["latents", "--count", "0"], "0: a whole number above 0"),
+        (["mae", "--rows", "many"], "many: a whole number"),
+        (["latents", "--view", "side"], "side"),
+    ],
+)
+def test_a_wrong_argument_is_code_2(arguments, told, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["inspect", *arguments])
+    assert caught.value.code == 2 and told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["latents"], ["mae"]])
+def test_help_is_a_page(arguments, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["inspect", *arguments, "--help"])
+    said = capsys.readouterr().out
+    assert all(len(line) <= 100 for line in said.splitlines()) and "inspect" in said
+    if arguments:
+        assert "examples:" in said and "OUT/meta.json" in said

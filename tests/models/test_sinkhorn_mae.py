@@ -1,0 +1,160 @@
+"""The prior's encoder against the prior's numbers, through the importer."""
+
+import numpy as np
+import pytest
+import torch
+from complaints import complaint
+from golden_weights import GOLDEN
+
+from drift.interop.release import convert_prior_mae, import_prior_mae
+from drift.models.mae import LatentMAE, draw_mask
+from drift.models.sinkhorn_mae import PriorMAE, PriorMAEConfig
+from drift.runtime.errors import UserError
+
+CHECKPOINT = GOLDEN / "prior_mae" / "ckpt_final.pt"
+
+
+def relative_error(found, expected):
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@pytest.fixture(scope="module")
+def expected():
+    with np.load(GOLDEN / "prior_mae" / "expected.npz") as arrays:
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("imported")
+    import_prior_mae(CHECKPOINT, folder)
+    loaded = LatentMAE.from_pretrained(folder)
+    assert isinstance(loaded, PriorMAE)
+    return loaded
+
+
+@torch.no_grad()
+def test_maps_sets_and_reconstruction_are_the_priors(model, expected):
+    x = expected["x"]
+    maps, _ = model.encoder(x)
+    assert len(maps) == sum(name.startswith("map/") for name in expected)
+    for i, found in enumerate(maps):
+        assert relative_error(found, expected[f"map/{i}"]) < 1e-5
+    sets = model.encode(x)
+    assert {f"set/{name}" for name in sets} == {name for name in expected if name.startswith("set/")}
+    for name, found in sets.items():
+        assert found.shape == expected[f"set/{name}"].shape
+        assert relative_error(found, expected[f"set/{name}"]) < 1e-5, name
+    reconstruction, logits = model.reconstruct(x)
+    assert relative_error(reconstruction, expected["recon"]) < 1e-5
+    assert logits.shape == (2, 0)
+
+
+def test_every_weight_of_the_ema_is_used_once(model):
+    shadow = torch.load(CHECKPOINT, weights_only=True)["ema"]["shadow"]
+    found = torch.cat([p.detach().flatten() for p in model.parameters()]).sort().values
+    assert torch.equal(found, torch.cat([w.flatten() for w in shadow.values()]).sort().values)
+
+
+@torch.no_grad()
+def test_masked_error_is_that_of_masked_places(model, expected):
+    x = expected["x"]
+    mask = draw_mask((2, 8, 8), 0.5, torch.Generator().manual_seed(0))
+    hidden = mask.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None]
+    reconstruction, _ = model.reconstruct(torch.where(hidden, 0, x))
+    found, _ = model(x, mask)
+    for b in range(2):
+        wanted = (reconstruction[b] - x[b])[:, hidden[b, 0]].square().sum(dim=0).mean()
+        torch.testing.assert_close(found[b], wanted)
+
+
+def test_sets_that_repeat_others_can_be_left_out(model):
+    with torch.no_grad():
+        all_sets = model.encode(torch.randn(2, 4, 16, 16))
+        fewer = model.encode(torch.randn(2, 4, 16, 16), drop_duplicates=True)
+    assert all_sets.keys() - fewer.keys() == {"enc02.patch4_ms", "enc03.patch4_ms", "enc04.patch2_ms"}
+
+
+def damaged(tmp_path, change):
+    content = torch.load(CHECKPOINT, weights_only=True)
+    change(content)
+    torch.save(content, tmp_path / "ckpt_final.pt")
+    return tmp_path / "ckpt_final.pt"
+
+
+CHANGES = {
+    "lacks a weight": (lambda c: c["ema"]["shadow"].pop("decoder.out.bias"), "decoder.out.bias"),
+    "has one more": (lambda c: c["ema"]["shadow"].update(more=torch.zeros(1)), "more"),
+    "another shape": (
+        lambda c: c["ema"]["shadow"].update({"encoder.gn1.bias": torch.zeros(5)}),
+        "encoder.gn1.bias",
+    ),
+    "another width": (lambda c: c["mae_cfg"].update(base_width=8), "decoder"),
+    "a stride": (lambda c: c["mae_cfg"].update(conv1_stride=2), "conv1_stride"),
+    "an unknown key": (lambda c: c["mae_cfg"].update(attention=True), "attention"),
+    "a missing key": (lambda c: c["mae_cfg"].pop("in_ch"), "in_ch"),
+    "no EMA": (lambda c: c.pop("ema"), "ema.shadow"),
+    "wrong blocks": (lambda c: c["mae_cfg"].update(blocks_per_stage="many"), "layers"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_checkpoint_that_does_not_fit_is_refused_by_name(what, tmp_path):
+    change, named = CHANGES[what]
+    path = damaged(tmp_path, change)
+    told = complaint(lambda: import_prior_mae(path, tmp_path / "out"))
+    assert str(path) in told and named in told
+    assert not list((tmp_path / "out").glob("*"))
+
+
+class Stranger:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+@pytest.mark.parametrize("content", ["truncated", "text", "object", "missing", "list"])
+def test_what_is_no_checkpoint_is_refused_and_never_executed(content, tmp_path, capsys):
+    path = tmp_path / "ckpt_final.pt"
+    if content == "truncated":
+        path.write_bytes(CHECKPOINT.read_bytes()[:100_000])
+    elif content == "text":
+        path.write_text("not a checkpoint")
+    elif content == "object":
+        torch.save({"mae_cfg": Stranger()}, path)
+    elif content == "list":
+        torch.save([1, 2], path)
+    assert str(path) in complaint(lambda: import_prior_mae(path, tmp_path / "out"))
+    assert "executed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_weights_of_a_wrapped_model_are_taken(prefix, tmp_path, expected):
+    """As they are called if the prior's model was in DistributedDataParallel or compiled."""
+
+    def wrap(content):
+        shadow = content["ema"]["shadow"]
+        content["ema"]["shadow"] = {prefix + name: weight for name, weight in shadow.items()}
+
+    model = import_prior_mae(damaged(tmp_path, wrap), tmp_path / "out")
+    with torch.no_grad():
+        assert relative_error(model.reconstruct(expected["x"])[0], expected["recon"]) < 1e-5
+
+
+def test_half_precision_weights_are_taken(tmp_path):
+    content = torch.load(CHECKPOINT, weights_only=True)
+    half = {name: weight.half() for name, weight in content["ema"]["shadow"].items()}
+    model = convert_prior_mae(half, content["mae_cfg"])
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_saved_twice_is_the_same(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    again = LatentMAE.from_pretrained(tmp_path)
+    assert again.config == model.config
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("sizes", [{"layers": (1, 1)}, {"base_channels": 33}, {"num_classes": 3}])
+def test_sizes_that_cannot_be(sizes):
+    with pytest.raises(UserError, match=next(iter(sizes))):
+        PriorMAEConfig(**sizes)

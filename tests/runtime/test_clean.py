@@ -1,0 +1,121 @@
+"""`drift clean` in a real DVC project: what is stored goes, and nothing else."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from imports import ROOT
+
+from drift import cli
+from drift.runtime.clean import find_work
+from drift.runtime.lock import Lock
+from drift.runtime.work import Work, dvc_hash, work_root
+
+DVC_YAML = """
+stages:
+  mae:
+    cmd: "true"
+    outs: [artifacts/mae]
+  fid:
+    cmd: "true"
+    metrics:
+      - fid.json: {cache: false}
+"""
+
+
+def run(*command: str) -> None:
+    environment = {**os.environ, "GIT_CONFIG_GLOBAL": os.devnull, "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """Two finished runs, of which DVC has the results; an unfinished one, and one that DVC does not know."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder := tmp_path_factory.mktemp("template"))
+        patch.delenv("DRIFT_WORK_DIR", raising=False)
+        run("git", "init", "--quiet")
+        run(sys.executable, "-m", "dvc", "init", "--quiet")
+        Path("dvc.yaml").write_text(DVC_YAML)
+        finish({"lr": 2})
+        finish({"lr": 1})
+        with Work("fid", {}) as work:
+            Path("fid.json").write_text("{}")
+            work.finish(Path("fid.json"))
+        with Work("mae", {"lr": 3}) as work:
+            (work.folder / "progress").write_bytes(bytes(100))
+        run(sys.executable, "-m", "dvc", "commit", "--force", "--quiet")
+    return folder
+
+
+@pytest.fixture
+def project(template, tmp_path, monkeypatch):
+    monkeypatch.chdir(shutil.copytree(template, tmp_path / "project"))
+    monkeypatch.delenv("DRIFT_WORK_DIR", raising=False)
+
+
+def finish(decides: dict) -> None:
+    with Work("mae", decides) as work:
+        export = work.folder / "export"
+        (export / "sub").mkdir(parents=True)
+        for name in ("b", "a", "sub/Z", "ö"):
+            (export / name).write_text(f"{name} of {decides}")
+        (work.folder / "checkpoint").write_bytes(bytes(1000))
+        work.publish(export, Path("artifacts/mae"))
+
+
+def stored() -> dict[str, bool]:
+    """Stage and settings of each work folder."""
+    return {f"{w.folder.parent.name} {decides(w.folder)}": w.stored for w in find_work(work_root())}
+
+
+def decides(folder: Path) -> dict:
+    return json.loads((folder / "work.json").read_text())["decides"]
+
+
+def test_what_dvc_lock_proves_to_be_stored_goes(project, capsys):
+    assert stored() == {"fid {}": True, "mae {'lr': 1}": True, "mae {'lr': 2}": False, "mae {'lr': 3}": False}
+    assert cli.main(["clean"]) == 0
+    assert "2 of 4 folders" in capsys.readouterr().out and len(stored()) == 4
+    assert cli.main(["clean", "--yes"]) == 0
+    assert stored() == {"mae {'lr': 2}": False, "mae {'lr': 3}": False}
+    said = capsys.readouterr().out
+    assert (
+        said.count("removed ") == 3 and "(not finished)" in said and "(dvc.lock has no such result)" in said
+    )
+    assert Path("artifacts/mae/a").read_text() == "a of {'lr': 1}"
+
+
+def test_hashes_are_those_of_dvc(project):
+    lock = Path("dvc.lock").read_text()
+    assert f"md5: {dvc_hash(Path('artifacts/mae'))}\n" in lock
+    assert f"md5: {dvc_hash(Path('fid.json'))}\n" in lock
+
+
+def test_what_has_gone_from_the_cache_or_changed_in_git_is_no_proof(project):
+    cached = dvc_hash(Path("artifacts/mae/a"))
+    Path(".dvc/cache/files/md5", cached[:2], cached[2:]).unlink()
+    Path("fid.json").write_text("{ }")
+    assert not any(stored().values())
+
+
+def test_a_run_at_work_is_left_alone(project, capsys):
+    with Work("mae", {"lr": 1}):
+        assert not stored()["mae {'lr': 1}"]
+    (work,) = [work for work in find_work(work_root()) if decides(work.folder) == {"lr": 1}]
+    lock = Lock(work.folder)
+    lock.acquire()
+    cli.main(["clean", "--yes"])
+    lock.release()
+    assert work.folder.exists()
+
+
+def test_without_dvc_lock_nothing_is_proven(project, capsys):
+    Path("dvc.lock").unlink()
+    assert cli.main(["clean", "--yes"]) == 2
+    assert capsys.readouterr().err.startswith("error: dvc.lock: none in ")
+    assert len(list(work_root().glob("*/*/work.json"))) == 4

@@ -1,0 +1,181 @@
+"""Work folders: what is gone on with, what is started over, and what is written beside an artifact."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+from imports import ROOT
+from ruamel.yaml import YAML
+
+from drift.runtime import work as work_module
+from drift.runtime.errors import UserError
+from drift.runtime.work import Work, fingerprint, read_note, without_words
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DRIFT_WORK_DIR", raising=False)
+    monkeypatch.setattr(work_module, "code_digest", lambda: "code-1")
+
+
+def leave(decides, name="progress", **options):
+    """A run that leaves a file behind and is cut off."""
+    with Work("stage", decides, **options) as work:
+        (work.folder / name).touch()
+    return work.folder
+
+
+def finish(decides, destination, **options):
+    with Work("stage", decides, **options) as work:
+        (work.folder / "export").mkdir()
+        (work.folder / "export" / "result").write_text("42")
+        (work.folder / "progress").touch()
+        work.publish(work.folder / "export", destination)
+    return work
+
+
+def test_fingerprint_depends_on_content_not_on_order():
+    assert fingerprint({"a": 1, "b": [1, 2]}) == fingerprint({"b": [1, 2], "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+
+
+def test_an_unfinished_run_goes_on_and_another_starts_afresh():
+    folder = leave({"lr": 1})
+    with Work("stage", {"lr": 1}) as same, Work("stage", {"lr": 2}) as other:
+        assert (same.folder / "progress").exists()
+        assert same.folder == folder
+        assert not (other.folder / "progress").exists()
+
+
+def test_fresh_starts_over_and_keeps_what_was_there(capsys):
+    leave({"lr": 1})
+    leave({"lr": 1}, name="second", fresh=True)
+    with Work("stage", {"lr": 1}, fresh=True) as work:
+        assert {path.name for path in work.folder.iterdir()} == {"work.json"}
+    first, second = (work.folder.with_name(f"{work.folder.name}-{number}") for number in (1, 2))
+    assert (first / "progress").exists() and (second / "second").exists()
+    assert str(second) in capsys.readouterr().out
+
+
+def test_changed_code_is_reported_and_recorded_but_goes_on(monkeypatch, capsys, tmp_path):
+    leave({"lr": 1})
+    monkeypatch.setattr(work_module, "code_digest", lambda: "code-2")
+    work = finish({"lr": 1}, tmp_path / "out")
+    assert work.code == ["code-1", "code-2"]
+    assert "the code has changed" in capsys.readouterr().out
+    settings = YAML(typ="safe", pure=True).load(tmp_path / "out" / "settings.yaml")
+    assert settings["how"]["code"] == ["code-1", "code-2"]
+    assert settings["decides"] == {"lr": 1}
+
+
+def test_remarks_go_to_the_screen_and_into_the_settings_file(capsys, tmp_path):
+    work = finish({"lr": 1}, tmp_path / "out", remarks=["without effect here: a (b is c)"])
+    assert capsys.readouterr().out.count("stage: without effect here: a (b is c)\n") == 1
+    settings = YAML(typ="safe", pure=True).load(tmp_path / "out" / "settings.yaml")
+    assert settings["how"]["remarks"] == ["without effect here: a (b is c)"]
+    finish({"lr": 2}, tmp_path / "plain")
+    assert "remarks" not in (tmp_path / "plain" / "settings.yaml").read_text()
+    assert work.folder == Work("stage", {"lr": 1}).folder  # they decide nothing
+
+
+def test_a_finished_run_is_the_result_whatever_is_newer(tmp_path, capsys):
+    """`touch dvc.lock`, git pull, another stage: the lock file is newer than what DVC has not taken yet."""
+    finish({"lr": 1}, tmp_path / "out")
+    lock = tmp_path / "dvc.lock"
+    lock.touch()
+    os.utime(lock, (time.time() + 5, time.time() + 5))
+    with Work("stage", {"lr": 1}) as work:
+        assert (work.folder / "progress").exists()
+    assert "finished already" in capsys.readouterr().out
+    assert read_note(work.folder)["finished"]
+
+
+def test_a_finished_run_of_other_code_starts_over_and_is_kept(monkeypatch, tmp_path):
+    finish({"lr": 1}, tmp_path / "out")
+    monkeypatch.setattr(work_module, "code_digest", lambda: "code-2")
+    with Work("stage", {"lr": 1}) as work:
+        assert not (work.folder / "progress").exists()
+        assert work.code == ["code-2"]
+    assert (work.folder.with_name(f"{work.folder.name}-1") / "progress").exists()
+
+
+def test_finished_work_of_other_settings_is_kept_and_told(tmp_path, capsys):
+    done = finish({"lr": 1}, tmp_path / "out").folder
+    (done / "weights").write_bytes(bytes(10**8))
+    kept = leave({"lr": 2})
+    with Work("stage", {"lr": 3}):
+        assert (done / "progress").exists() and (kept / "progress").exists()
+    assert "stage: 1 more in .work/stage, 0.1 GB, have finished; drift clean" in capsys.readouterr().out
+
+
+CODE = """
+def scale(x, by=2.0):
+    return x * by
+"""
+
+
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        ("# a comment\ndef scale(x, by=2.0):  # another\n    return x * by\n", True),
+        ('"""A module."""\n\n\ndef scale(x, by=2.0):\n    """Larger."""\n    return (x * by)\n', True),
+        ("def scale(x, by=2.5):\n    return x * by\n", False),
+        ("def scale(x, by=2.0):\n    return x + by\n", False),
+        ("def scale(x, by=2.0):\n    return x * by\nBY = 1\n", False),
+    ],
+)
+def test_code_is_what_it_does_and_not_what_it_says(other, same):
+    assert (without_words(CODE) == without_words(other)) is same
+
+
+def test_a_changed_comment_in_an_imported_module_changes_no_digest(tmp_path):
+    copy = shutil.copytree(ROOT / "drift", tmp_path / "drift", ignore=shutil.ignore_patterns("__pycache__"))
+
+    def digest():
+        program = (
+            "import drift.field.coupling; from drift.runtime.work import code_digest; print(code_digest())"
+        )
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        return subprocess.check_output([sys.executable, "-c", program], cwd=tmp_path, env=environment)
+
+    before = digest()
+    with (copy / "field/coupling.py").open("a") as file:
+        file.write("# a comment\n")
+    with (copy / "files.py").open("a") as file:
+        file.write("PLUMBING = True\n")
+    assert digest() == before
+    with (copy / "field/coupling.py").open("a") as file:
+        file.write("ANOTHER = True\n")
+    assert digest() != before
+
+
+def test_settings_beside_the_artifact_have_the_same_bytes_each_time(tmp_path):
+    finish({"lr": 1, "layers": [1, 2]}, tmp_path / "a")
+    leave({"lr": 1, "layers": [1, 2]}, fresh=True)
+    finish({"lr": 1, "layers": [1, 2]}, tmp_path / "b")
+    assert (tmp_path / "a" / "settings.yaml").read_bytes() == (tmp_path / "b" / "settings.yaml").read_bytes()
+
+
+def test_a_second_run_at_the_same_place_is_refused():
+    with (
+        Work("stage", {"lr": 1}),
+        pytest.raises(UserError, match=rf"another run of stage .*process {os.getpid()} on "),
+        Work("stage", {"lr": 1}),
+    ):
+        pass
+
+
+def test_drift_work_dir_moves_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("DRIFT_WORK_DIR", str(tmp_path / "elsewhere"))
+    assert leave({"lr": 1}).is_relative_to(tmp_path / "elsewhere" / "stage")
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DRIFT_WORK_DIR", str(tmp_path / "file" / "work"))
+    with pytest.raises(UserError, match="file/work"):
+        leave({"lr": 1})
