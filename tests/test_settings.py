@@ -9,7 +9,7 @@ from complaints import complaint
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from drift.data.images import VIEW_OPTIONS
+from drift.data.views import VIEW_OPTIONS
 from drift.field.settings import FieldSettings
 from drift.runtime.errors import UserError
 from drift.settings import FIELD_KEYS, load_settings

@@ -29,7 +29,7 @@ def direct(seed: int = 3) -> DirectSampling:
 
 
 def assert_binomial(counts: np.ndarray, n: int, p: float) -> None:
-    assert np.abs(counts - n * p).max() < 4 * np.sqrt(n * p * (1 - p))
+    assert np.abs(counts - n * p).max() <= 4 * np.sqrt(n * p * (1 - p))
 
 
 # Epochs and batches
