@@ -26,9 +26,10 @@ from torch import Tensor
 
 from benchmarks.timing import call_seconds, machine
 from drift.autoencoders.kl import VAE, VAEPrecision
-from drift.data.images import FolderImages
+from drift.data.datasets import FolderImages
+from drift.data.views import Augmented, Center
 from drift.training.compile import Compiled
-from drift.training.encode import encode_view
+from drift.training.encode import EncodeOptions, encode_view
 
 WIDTH, HEIGHT = 500, 375  # the most frequent size in ImageNet
 VAE_BATCHES = 5
@@ -39,11 +40,11 @@ class Images(FolderImages):
 
     def __init__(self, root: str, count: int):
         super().__init__(root, "train")
-        self.labels = self.labels[:count]
+        self.labels, self._files = self.labels[:count], self._files[:count]
 
 
 class NoNetwork:
-    """A VAE whose moments are zeros, at once."""
+    """A VAE whose latents are zeros, at once."""
 
     def __init__(self, vae: VAE):
         self._vae = vae
@@ -51,9 +52,8 @@ class NoNetwork:
     def __getattr__(self, name: str):
         return getattr(self._vae, name)
 
-    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        zeros = torch.zeros(len(images), *self.latent_shape(images.shape[1]), device=self.device)
-        return zeros, zeros
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        return torch.zeros(len(images), *self.latent_shape(images.shape[1]), device=self.device)
 
 
 def write_images(root: Path, count: int) -> None:
@@ -70,26 +70,17 @@ def write_images(root: Path, count: int) -> None:
 
 def encode_rate(source: Images, vae: VAE | NoNetwork, workers: int, args: argparse.Namespace) -> float:
     """Images per second of one whole run."""
+    crops = Augmented(crops=args.crops, crop_scale=(0.2, 1.0), crop_ratio=(3 / 4, 4 / 3), flip=True)
+    options = EncodeOptions(
+        view=crops if args.view == "augmented" else Center(mirror=False),
+        image_size=args.image_size,
+        posterior="sample",
+        seed=0,
+        on_bad_image="error",
+    )
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        encode_view(
-            source,
-            vae,
-            folder,
-            dataset="folder",
-            view=args.view,
-            image_size=args.image_size,
-            crops=args.crops,
-            crop_scale=(0.2, 1.0),
-            crop_ratio=(3 / 4, 4 / 3),
-            flip=True,
-            mirror=False,
-            posterior="sample",
-            seed=0,
-            on_bad_image="error",
-            batch_size=args.batch,
-            workers=workers,
-        )
+        encode_view(source, vae, folder, options, batch_size=args.batch, workers=workers)
         return len(source) / (time.perf_counter() - start)
 
 

@@ -18,8 +18,7 @@ from ruamel.yaml import YAML
 
 import drift
 from drift.autoencoders.kl import VAE
-from drift.data.images import ImageSource, open_images
-from drift.data.listing import class_difference
+from drift.data.datasets import Dataset, class_difference, open_images
 from drift.evaluation.networks import FeatureNetwork, check_feature_network, load_feature_network
 from drift.evaluation.outputs import Outputs, Pictures
 from drift.evaluation.pictures import class_rows, omega_columns
@@ -224,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _require_classes(generator: Path, training: ImageSource) -> None:
+def _require_classes(generator: Path, training: Dataset) -> None:
     """Refuse a generator whose labels mean other classes than those of the data, as far as it tells."""
     names = read_class_names(generator)
     if names is None or names == [str(label) for label in range(len(names))]:  # of latents without names
@@ -236,7 +235,7 @@ def _require_classes(generator: Path, training: ImageSource) -> None:
         )
 
 
-def _draw(generator: Generator, decode: ImageDecoder, settings: Settings, training: ImageSource) -> Pictures:
+def _draw(generator: Generator, decode: ImageDecoder, settings: Settings, training: Dataset) -> Pictures:
     fid = settings.fid
     drawn = numpy_generator(settings.seed, "fid/pictures").permutation(settings.data.classes)
     classes = sorted(drawn[: fid.picture_classes].tolist())

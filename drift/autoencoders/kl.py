@@ -222,6 +222,11 @@ class VAE(nn.Module):
             )
         return self.model.config.latent_channels, image_size // factor, image_size // factor
 
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """uint8 `images [B, H, W, 3]` -> latents: the posterior's mean, or with `noise` a sample of it."""
+        mean, std = self.moments(images)
+        return self.scale(mean if noise is None else mean + std * noise)
+
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the posterior of uint8 `images [B, H, W, 3]`.
 

@@ -21,8 +21,8 @@ import numpy as np
 from ruamel.yaml import YAML
 
 from drift.autoencoders.kl import CONFIG_FILE, known_scaling_factor
-from drift.data.images import VIEW_OPTIONS
 from drift.data.latents import LatentStore, file_facts, latent_files
+from drift.data.views import VIEW_OPTIONS
 from drift.interop.release import import_prior_mae
 from drift.models.sinkhorn_mae import PriorMAE
 from drift.runtime.errors import UserError, one_of

@@ -21,7 +21,8 @@ from drift.autoencoders.kl import (
     to_float,
     to_uint8,
 )
-from drift.data.images import center_view, open_images
+from drift.data.datasets import open_images
+from drift.data.views import center_view
 from drift.runtime.errors import UserError
 from drift.runtime.torchvision import ensure_torchvision
 from drift.training.compile import Compiled

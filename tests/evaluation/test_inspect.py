@@ -14,8 +14,9 @@ from PIL import Image
 
 from drift import cli
 from drift.autoencoders.kl import VAE, to_uint8
-from drift.data.images import DigitImages, open_images
+from drift.data.datasets import DigitImages, open_images
 from drift.data.latents import LatentStore, latent_files, write_latents
+from drift.data.views import make_view
 from drift.evaluation import inspect_latents as inspection_of_latents
 from drift.evaluation.inspect_features import check_feature_sets, error_of_means, inspect_mae
 from drift.evaluation.inspect_latents import (
@@ -30,7 +31,7 @@ from drift.evaluation.inspect_writing import bands
 from drift.models.mae import LatentMAE, MAEConfig, draw_mask
 from drift.runtime.seeds import torch_generator
 from drift.settings import load_settings
-from drift.training.encode import encode_view
+from drift.training.encode import EncodeOptions, encode_view
 from stages import mae as mae_stage
 
 VAE_FOLDER = "pretrained/digits_vae"
@@ -85,24 +86,17 @@ def world(tmp_path_factory):
         patch.chdir(ROOT)
         settings = load_settings(folder / "params.yaml")
         source = open_images("folder", settings.data.root, "train", CLASSES)
+        crop = {"crop_scale": (0.9, 1.0), "crop_ratio": (1.0, 1.0), "flip": False}
         for view in ("center", "augmented"):
-            encoded = encode_view(
-                source,
-                VAE.from_pretrained(VAE_FOLDER),
-                folder / "work" / view,
-                dataset="folder",
-                view=view,
+            options = EncodeOptions(
+                view=make_view(view, settings.encode.model_copy(update=crop)),
                 image_size=32,
-                crops=2,
-                crop_scale=(0.9, 1.0),
-                crop_ratio=(1.0, 1.0),
-                flip=False,
-                mirror=True,
                 posterior="mean",
                 seed=0,
                 on_bad_image="skip",
-                batch_size=8,
             )
+            vae, work = VAE.from_pretrained(VAE_FOLDER), folder / "work" / view
+            encoded = encode_view(source, vae, work, options, batch_size=8)
             shutil.copytree(encoded, folder / view)
     return folder
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from drift.data.images import center_view, open_images
+from drift.data.datasets import open_images
+from drift.data.views import center_view
 from drift.models.classifier import ClassifierConfig, ImageClassifier
 from drift.runtime.errors import UserError
 
