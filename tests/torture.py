@@ -13,7 +13,6 @@ agree to 1e-5, and all of them. The exit code is 1 if anything differs that must
 """
 
 import argparse
-import json
 import random
 import shutil
 import subprocess
@@ -31,9 +30,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent / "stages"))
 
-from project import Project, copy_project
+from project import Project, compare, copy_project, relative_difference
 
 CLASSES, PER_CLASS = 8, 40
 SETTINGS = {
@@ -60,7 +58,6 @@ FEW_STEPS = {
     "drift": {"steps": 5, "warmup_steps": 2},
 }
 HALF = {"mae": {"mae_micro_batch": 4}, "drift": {"classes_per_pass": 1}}
-TIMES = ("time", "steps_per_s")
 
 
 @dataclass
@@ -192,46 +189,6 @@ def make_project(folder: Path, steps: int) -> Project:
     project.settings(mae={"steps": steps}, drift={"steps": steps})
     project.steps = steps
     return project
-
-
-def compare(expected: Path, found: Path, log_tolerance: float = 0.0) -> str:
-    """What differs between two folders of results; empty if nothing does.
-
-    With a tolerance, statistics in `logs.jsonl` and in plots, which are made of it, may differ by so much.
-    """
-    names = [sorted(p.relative_to(f) for p in f.rglob("*") if p.is_file()) for f in (expected, found)]
-    if names[0] != names[1]:
-        return f"other files: {set(map(str, names[0])) ^ set(map(str, names[1]))}"
-    return ", ".join(
-        f"{name} differs"
-        for name in names[0]
-        if not equal(contents(expected / name), contents(found / name), log_tolerance)
-    )
-
-
-def equal(one: object, other: object, tolerance: float) -> bool:
-    if isinstance(one, bytes):
-        return one == other
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[k], other[k], tolerance) for k in one)
-    if isinstance(one, list):
-        return len(one) == len(other) and all(map(equal, one, other, [tolerance] * len(one)))
-    return one == other or (isinstance(one, float) and abs(one - other) <= tolerance * abs(one))
-
-
-def contents(path: Path) -> object:
-    if path.suffix == ".csv":
-        return [[float(x) for x in row.split(",")] for row in path.read_text().splitlines()[1:]]
-    if path.name != "logs.jsonl":
-        return path.read_bytes()
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
-
-
-def relative_difference(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
-    """||w' - w|| / ||w|| over all weights."""
-    apart = sum(np.square(other[name] - one[name], dtype=np.float64).sum() for name in one)
-    return float(np.sqrt(apart / sum(np.square(one[name], dtype=np.float64).sum() for name in one)))
 
 
 def main() -> int:
