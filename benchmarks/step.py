@@ -1,8 +1,8 @@
 """Steps of the stage drift (or mae) on synthetic latents: how fast, and what takes the time.
 
-    python -m benchmarks.step                                       # the ablation preset, on a GPU
-    python -m benchmarks.step --classes 2 --samples 4 --width 32    # reduced, for a CPU
-    python -m benchmarks.step --preset presets/digits.yaml --stage mae
+    python -m benchmarks.step                                  # the ablation preset, on a GPU
+    python -m benchmarks.step --preset presets/digits.yaml     # for a CPU
+    python -m benchmarks.step --set drift.classes_per_step=2 mae.width=32 hardware.classes_per_pass=1
 
 The stage's own training loop runs, with random latents and an encoder of random weights, and the very steps
 that are timed are split into parts: on a GPU by events for which nothing waits, on a CPU by the clock. One
@@ -28,16 +28,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import drift.training.objective
-from benchmarks.timing import (
-    Split,
-    clock,
-    machine,
-    matmul_rate,
-    peak_memory,
-    restart_peak,
-    synchronize,
-    write,
-)
+from benchmarks import timing
+from benchmarks.timing import Split
 from drift.data.latents import LatentReader, LatentStore, write_latents
 from drift.models import Generator, LatentMAE
 from drift.models.ema import EMA
@@ -48,7 +40,6 @@ from drift.training.log import RunLog
 from drift.training.mae import mae_config, train_mae
 
 WARM_UP = 3  # steps before those that count
-TRACED = 3  # steps after them
 CHANNELS, REDUCTION = 4, 8  # of the SD-VAE
 
 
@@ -91,11 +82,9 @@ def latents(settings: Settings, stage: str, folder: Path) -> LatentStore:
     of_drift = settings.drift
     classes = of_drift.classes_per_step if stage == "drift" else settings.data.classes
     count = classes * max(128, of_drift.positives) if stage == "drift" else 2 * settings.mae.batch_size
-    side = settings.data.image_size // REDUCTION
+    side, labels = settings.data.image_size // REDUCTION, np.arange(count) % classes
     numbers = np.random.default_rng(0).standard_normal((count, CHANNELS, side, side), np.float32)
-    write_latents(
-        folder, "train", numbers.astype(np.float16), np.arange(count) % classes, {"num_classes": classes}
-    )
+    write_latents(folder, "train", numbers.astype(np.float16), labels, {"num_classes": classes})
     return LatentStore.open(folder)
 
 
@@ -134,48 +123,40 @@ def instrument(stack: ExitStack, split: Split, stage: str) -> None:
     for kind in (Generator, LatentMAE, OptimizedModule):
         part(kind, "__call__", network)
     part(FrozenEncoder, "encode", encoder)
-    for name in ("drifting_loss", "step_totals"):
-        owner = drift.training.objective if name == "drifting_loss" else drift.training.drift
-        part(owner, name, lambda *_: "field")
-    part(LatentReader, "place", lambda *_: "data")
-    part(torch.Tensor, "backward", lambda *_: "MAE, backward" if stage == "mae" else "encoder, backward")
-    for owner, name in ((nn.utils, "clip_grad_norm_"), (torch.optim.AdamW, "step"), (EMA, "update")):
-        part(owner, name, lambda *_: "optimizer, EMA")
+    for owner, name, title in (
+        (drift.training.objective, "drifting_loss", "field"),
+        (drift.training.drift, "step_totals", "field"),
+        (LatentReader, "place", "data"),
+        (torch.Tensor, "backward", "MAE, backward" if stage == "mae" else "encoder, backward"),
+        (nn.utils, "clip_grad_norm_", "optimizer, EMA"),
+        (torch.optim.AdamW, "step", "optimizer, EMA"),
+        (EMA, "update", "optimizer, EMA"),
+    ):
+        part(owner, name, lambda *_, title=title: title)
 
 
-def measure(settings: Settings, stage: str, device: torch.device, steps: int, trace: Path | None) -> dict:
-    """Seconds of a step by part, of the first and the last tenth of the steps, and peak memory."""
-    read, difference = clock(device)
+def measure(settings: Settings, stage: str, device: torch.device, steps: int) -> dict[str, Any]:
+    """Seconds of a step, by part, and of the first and the last tenth of the steps; peak memory."""
+    read, difference = timing.clock(device)
     split, readings, result = Split(read, difference), [], {}
-    profiler = torch.profiler.profile()
 
     def on_step(done: int) -> None:
-        if done < WARM_UP:
-            return
         if done == WARM_UP:
-            synchronize(device)
-            restart_peak(device)
+            timing.synchronize(device)
+            timing.restart_peak(device)
             split.start()
-        if done <= WARM_UP + steps:
+        if done >= WARM_UP:
             readings.append(read())
         if done == WARM_UP + steps:
-            synchronize(device)
-            result.update(parts={name: s / steps for name, s in split.totals().items()})
-            result.update(peak_bytes=peak_memory(device))
-            if trace is None:
-                raise Enough
-            profiler.start()
-        if done == WARM_UP + steps + TRACED:
-            profiler.stop()
-            profiler.export_chrome_trace(str(trace))
+            timing.synchronize(device)
+            result["parts"] = {name: seconds / steps for name, seconds in split.totals().items()}
+            result["peak_bytes"] = timing.peak_memory(device)
             raise Enough
 
     run(settings, stage, device, split, on_step)
-    synchronize(device)
     tenth = max(1, steps // 10)
-    ends = [difference(readings[i], readings[i + tenth]) / tenth for i in (0, steps - tenth)]
-    seconds = difference(readings[0], readings[-1]) / steps
-    return result | {"steps": steps, "seconds": seconds, "first_tenth": ends[0], "last_tenth": ends[1]}
+    result["tenths"] = [difference(readings[i], readings[i + tenth]) / tenth for i in (0, steps - tenth)]
+    return {"steps": steps, "seconds": difference(readings[0], readings[-1]) / steps, **result}
 
 
 def count_flops(settings: Settings, stage: str, device: torch.device) -> dict[str, float]:
@@ -200,18 +181,9 @@ def count_flops(settings: Settings, stage: str, device: torch.device) -> dict[st
 def read_settings(args: argparse.Namespace) -> Settings:
     """The preset with what the command line changes; on a CPU uncompiled and in float32 unless it says so."""
     content = load_settings(args.preset).model_dump(mode="json")
-    changes: dict[str, Any] = {
-        "drift.classes_per_step": args.classes,
-        "drift.generated": args.samples,
-        "drift.positives": args.samples,
-        "drift.unconditional": args.samples and max(1, args.samples // 4),
-        "mae.width": args.width,
-        "mae.norm_groups": args.width and min(content["mae"]["norm_groups"], args.width),
-        "hardware.classes_per_pass": args.classes_per_pass,
-    }
+    changes: dict[str, Any] = {}
     if args.device == "cpu":
-        changes |= {"hardware.compile": False, "drift.precision": "float32", "mae.precision": "float32"}
-    changes = {key: value for key, value in changes.items() if value is not None}
+        changes = {"hardware.compile": False, "drift.precision": "float32", "mae.precision": "float32"}
     for text in args.set:
         key, _, value = text.partition("=")
         changes[key] = yaml.safe_load(value)
@@ -221,56 +193,41 @@ def read_settings(args: argparse.Namespace) -> Settings:
     return Settings.model_validate(content)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
+def main(argv: list[str] | None = None) -> None:
+    options = timing.parser(__doc__)
+    add = options.add_argument
+    add("--device", default=timing.GPU_OR_CPU)
     add("--preset", type=Path, default=Path("presets/imagenet256_ablation.yaml"))
     add("--stage", choices=("drift", "mae"), default="drift")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--steps", type=int, default=10, help="that count (10); thousands show whether it slows down")
-    add("--classes", type=int, help="classes per step, instead of the preset's")
-    add("--samples", type=int, help="generated and positive samples per class; a quarter of it unconditional")
-    add("--width", type=int, help="of the encoder")
-    add("--classes-per-pass", type=int, metavar="N", help="classes at once")
-    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="any setting: mae.batch_size=8")
+    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="any setting of the preset")
     add("--memory-limit", type=float, metavar="GB", help="have no more than so many 10^9 bytes of the GPU")
-    add("--trace", type=Path, help=f"write a Chrome trace of {TRACED} more steps there")
-    add("--json", type=Path, help="where to write all figures")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
+    args = options.parse_args(argv)
     settings, device = read_settings(args), torch.device(args.device)
     if args.memory_limit is not None:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_limit * 1e9 / total))
-    facts = machine(device)
+    facts = timing.machine(device)
     print(
         f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, {args.preset}, {args.stage}"
     )
-    result = measure(settings, args.stage, device, args.steps, args.trace)
+    result = measure(settings, args.stage, device, args.steps)
     flops = count_flops(settings, args.stage, device)
     precision = (settings.mae if args.stage == "mae" else settings.drift).precision
-    rate, seconds, whole = matmul_rate(device, precision), result["seconds"], sum(flops.values())
-    share = whole / seconds / rate
-    ends = [1000 * result[f"{which}_tenth"] for which in ("first", "last")]
-    print(
-        f"{1 / seconds:.3f} steps/s, {1000 * seconds:.1f} ms a step (first tenth {ends[0]:.1f}, last {ends[1]:.1f}),"
-        f" peak memory {result['peak_bytes'] / 2**30:.2f} GiB"
-    )
-    print(f"{'part':28} {'a step':>13} {'share':>7} {'GFLOP':>10} {'TFLOP/s':>9}")
+    rate, seconds = timing.matmul_rate(device, precision), result["seconds"]
+    share = sum(flops.values()) / seconds / rate
+    first, last = (1000 * spent for spent in result["tenths"])
+    print(f"{1 / seconds:.3f} steps/s, {1000 * seconds:.1f} ms each, first tenth {first:.1f}, last {last:.1f}; "
+          f"peak memory {result['peak_bytes'] / 2**30:.2f} GiB")  # fmt: skip
+    print(f"{'part':28} {'a step':>13} {'share':>7} {'GFLOP':>10}")
     for name, spent in sorted(result["parts"].items(), key=lambda row: -row[1]):
         count = flops.get(name, 0) / 1e9
-        print(
-            f"{name:28} {1000 * spent:10.2f} ms {spent / seconds:7.1%} {count:10.4g} {count / spent / 1e3:9.3g}"
-        )
+        print(f"{name:28} {1000 * spent:10.2f} ms {spent / seconds:7.1%} {count:10.4g}")
     print(f"matrix products in {precision}: {rate / 1e12:.3g} TFLOP/s; the step has {share:.1%} of that")
-    more = {"flops": flops, "matmul_flops_per_s": rate, "share_of_matmul": share}
-    settings_used = {"stage": args.stage, "settings": settings.model_dump(mode="json")}
-    write(args.json, facts | settings_used | result | more)
+    facts |= {"stage": args.stage, "settings": settings.model_dump(mode="json")}
+    timing.write(
+        args.json, facts | result | {"flops": flops, "matmul_flops_per_s": rate, "share_of_matmul": share}
+    )
 
 
 if __name__ == "__main__":

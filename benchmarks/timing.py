@@ -1,9 +1,9 @@
 """What the benchmarks measure with: time by part, the rate of matrix products, memory, the machine."""
 
+import argparse
 import json
 import os
 import platform
-import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -24,10 +23,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def clock(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:
-    """What takes a reading, and the seconds between two: on a GPU events, for which nothing waits.
-
-    Synchronise before differences are taken.
-    """
+    """What takes a reading, and the seconds between two: on a GPU events; synchronise before the latter."""
     if device.type != "cuda":
         return time.perf_counter, lambda start, end: end - start
 
@@ -91,7 +87,7 @@ def seconds_of(call: Callable[[], object], device: torch.device, repeats: int = 
 def matmul_rate(device: torch.device, precision: str) -> float:
     """FLOP/s of square matrix products, the best of several sizes and moments."""
     rates = []
-    for size in (4096, 8192, 16384) if device.type == "cuda" else (1024, 2048):
+    for size in (4096, 8192, 16384) if device.type == "cuda" else (1024,):
         a, b = torch.randn(2, size, size, device=device).to(DTYPES[precision])
         best = min(seconds_of(lambda a=a, b=b: [a @ b for _ in range(10)], device, 5)[1:]) / 10
         rates.append(2 * size**3 / best)
@@ -102,31 +98,39 @@ def restart_peak(device: torch.device) -> None:
     """`peak_memory` starts again at what is in use now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif (clear := Path("/proc/self/clear_refs")).exists():
-        clear.write_text("5")  # Linux: the high-water mark of the resident memory
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark of the resident memory
 
 
 def peak_memory(device: torch.device) -> int:
     """Most bytes in use since `restart_peak`: of tensors on a GPU, else of the process (Linux)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if not (status := Path("/proc/self/status")).exists():
-        return psutil.Process().memory_info().rss
-    (kib,) = (line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-    return int(kib) * 1024
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What the figures belong to."""
-    cuda = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine()
+    on_cpu = platform.processor() or platform.machine()
     return {
-        "device": name,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu,
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
+
+
+GPU_OR_CPU = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that all have."""
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--json", type=Path, help="where to write all figures")
+    return made
 
 
 def write(path: Path | None, content: dict[str, Any]) -> None:
@@ -135,6 +139,3 @@ def write(path: Path | None, content: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=1) + "\n")
         print(f"wrote {path}")
-
-
-median = statistics.median
