@@ -217,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
     rate, seconds = timing.matmul_rate(device, precision), result["seconds"]
     share = sum(flops.values()) / seconds / rate
     first, last = (1000 * spent for spent in result["tenths"])
-    print(f"{1 / seconds:.3f} steps/s, {1000 * seconds:.1f} ms each, first tenth {first:.1f}, last {last:.1f}; "
+    print(f"{1 / seconds:.3f} steps/s, {1000 * seconds:.1f} ms (first tenth {first:.1f}, last {last:.1f}), "
           f"peak memory {result['peak_bytes'] / 2**30:.2f} GiB")  # fmt: skip
     print(f"{'part':28} {'a step':>13} {'share':>7} {'GFLOP':>10}")
     for name, spent in sorted(result["parts"].items(), key=lambda row: -row[1]):

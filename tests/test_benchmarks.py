@@ -59,7 +59,5 @@ def test_encode(tmp_path):
 def test_fid(tmp_path):
     sizes = {"input_size": 8, "num_classes": 10, "hidden_size": 16, "depth": 1, "num_heads": 2}
     Generator(GeneratorConfig(**sizes)).save_pretrained(tmp_path / "generator")
-    found = figures(
-        benchmarks.fid.main, tmp_path, "--images", "80", "100", "--generator", f"{tmp_path}/generator"
-    )
-    assert [row["images"] for row in found["rows"]] == [80, 100]
+    found = figures(benchmarks.fid.main, tmp_path, "--images", "80", "--generator", f"{tmp_path}/generator")
+    assert found["rows"][0]["images"] == 80
