@@ -95,7 +95,7 @@ def find_runs(root: Path, stages: Sequence[str], now: float) -> list[Run]:
 def _read(stage: str, folder: Path, now: float) -> Run:
     # The note last: a run that has ended since is finished and not stopped
     holder = Holder.of(folder)
-    at_work = holder.at_work(folder) if holder else False
+    at_work = holder.at_work() if holder else False
     # Logs of earlier versions have no times
     lines = [line for line in read_log(folder / "logs.jsonl", last=_TAIL) if "time" in line]
     note = read_note(folder)

@@ -39,7 +39,7 @@ def leave(root, stage, name, lines=(), *, finished=False, decides=None, since=No
 
 @pytest.fixture
 def alive(monkeypatch):
-    monkeypatch.setattr(Holder, "at_work", lambda holder, folder: holder.host == platform.node() or None)
+    monkeypatch.setattr(Holder, "at_work", lambda holder: holder.host == platform.node() or None)
 
 
 def only(root, now=NOW):
@@ -62,6 +62,7 @@ def test_states_of_a_real_run(tmp_path, monkeypatch):
             raise SystemExit  # another process of the run ends first
         assert only(tmp_path).state == "running"
     assert only(tmp_path).state == "stopped"
+    holder = json.dumps({**json.loads(holder), "since": 1.0})  # a later process has its number
     work.folder.with_suffix(".run").write_text(holder)  # what a kill leaves behind
     assert only(tmp_path).state == "stopped"
     with Work("mae", {"lr": 1}) as work:
