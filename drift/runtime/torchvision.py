@@ -25,4 +25,4 @@ def ensure_torchvision() -> None:
         _library = torch.library.Library("torchvision", "FRAGMENT")
         for schema in _SCHEMAS:
             _library.define(schema)
-        import torchvision
+        import torchvision  # noqa: F401

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from drift.runtime.errors import UserError
-from drift.runtime.files import atomic_write, check_writable, move, replace_folder, write_json
+from drift.runtime.files import atomic_write, check_writable, replace_folder, write_json
 from drift.runtime.lock import Lock
 
 SETTINGS_FILE = "settings.yaml"
@@ -178,7 +178,7 @@ class Work:
     def _set_aside(self, reason: str) -> None:
         numbered = (self.folder.with_name(f"{self.folder.name}-{number}") for number in itertools.count(1))
         aside = next(folder for folder in numbered if not folder.exists())
-        move(self.folder, aside)
+        replace_folder(self.folder, aside)
         self._say(f"starting over ({reason}); what was there is now in {aside}")
 
     def _say(self, what: str) -> None:
