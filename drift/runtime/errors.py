@@ -1,4 +1,4 @@
-"""How a run ends early: a mistake of the user, a signal, a lost process. Everything else is a bug."""
+"""How a run ends early: a mistake of the user, a signal. Everything else is a bug."""
 
 import io
 import sys
@@ -25,10 +25,6 @@ class Stopped(Exception):
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
         self.code = 128 + signal_number
-
-
-class PeerLost(Exception):
-    """Another process of the run is gone or does not answer. Entry points exit with code 3."""
 
 
 def one_of(what: str, value: T, *allowed: T) -> T:
