@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Work:
+class WorkFolder:
     """A work folder, and whether its result is stored elsewhere."""
 
     folder: Path
@@ -25,7 +25,7 @@ class Work:
     """Bytes that removing it frees."""
 
 
-def find_work(root: Path) -> list[Work]:
+def find_work(root: Path) -> list[WorkFolder]:
     """The work folders in `root`, each with what DVC says of its result.
 
     Raises `UserError` with DVC's reason if there is no DVC project here, or none that DVC can read.
@@ -39,13 +39,14 @@ def find_work(root: Path) -> list[Work]:
             outputs = {out.hash_info.value: out for stage in repo.index.stages for out in stage.outs}
             for note in sorted(root.glob("*/*/work.json")):
                 stored, why = _judge(note.parent, outputs)
-                found.append(Work(note.parent, stored, why, size_of(note.parent)))
+                found.append(WorkFolder(note.parent, stored, why, size_of(note.parent)))
     except DvcException as error:
-        raise UserError(f"DVC does not say what it has stored: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"DVC does not say what it has stored ({reason}); run this in the project") from None
     return found
 
 
-def remove_work(work: Work) -> bool:
+def remove_work(work: WorkFolder) -> bool:
     """Remove the folder if its result is stored and no process works there; whether it is gone."""
     lock = Lock(work.folder)
     if not work.stored or not lock.acquire():

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -24,7 +25,7 @@ Value = TypeVar("Value")
 _PARSING = threading.Lock()
 _NO_SUCH_CALL = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 # Words that torch.compile, FSDP and activation checkpointing put anywhere into a parameter's name
-_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 @contextmanager
@@ -299,12 +300,10 @@ def without_wrappers(tensors: Mapping[str, Value]) -> dict[str, Value]:
     """
     bare: dict[str, Value] = {}
     for name, tensor in tensors.items():
-        words = [word for word in name.split(".") if word not in _WRAPPERS]
-        while len(words) > 1 and words[0] == "module":
-            del words[0]
-        if ".".join(words) in bare:
+        bare_name = re.sub(r"^(module\.)+", "", _WRAPPERS.sub("", name))
+        if bare_name in bare:
             raise UserError(
                 f"parameter {name} is there twice, with and without the prefix of a wrapper; save one of them"
             )
-        bare[".".join(words)] = tensor
+        bare[bare_name] = tensor
     return bare

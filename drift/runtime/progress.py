@@ -1,6 +1,7 @@
 """`logs.jsonl`: how far a run has come, a JSON object per line; `drift watch` shows the last ones."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -15,15 +16,13 @@ class ProgressLog:
     """Appends lines to the `logs.jsonl` of one run.
 
     A line has `step`, how many of `steps` are done, in `unit` (where that is "step", the number of the last
-    finished step, from 0); what else is known; `steps_per_s`, the mean since this run's first line; and
-    `time`, in Unix seconds.
+    finished step, from 0); what else is known; and `time`, in Unix seconds.
     """
 
     def __init__(self, path: str | Path, *, steps: int, unit: str, every_s: float = 5.0):
         """At most a line every `every_s` seconds, unless one is forced."""
         self.path, self.steps, self.unit, self.every_s = Path(path), steps, unit, every_s
-        self._first: tuple[int, float] | None = None
-        self._written = 0.0
+        self._written = -math.inf
         with self.path.open("ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
@@ -33,17 +32,18 @@ class ProgressLog:
     def reached(self, step: int, values: Mapping[str, Any] | None = None, force: bool = False) -> None:
         """Append a line for `step`, with `values`, unless the last one is too recent and `force` is false."""
         now = time.monotonic()
-        if self._first is None:
-            self._first = (step, now)
-        elif not force and now - self._written < self.every_s:
+        if not force and now - self._written < self.every_s:
             return
         self._written = now
-        line = {"step": step, "steps": self.steps, "unit": self.unit, **(values or {})}
-        first_step, began = self._first
-        if now > began:
-            line["steps_per_s"] = round((step - first_step) / (now - began), 3)
+        line = {
+            "step": step,
+            "steps": self.steps,
+            "unit": self.unit,
+            **(values or {}),
+            "time": round(time.time(), 3),
+        }
         with naming(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**line, "time": round(time.time(), 3)}) + "\n")
+            file.write(json.dumps(line) + "\n")
 
 
 def done(line: Mapping[str, Any]) -> int:
