@@ -180,7 +180,7 @@ def count_flops(settings: Settings, stage: str, device: torch.device) -> dict[st
 
 def read_settings(args: argparse.Namespace) -> Settings:
     """The preset with what the command line changes; on a CPU uncompiled and in float32 unless it says so."""
-    content = load_settings(args.preset).model_dump(mode="json")
+    content = load_settings(args.preset).model_dump(mode="json", exclude_unset=True)
     changes: dict[str, Any] = {}
     if args.device == "cpu":
         changes = {"hardware.compile": False, "drift.precision": "float32", "mae.precision": "float32"}

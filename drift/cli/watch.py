@@ -12,11 +12,10 @@ def add(parser: argparse.ArgumentParser) -> Run:
     """how far the stages at work have come, and how fast"""
     parser.description = """\
 Show the runs of the stages: those at work first, then those that were stopped
-or have finished, the latest first. For each: how much of it is done; steps per
-second over the last minute, and in parentheses the mean since it was started
-the last time; the time that is left; the last values of its log and how old
-they are; and the newest checkpoint. What stands beside a run's name are the
-settings in which it differs from other runs of its stage.
+or have finished, the latest first. For each: the process at work; how much of it
+is done; steps per second over the last minute; the time that is left; the last
+values of its log and how old they are; and the newest checkpoint. Beside a run
+stand the settings in which it differs from other runs of its stage.
 
 It only reads the folders that the stages work in, so it disturbs nothing and
 may run on any machine that sees them. A run on another machine counts as
@@ -42,7 +41,7 @@ examples:
         "--interval",
         type=_seconds,
         metavar="S",
-        help="seconds from one look to the next (2; 30 where the terminal cannot write in place)",
+        help="seconds from one look to the next (2; 30 where there is no screen to clear)",
     )
     parser.add_argument(
         "--work", type=Path, metavar="FOLDER", help="the work folder ($DRIFT_WORK_DIR, or else .work)"
