@@ -116,7 +116,7 @@ def run(case: Case, steps: int, on_step: Callable[[int], None], split: Split | N
             changes = {"steps": steps, "warmup_steps": 0, "finetune_steps": 0, "held_out": 0}
             train_mae(store, settings.mae.model_copy(update=changes), **shared)
         else:
-            encoder = LatentMAE(mae_config(settings.mae, store))
+            encoder = LatentMAE(**mae_config(settings.mae, store))
             options = settings.drift.model_copy(update={"steps": steps, "warmup_steps": 0})
             train_generator(store, encoder, options, field, **shared)
 
@@ -247,8 +247,8 @@ def let_tensors_be_fake(stack: ExitStack) -> None:
 def _count_drift(settings: Settings) -> int:
     options, shape = settings.drift, latent_shape(settings)
     store = SimpleNamespace(shape=(1, *shape), num_classes=options.classes_per_step)
-    generator = Generator(generator_config(options, store))
-    encoder = FrozenEncoder(LatentMAE(mae_config(settings.mae, store)), torch.device("cpu"), compile=False)
+    generator = Generator(**generator_config(options, store))
+    encoder = FrozenEncoder(LatentMAE(**mae_config(settings.mae, store)), torch.device("cpu"), compile=False)
     field = settings.field()
 
     def generate() -> Tensor:
@@ -273,7 +273,7 @@ def _count_drift(settings: Settings) -> int:
 def _count_mae(settings: Settings) -> int:
     shape = latent_shape(settings)
     model = LatentMAE(
-        mae_config(settings.mae, SimpleNamespace(shape=(1, *shape), num_classes=settings.data.classes))
+        **mae_config(settings.mae, SimpleNamespace(shape=(1, *shape), num_classes=settings.data.classes))
     )
     mask = torch.zeros(1, *model.mask_grid(*shape[1:]), dtype=torch.bool)
     errors, logits = model(torch.zeros(1, *shape), mask)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from project import Project, copy_project
 
-from drift.models.generator import Generator, GeneratorConfig
+from drift.models.generator import Generator
 
 CLASSES = ("ant", "bee", "cat")
 PER_CLASS = 30
@@ -28,11 +28,11 @@ def project(tmp_path_factory) -> Project:
     val = project.folder / "images" / "val"
     (val / "ant/03.png").write_bytes(b"")
     (val / "bee/07.png").write_bytes((val / "bee/07.png").read_bytes()[:600])
-    config = GeneratorConfig(
+    generator = Generator(
         input_size=4, num_classes=3, hidden_size=16, depth=1, num_heads=2, context_tokens=1,
         style_codebooks=1, style_entries=2,
     )  # fmt: skip
-    Generator(config).save_pretrained(project.folder / "generator")
+    generator.save_pretrained(project.folder / "generator")
     project.settings(
         data={"dataset": "folder", "root": "images", "classes": 3, "image_size": 16},
         drift={"classes_per_step": 3},

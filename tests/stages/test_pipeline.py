@@ -39,7 +39,10 @@ def test_one_command_runs_all_stages(finished):
     assert latents.shape == (1437, 4, 4, 4) and latents.dtype == np.float16
     for artifact, more in (("mae", set()), ("generator", {"classes.json"})):
         files = {path.name for path in (finished.folder / "artifacts" / artifact).iterdir()}
-        assert files == {"config.json", "model.safetensors", "settings.yaml", "logs.jsonl"} | more
+        assert (
+            files
+            == {"config.json", "diffusion_pytorch_model.safetensors", "settings.yaml", "logs.jsonl"} | more
+        )
     result = json.loads((finished.folder / "metrics/fid.json").read_text())
     assert [entry["omega"] for entry in result["sweep"]] == [1.0, 2.0]
     assert result["best"] in result["sweep"] and result["floor"] > 0
@@ -119,7 +122,7 @@ def test_changed_code_of_the_mae_reruns_what_uses_it(finished):
 
 
 def weights(project, folder):
-    return load_file(project.folder / folder / "model.safetensors")
+    return load_file(project.folder / folder / "diffusion_pytorch_model.safetensors")
 
 
 @pytest.mark.parametrize("stage", ["mae", "drift"])
@@ -308,7 +311,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(finished, stage):
     assert not (finished.folder / f"other/{stage}-resumed").exists()
     said = finished.run(*command).stdout
     assert "going on from step" in said
-    for name in ("model.safetensors", "config.json", "settings.yaml"):
+    for name in ("diffusion_pytorch_model.safetensors", "config.json", "settings.yaml"):
         one, other = (finished.folder / "other" / f"{stage}-{run}" / name for run in ("whole", "resumed"))
         assert one.read_bytes() == other.read_bytes()
 
@@ -392,11 +395,11 @@ def test_a_checkpoint_of_another_shape_is_refused(finished):
 
 def test_weights_of_another_shape_are_refused(finished):
     (finished.folder / "other/mixed").mkdir()
-    for name, source in (("config.json", "narrow"), ("model.safetensors", "wide")):
+    for name, source in (("config.json", "narrow"), ("diffusion_pytorch_model.safetensors", "wide")):
         content = (finished.folder / "other" / source / name).read_bytes()
         (finished.folder / "other/mixed" / name).write_bytes(content)
     done = finished.stage("fid", "--generator", "other/mixed", "--out", "other/fid.json", check=False)
-    refused(done, "other/mixed/model.safetensors", "parameter")
+    refused(done, "other/mixed/diffusion_pytorch_model.safetensors", "size mismatch")
     assert not (finished.folder / "other/fid.json").exists()
 
 
