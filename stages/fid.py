@@ -34,7 +34,8 @@ from drift.evaluation.reference import (
 from drift.evaluation.report import print_report
 from drift.evaluation.sample import ImageDecoder, balanced_labels, random_labels, split_labels
 from drift.evaluation.sweep import Samples, best_entry, check_metrics, evaluate_sweep, sweep_summary
-from drift.models.ema import ema_file
+from drift.models.base import model_files
+from drift.models.ema import ema_variant
 from drift.models.generator import CLASSES_FILE, Generator, read_class_names
 from drift.runtime.errors import UserError
 from drift.runtime.files import sha256, write_json
@@ -64,11 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     made_by = _read_provenance(args.generator)
     trained = made_by["decides"]["drift"]["ema_decays"] if made_by else None
     decays = fid.ema_decays if trained else (None,)
-    weights = {decay: ema_file(trained, decay) if trained else "model" for decay in decays}
+    weights = {decay: ema_variant(trained, decay) if trained else None for decay in decays}
 
     @lru_cache(maxsize=1)
     def load(decay: float | None) -> Generator:
-        return Generator.from_pretrained(args.generator, weights=weights[decay])
+        return Generator.from_pretrained(args.generator, variant=weights[decay])
 
     for decay in reversed(decays):
         load(decay)
@@ -105,10 +106,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             "seed": settings.seed,
             "data": data.model_dump(mode="json"),
             "fid": fid.model_dump(mode="json"),
-            "generator": [
-                sha256(args.generator / name)
-                for name in ("config.json", *(f"{weights[decay]}.safetensors" for decay in decays))
-            ],
+            "generator": list(
+                dict.fromkeys(
+                    sha256(path) for decay in decays for path in model_files(args.generator, weights[decay])
+                )
+            ),
             "vae": vae.digest,
             "features": network.digest,
             "images": training.digest,

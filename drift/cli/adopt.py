@@ -112,7 +112,7 @@ examples:
         _check_params(args)
         load_settings(args.params)
         model = adopt_mae(args.source, args.to, force=args.force)
-        print(f"PriorMAE of width {model.config.base_channels}: wrote {args.to}")
+        print(f"SinkhornMAE of width {model.config.base_channels}: wrote {args.to}")
         if args.no_commit:
             print(f"as the encoder of a run: {settings_line(args.to)}")
             return

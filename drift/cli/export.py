@@ -22,7 +22,9 @@ examples:
     parser.add_argument("destination", metavar="FOLDER", type=Path, help="where to write; must not exist yet")
     parser.add_argument("--generator", metavar="SOURCE", default=GENERATOR, help=f"({GENERATOR})")
     parser.add_argument("--rev", metavar="REVISION", help="take SOURCE as of this Git revision, by DVC")
-    parser.add_argument("--weights", default="model", metavar="NAME", help="model, or ema_<decay> (model)")
+    parser.add_argument(
+        "--weights", default="model", metavar="NAME", help="model, or an EMA copy: ema_0999 (model)"
+    )
     parser.add_argument("--vae", metavar="VAE", help="folder or hub id, where SOURCE names none or another")
     parser.add_argument(
         "--vae-by-reference", action="store_true", help="only name the VAE, which must be a hub id then"

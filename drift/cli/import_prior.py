@@ -30,11 +30,11 @@ examples:
     )
 
     def run(args: argparse.Namespace) -> None:
-        from drift.interop.release import import_prior_mae
+        from drift.interop.sinkhorn_paper import import_sinkhorn_mae
 
-        model = import_prior_mae(args.checkpoint, args.destination)
+        model = import_sinkhorn_mae(args.checkpoint, args.destination)
         width, layers = model.config.base_channels, list(model.config.layers)
-        print(f"PriorMAE of width {width}, layers {layers}: wrote {args.destination}")
+        print(f"SinkhornMAE of width {width}, layers {layers}: wrote {args.destination}")
         print(f"as the encoder of a run: {settings_line(args.destination)}")
 
     return run

@@ -40,7 +40,9 @@ examples:
         help="the picture, or with --files the folder (outputs/samples.png, outputs/samples)",
     )
     parser.add_argument("--rev", metavar="REVISION", help="take SOURCE as of this Git revision, by DVC")
-    parser.add_argument("--weights", default="model", metavar="NAME", help="model, or ema_<decay> (model)")
+    parser.add_argument(
+        "--weights", default="model", metavar="NAME", help="model, or an EMA copy: ema_0999 (model)"
+    )
     parser.add_argument("--vae", metavar="VAE", help="folder or hub id, where SOURCE names none or another")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--device", help="cuda, cpu, ... (cuda where there is one)")
@@ -71,7 +73,7 @@ examples:
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
         pipe = DriftPipeline.from_pretrained(
-            source, vae=args.vae, weights=args.weights, revision=args.revision
+            source, vae=args.vae, variant=args.weights, revision=args.revision
         ).to(device)
         classes = pipe.generator.config.num_classes
         wanted = args.classes or [str(label) for label in range(min(10, classes))]

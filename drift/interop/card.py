@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 import drift
 from drift.evaluation.report import format_report
 from drift.interop.pipeline import INDEX_FILE, DriftPipeline
-from drift.models.base import CONFIG_FILE
+from drift.models.base import model_files
 from drift.runtime.errors import UserError
 from drift.runtime.files import check_output, replace_folder, sha256
 from drift.runtime.work import SETTINGS_FILE
@@ -57,7 +57,7 @@ def export_pipeline(
         raise UserError(f"{destination}: is there already; name another folder, or add --force")
     check_output(destination)
     measured = None if metrics is None else _read_metrics(metrics, source, weights)
-    pipeline = DriftPipeline.from_pretrained(source, vae=vae, weights=weights)
+    pipeline = DriftPipeline.from_pretrained(source, vae=vae, variant=weights)
     reference = pipeline.vae_reference
     if not include_vae and Path(reference["id"]).is_dir():
         raise UserError(
@@ -186,12 +186,11 @@ def _read_metrics(path: Path, source: Path, weights: str) -> dict[str, Any]:
             f"{path}: damaged, or not of the stage fid; run fid again, or add --no-metrics"
         ) from None
     folder = source / "generator" if (source / INDEX_FILE).is_file() else source
-    needed = folder / f"{weights}.safetensors"
     if not source.is_dir():
         raise UserError(f"{source}: no local folder, so {path} cannot be told to be of it; add --no-metrics")
-    if needed.is_file() and not {sha256(folder / CONFIG_FILE), sha256(needed)} <= set(of):
+    if not set(map(sha256, model_files(folder, weights))) <= set(of):
         raise UserError(
-            f"{path}: these are the metrics of another generator than {needed}; run fid on this one, or add "
-            "--no-metrics"
+            f"{path}: these are the metrics of another generator than {weights} in {folder}; run fid on this "
+            "one, or add --no-metrics"
         )
     return measured

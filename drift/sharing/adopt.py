@@ -23,8 +23,8 @@ from ruamel.yaml import YAML
 from drift.autoencoders.kl import CONFIG_FILE, known_scaling_factor
 from drift.data.latents import LatentStore, file_facts, latent_files
 from drift.data.views import VIEW_OPTIONS
-from drift.interop.release import import_prior_mae
-from drift.models.sinkhorn_mae import PriorMAE
+from drift.interop.sinkhorn_paper import import_sinkhorn_mae
+from drift.models.sinkhorn_mae import SinkhornMAE
 from drift.runtime.errors import UserError, one_of
 from drift.runtime.files import atomic_write, check_output, check_writable, replace_folder, write_json
 from drift.runtime.signals import when_parent_ends
@@ -90,13 +90,13 @@ def adopt_latents(
     return noticed
 
 
-def adopt_mae(source: str, destination: str | Path, *, force: bool = False) -> PriorMAE:
+def adopt_mae(source: str, destination: str | Path, *, force: bool = False) -> SinkhornMAE:
     """Fetch an MAE checkpoint of the prior and write it as an encoder of ours into `destination`.
 
     `source` is what `fetch_source` takes: the file `ckpt_final.pt`, or the folder of a run that has it in
     `checkpoints/`. With `force` a `destination` that exists is replaced; it is whole at any time.
 
-    Raises `UserError` as `fetch_source` and `import_prior_mae` do.
+    Raises `UserError` as `fetch_source` and `import_sinkhorn_mae` do.
     """
     destination = Path(destination)
     if output := output_around(destination):
@@ -111,7 +111,7 @@ def adopt_mae(source: str, destination: str | Path, *, force: bool = False) -> P
     fresh = folder / "encoder"
     shutil.rmtree(fresh, ignore_errors=True)
     try:
-        model = import_prior_mae(folder / Path(source).name, fresh)
+        model = import_sinkhorn_mae(folder / Path(source).name, fresh)
     except UserError as error:
         shutil.rmtree(folder)  # it may be refused for what happened on the way: fetched anew the next time
         raise UserError(str(error).replace(str(folder / Path(source).name), source)) from None

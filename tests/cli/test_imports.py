@@ -9,7 +9,7 @@ from golden_weights import GOLDEN
 from drift import cli
 from drift.models.generator import Generator
 from drift.models.mae import LatentMAE
-from drift.models.sinkhorn_mae import PriorMAE
+from drift.models.sinkhorn_mae import SinkhornMAE
 
 RELEASE = GOLDEN / "release_generator"
 CHECKPOINT = GOLDEN / "prior_mae" / "ckpt_final.pt"
@@ -37,7 +37,7 @@ def test_import_release_takes_its_names_from_the_hub(tmp_path, monkeypatch, caps
     command = ["import-release", "latent_L_sota", str(tmp_path / "ours"), "--revision", "abc"]
     assert cli.main(command) == 0
     assert asked == [("Goodeat/drifting", "abc", ["models/gen/jax/latent_L_sota/*"])]
-    assert (tmp_path / "ours/model.safetensors").exists()
+    assert (tmp_path / "ours/diffusion_pytorch_model.safetensors").exists()
 
 
 def test_without_a_network_the_way_out_is_told(tmp_path, monkeypatch, capsys):
@@ -65,9 +65,9 @@ def test_import_prior(tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"wrote {tmp_path / 'ours'}" in out and f"mae.source={tmp_path / 'ours'}" in out
     model = LatentMAE.from_pretrained(tmp_path / "ours")
-    assert isinstance(model, PriorMAE)
+    assert isinstance(model, SinkhornMAE)
     shadow = torch.load(CHECKPOINT, weights_only=True)["ema"]["shadow"]
     assert torch.equal(model.encoder.stem.conv.weight, shadow["encoder.conv1.weight"])
-    assert json.loads((tmp_path / "ours/config.json").read_text())["model"] == "PriorMAE"
+    assert json.loads((tmp_path / "ours/config.json").read_text())["_class_name"] == "SinkhornMAE"
     assert cli.main(["import-prior", str(tmp_path / "nothing.pt"), str(tmp_path / "x")]) == 2
     assert "nothing.pt" in capsys.readouterr().err

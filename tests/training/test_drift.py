@@ -14,7 +14,6 @@ import drift.training.loop
 from drift.data.latents import LatentStore, write_latents
 from drift.field import FieldSettings
 from drift.models import LatentMAE
-from drift.models.mae import MAEConfig
 from drift.runtime.processes import Ranks
 from drift.settings import load_settings
 from drift.training.checkpoint import load_checkpoint
@@ -43,9 +42,7 @@ def store(tmp_path) -> LatentStore:
 @pytest.fixture
 def encoder() -> LatentMAE:
     torch.manual_seed(0)
-    return LatentMAE(
-        MAEConfig(in_channels=2, base_channels=8, layers=(1, 1, 1, 1), num_classes=4, norm_groups=2)
-    )
+    return LatentMAE(in_channels=2, base_channels=8, layers=(1, 1, 1, 1), num_classes=4, norm_groups=2)
 
 
 def train(store, encoder, field, folder, ranks=ALONE, options=None, **hardware):
