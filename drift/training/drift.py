@@ -205,7 +205,6 @@ def train_generator(
         ranks=ranks,
         folder=folder,
         what="drift",
-        extra=real,
     )
     return model, emas
 
@@ -291,9 +290,3 @@ class RealSamples:
         classes = choose_classes(self._seed, step, options.classes_per_step, candidates)
         rows = self._sampling.draw(step, classes, options.positives, options.unconditional, slots)
         return classes, *rows
-
-    def state_after(self, steps: int) -> dict[str, Tensor]:
-        return self._sampling.state_after(steps, self._options.push_per_step)
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self._sampling.load_state_dict(state)
