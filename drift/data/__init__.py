@@ -12,7 +12,6 @@ _HOMES = {
     "ImageSource": "drift.data.images",
     "LatentReader": "drift.data.latents",
     "LatentStore": "drift.data.latents",
-    "Prefetch": "drift.training.prefetch",
     "SampleQueue": "drift.data.bank",
     "augmented_view": "drift.data.images",
     "batch_rows": "drift.data.bank",

@@ -59,7 +59,7 @@ class Ranks:
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` summed over all processes, in place; the same bits on each, and see `drift.runtime.sums`."""
         if self.world_size == 2:
-            with self._peers():
+            with self.peers():
                 dist.all_reduce(tensor)  # a + b is b + a
         elif self.world_size > 2:
             self._sum_in_order(tensor)
@@ -74,7 +74,7 @@ class Ranks:
         mine = tensor.new_zeros(self.world_size, part)
         mine.view(-1)[: tensor.numel()] = tensor.reshape(-1)
         received = torch.empty_like(mine)
-        with self._peers():
+        with self.peers():
             dist.all_to_all_single(received, mine)
             dist.all_gather_into_tensor(mine.view(-1), pairwise_sum(received.unbind()))
         tensor.copy_(mine.view(-1)[: tensor.numel()].view_as(tensor))
@@ -84,7 +84,7 @@ class Ranks:
         if self.world_size == 1:
             return list(numbers)
         tensor = torch.tensor(numbers)
-        with self._peers():
+        with self.peers():
             dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
         return tensor.tolist()
 
@@ -93,7 +93,7 @@ class Ranks:
         if self.world_size == 1:
             return value
         values = [value]
-        with self._peers():
+        with self.peers():
             dist.broadcast_object_list(values, src=0, group=self.control)
         return values[0]
 
@@ -105,7 +105,7 @@ class Ranks:
         for name, dtype, shape in self.from_first([(n, t.dtype, t.shape) for n, t in tensors.items()]):
             tensor = tensors[name] if self.first else torch.empty(shape, dtype=dtype)
             received[name] = tensor.to(self.device)
-            with self._peers():
+            with self.peers():
                 dist.broadcast(received[name], src=0)
         return received
 
@@ -117,13 +117,13 @@ class Ranks:
         self.highest([0])
 
     @contextmanager
-    def _peers(self) -> Iterator[None]:
+    def peers(self) -> Iterator[None]:
         """Tells a peer that is gone or silent beyond the time limit from mistakes of this process."""
         try:
             yield
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # gloo has no type of its own for it
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # gloo has no type for it
+                raise
             reason = str(error).splitlines()[0].split(". ")[0]
             raise PeerLost(f"process {self.rank}: the others are gone or silent ({reason})") from error
 
