@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,7 +24,7 @@ from drift.runtime.errors import Stopped
 from drift.runtime.processes import Ranks
 from drift.runtime.signals import Asked, Signals
 from drift.settings import ROUNDING_KEYS, Hardware, Optimizer
-from drift.training.checkpoint import load_optimizer, optimizer_tensors, save_checkpoint, shared_checkpoint
+from drift.training.checkpoint import Checkpoints, Saved, load, optimizer_tensors
 from drift.training.compile import Compiled
 from drift.training.log import RunLog, Tree, leaves, rebuilt, to_numbers
 from drift.training.schedule import learning_rate
@@ -124,22 +125,26 @@ class Learner:
 
     def tensors(self) -> dict[str, Tensor]:
         """The state by name; not copies."""
-        parts = {"model": self.model.state_dict(), "optimizer": optimizer_tensors(self.optimizer)}
+        optimizer = optimizer_tensors(self.model, self.optimizer)
+        parts = {"model": self.model.state_dict(), "optimizer": optimizer}
         parts |= {f"ema_{i}": ema.state_dict() for i, ema in enumerate(self.emas)}
         return {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
 
-    def resume(self, folder: Path, ranks: Ranks) -> tuple[int, dict[str, Any]]:
-        """Go on from the newest checkpoint; the steps that it has taken, and the rest of its state."""
-        checkpoint = shared_checkpoint(folder, ranks)
-        if checkpoint is None:
-            return 0, {}
-        self.model.load_state_dict(checkpoint.require("model", self.model.state_dict()))
-        for i, ema in enumerate(self.emas):
-            ema.load_state_dict(checkpoint.require(f"ema_{i}", ema.state_dict()))
-        load_optimizer(self.optimizer, checkpoint.part("optimizer"))
-        if checkpoint.state["scaler"]:  # empty if it was not in use
-            self.scaler.load_state_dict(checkpoint.state["scaler"])
-        return checkpoint.step, checkpoint.state
+    def resume(self, checkpoints: Checkpoints, ranks: Ranks) -> Saved | None:
+        """Go on from the newest checkpoint, which the first process reads for all."""
+        saved = ranks.from_first(checkpoints.newest() if ranks.first else None)
+        if saved is None:
+            return None
+        tensors = self.tensors()
+        if ranks.first:
+            load(saved, tensors)
+        if ranks.world_size > 1:
+            with ranks.peers():
+                for tensor in tensors.values():
+                    dist.broadcast(tensor, src=0)
+        if saved.state["scaler"]:  # empty if it was not in use
+            self.scaler.load_state_dict(saved.state["scaler"])
+        return saved
 
 
 def train(task: Task, run: Run) -> list[EMA]:
@@ -151,41 +156,45 @@ def train(task: Task, run: Run) -> list[EMA]:
     """
     _, hardware, ranks, folder = run
     learner, steps, rounding = Learner(task, ranks), task.options.steps, _what_rounds(hardware, ranks)
-    start, state = learner.resume(folder, ranks)
-    if start and ranks.first:
-        print(f"{task.name}: going on from step {start} ({folder})", flush=True)
-        _say_what_rounds_otherwise(task.name, state.get("rounding", rounding), rounding)
+    checkpoints = Checkpoints(folder, keep_every=hardware.checkpoint_keep_every, group=ranks.control)
+    saved = learner.resume(checkpoints, ranks)
+    start = saved.step if saved else 0
+    if saved and ranks.first:
+        print(f"{task.name}: going on from step {start} ({saved.path})", flush=True)
+        _say_what_rounds_otherwise(task.name, saved.state["rounding"], rounding)
     network = _network(task, hardware, ranks)
     log = RunLog(folder / LOG_FILE, what=task.name, steps=steps, start=start, active=ranks.first)
     with (
         closing(log),  # an error is told on a line of its own, not behind the bar
         Signals() as signals,
+        checkpoints,
         closing(batches(task.prepare, start, steps, hardware.prefetch)) as prepared,
     ):
         for step, batch in zip(range(start, steps), prepared, strict=True):
-            last, due = step + 1 == steps, step + 1
+            done, last = step + 1, step + 1 == steps
             shown = task.summary(_gradients(task.parts(network, step, batch), network, learner, ranks))
             shown = {**shown, **learner.update(step, shown["loss"])}
             log.step()
             every = task.evaluate_every
             measured = (
-                task.evaluate(learner.emas[0].state_dict()) if every and (due % every == 0 or last) else {}
+                task.evaluate(learner.emas[0].state_dict()) if every and (done % every == 0 or last) else {}
             )
             if step % hardware.log_every == 0 or last or measured:
                 learner.require_finite()
                 log.write(step, to_numbers({**shown, **measured}))
             asked = Asked(*ranks.highest(signals.look()))
-            if due % hardware.checkpoint_every == 0 or last or asked.stop or asked.save:
+            if done % hardware.checkpoint_every == 0 or last or asked.stop or asked.save:
                 learner.require_finite()
                 if ranks.first:
                     rest = {"scaler": learner.scaler.state_dict(), "rounding": rounding}
-                    keep_every = hardware.checkpoint_keep_every
-                    save_checkpoint(folder, due, learner.tensors(), rest, keep_every=keep_every)
+                    checkpoints.save(done, learner.tensors(), rest)
             if asked.stop and not last:
+                checkpoints.wait()
                 ranks.barrier()
                 name = signal.Signals(asked.stop).name
-                line = f"{task.name}: {name} after step {due} of {steps}; saved, run it again to go on"
+                line = f"{task.name}: {name} after step {done} of {steps}; saved, run it again to go on"
                 raise Stopped(line if ranks.first else "", asked.stop)
+        checkpoints.wait()
     ranks.barrier()
     return learner.emas
 

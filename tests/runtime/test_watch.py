@@ -8,13 +8,11 @@ import re
 import time
 
 import pytest
-import torch
 
 from drift.runtime import watch
 from drift.runtime.lock import Holder
 from drift.runtime.watch import STAGES, differences, find_runs, follow, look, page, show
 from drift.runtime.work import Work
-from drift.training.checkpoint import save_checkpoint
 
 NOW = 1_700_000_000.0
 
@@ -147,7 +145,7 @@ def test_values_and_the_newest_checkpoint(tmp_path):
     ]
     folder = leave(tmp_path, "mae", "a", lines)
     for step in (900, 1000, 1200):
-        save_checkpoint(folder, step, {"x": torch.zeros(1)})
+        (folder / f"step-{step:08d}").mkdir()
     told = "  loss 0.5  reconstruction 0.125  held_out 0.3  checkpoint 1,200  logged 2 h ago"
     assert told in described(tmp_path, NOW + 2 * 3600)
 

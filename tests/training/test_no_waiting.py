@@ -22,6 +22,7 @@ from drift.models import LatentMAE
 from drift.models.mae import MAEConfig
 from drift.runtime.processes import Ranks
 from drift.settings import load_settings
+from drift.training.checkpoint import Checkpoints
 from drift.training.drift import train_generator
 from drift.training.loop import Learner, Run
 from drift.training.mae import train_mae
@@ -90,8 +91,8 @@ def device(monkeypatch):
     # What looks at numbers, now and then
     monkeypatch.setattr(drift.training.loop, "to_numbers", lambda values: {})
     monkeypatch.setattr(Learner, "require_finite", lambda self: None)
-    monkeypatch.setattr(drift.training.loop, "optimizer_tensors", lambda optimizer: {})
-    monkeypatch.setattr(drift.training.loop, "save_checkpoint", lambda *args, **kwargs: None)
+    monkeypatch.setattr(Learner, "tensors", lambda self: {})
+    monkeypatch.setattr(Checkpoints, "save", lambda *args: None)
     monkeypatch.setattr(drift.training.loop.RunLog, "write", lambda *args: None)
     return mode
 
