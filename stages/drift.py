@@ -22,6 +22,7 @@ from drift.settings import load_settings
 from drift.training.drift import plot_columns, train_generator
 from drift.training.export import export_run
 from drift.training.inputs import check_latents
+from drift.training.loop import Run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,18 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         Work("drift", decides, fresh=args.fresh, first=ranks.first, remarks=remarks) as work,
     ):
         ranks.barrier()
-        model, emas = train_generator(
-            store,
-            encoder,
-            settings.drift,
-            settings.field(),
-            seed=settings.seed,
-            hardware=hardware,
-            ranks=ranks,
-            folder=work.folder,
-        )
+        run = Run(settings.seed, hardware, ranks, work.folder)
+        field = settings.field_settings()
+        model, emas = train_generator(store, encoder, settings.drift, field, run)
         if ranks.first:
-            export = export_run(model, emas, work.folder, {args.plot: plot_columns(settings.field())})
+            export = export_run(model, emas, work.folder, {args.plot: plot_columns(field)})
             write_json(export / CLASSES_FILE, store.class_names)
             work.publish(export, args.out)
     return 0

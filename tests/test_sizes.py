@@ -30,8 +30,8 @@ def build(kind: str, preset: str):
     settings = load_settings(ROOT / "presets" / f"{preset}.yaml")
     with torch.device("meta"):
         if kind == "generator":
-            return Generator(generator_config(settings.drift, ImageNet))
-        return LatentMAE(mae_config(settings.mae, ImageNet))
+            return Generator(**generator_config(settings.drift, ImageNet))
+        return LatentMAE(**mae_config(settings.mae, ImageNet))
 
 
 def parameters(model) -> int:

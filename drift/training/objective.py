@@ -137,23 +137,6 @@ def step_totals(
     return {name: Totals(distances[name], sums) for name, sums in total(squares).items()}
 
 
-def mean_statistics(parts: Sequence[Statistics], shares: Sequence[float]) -> Statistics:
-    """Statistics of a step from those of its parts, whose shares of the classes add up to 1.
-
-    For `normalization_scope: class`, where no class needs another. Means add up; a root mean square does
-    before its root.
-    """
-    result: Statistics = {}
-    for name in parts[0]:
-        for key in parts[0][name]:
-            power = 2 if key == "drift_rms" else 1
-            mean = sum(
-                share * part[name][key] ** power for part, share in zip(parts, shares, strict=True)
-            ) ** (1 / power)
-            result.setdefault(name, {})[key] = mean
-    return result
-
-
 def _feature_sets(
     samples: Samples,
     encoder: FeatureEncoder,

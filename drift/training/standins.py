@@ -29,6 +29,7 @@ from drift.runtime.files import check_output, replace_folder
 from drift.runtime.processes import run_stage
 from drift.runtime.seeds import derive_seed, numpy_generator, torch_generator
 from drift.runtime.torchvision import ensure_torchvision
+from drift.settings import Optimizer
 from drift.training.schedule import learning_rate
 
 if TYPE_CHECKING:
@@ -136,12 +137,13 @@ def _minimise(
 ) -> list[float]:
     """AdamW with a warm-up and a cosine to 0; leaves `model` in evaluation mode, returns the losses."""
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=weight_decay)
-    schedule = {"warmup_steps": 50, "warmup_start": lr / 50, "schedule": "cosine", "final_share": 0.0}
+    schedule = {"lr_schedule": "cosine", "lr_final": 0.0, "warmup_steps": 50, "warmup_start_lr": lr / 50}
+    options = Optimizer.model_construct(steps=steps, lr=lr, **schedule)
     losses = []
     model.train()
     with tqdm(range(steps), desc=what, unit="step") as progress:
         for step in progress:
-            optimizer.param_groups[0]["lr"] = learning_rate(step, steps=steps, peak=lr, **schedule)
+            optimizer.param_groups[0]["lr"] = learning_rate(step, options)
             loss = loss_of(step)
             optimizer.zero_grad()
             loss.backward()
