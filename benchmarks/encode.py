@@ -28,6 +28,7 @@ from benchmarks.timing import call_seconds, machine
 from drift.autoencoders.kl import VAE, VAEPrecision
 from drift.data.datasets import FolderImages
 from drift.data.views import Augmented, Center
+from drift.runtime.processes import Ranks
 from drift.training.compile import Compiled
 from drift.training.encode import EncodeOptions, encode_view
 
@@ -80,7 +81,9 @@ def encode_rate(source: Images, vae: VAE | NoNetwork, workers: int, args: argpar
     )
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        encode_view(source, vae, folder, options, batch_size=args.batch, workers=workers)
+        encode_view(
+            source, vae, folder, options, Ranks(0, 1, vae.device), batch_size=args.batch, workers=workers
+        )
         return len(source) / (time.perf_counter() - start)
 
 

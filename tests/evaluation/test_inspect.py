@@ -29,6 +29,7 @@ from drift.evaluation.inspect_latents import (
 from drift.evaluation.inspect_reading import SourceImages
 from drift.evaluation.inspect_writing import bands
 from drift.models.mae import LatentMAE, MAEConfig, draw_mask
+from drift.runtime.processes import Ranks
 from drift.runtime.seeds import torch_generator
 from drift.settings import load_settings
 from drift.training.encode import EncodeOptions, encode_view
@@ -96,7 +97,7 @@ def world(tmp_path_factory):
                 on_bad_image="skip",
             )
             vae, work = VAE.from_pretrained(VAE_FOLDER), folder / "work" / view
-            encoded = encode_view(source, vae, work, options, batch_size=8)
+            encoded = encode_view(source, vae, work, options, Ranks(0, 1, vae.device), batch_size=8)
             shutil.copytree(encoded, folder / view)
     return folder
 
