@@ -11,7 +11,7 @@ def add(parser: argparse.ArgumentParser) -> Run:
     """an MAE checkpoint of arXiv 2603.12366's code (ckpt_final.pt) as an encoder of ours"""
     parser.description = """\
 Convert the EMA weights of an MAE checkpoint of the prior's code into a folder
-of ours: config.json and model.safetensors. The encoder keeps the prior's
+of ours: config.json and safetensors. The encoder keeps the prior's
 conventions (no norms between stages, GroupNorm's eps 1e-5) and its feature sets,
 in which mean and std of a map stand together. Every weight must find its place.
 

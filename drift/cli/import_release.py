@@ -10,7 +10,7 @@ def add(parser: argparse.ArgumentParser) -> Run:
     """weights of the authors' release (JAX) as a folder of ours"""
     parser.description = """\
 Convert a generator or a feature encoder of the authors' release into a folder
-of ours: config.json and model.safetensors. Every array of the file must find
+of ours: config.json and safetensors. Every array of the file must find
 its place, and every place its array; nothing in the files is executed.
 
 SOURCE is a name on the hub, from which metadata.json and ema_params.msgpack are
