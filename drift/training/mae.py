@@ -6,7 +6,7 @@ variance one has an error of C.
 
 Golden numbers hold this loss and the drifting loss. None holds `negatives: second_batch` (literal loops in
 float64 do), a step taken in parts (it must agree with the whole), the optimizer and the EMA (tested against
-PyTorch and a closed form), and the losses of `drift.training.standins`, which are this project's own.
+PyTorch and a closed form), and the losses of `pretrained/train.py`, which are this project's own.
 """
 
 import json
