@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from drift.data.latents import LatentStore
+from drift.features import MAEFeatures, load_encoders
 from drift.models.base import model_files
 from drift.models.generator import CLASSES_FILE
-from drift.models.mae import LatentMAE
 from drift.runtime.files import check_output, sha256, write_json
 from drift.runtime.processes import join, run_stage, spawn, stage_parser, wanted_processes
 from drift.runtime.work import Work
@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_output(args.plot)
     store = LatentStore.open(args.latents)
     check_latents(store, settings, "center")
-    encoder = LatentMAE.from_pretrained(args.mae)
+    features = [MAEFeatures(duplicates=settings.drift.duplicate_features)]
+    encoder = load_encoders(features, mae=args.mae)
     code = spawn("stages.drift", argv, wanted_processes(args.nproc, hardware.processes))
     if code is not None:
         return code

@@ -7,6 +7,7 @@ the classes are taken some at a time, and the gradients of the parts add up to t
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,20 +17,19 @@ from torch import Tensor, nn
 
 from drift.data.bank import DirectSampling, SampleQueue, choose_classes
 from drift.data.latents import LatentReader, LatentStore, pinned
+from drift.features import Encoder
 from drift.field import couplings
 from drift.field.couplings import COUPLINGS
-from drift.field.loss import Totals
 from drift.field.settings import FieldSettings
 from drift.models.ema import EMA
 from drift.models.generator import Generator
-from drift.models.mae import LatentMAE
 from drift.runtime.errors import one_of
 from drift.runtime.seeds import derive_seed, torch_generator
 from drift.settings import Drift
 from drift.training.compile import Compiled
 from drift.training.log import Tree
 from drift.training.loop import Part, Run, Task, autocast, parts, train
-from drift.training.objective import Samples, drift_objective, step_totals
+from drift.training.objective import Execution, Samples, drift_objective, step_totals
 from drift.training.schedule import draw_omega
 
 
@@ -82,9 +82,7 @@ class GeneratorTraining(Task[Batch]):
 
     name = "drift"
 
-    def __init__(
-        self, store: LatentStore, encoder: LatentMAE, options: Drift, field: FieldSettings, run: Run
-    ):
+    def __init__(self, store: LatentStore, encoder: Encoder, options: Drift, field: FieldSettings, run: Run):
         seed, hardware, ranks, _ = run
         self.options, self.ema_decays, self._field = options, options.ema_decays, field
         self._seed, self._ranks, self._classes_per_pass = seed, ranks, hardware.classes_per_pass
@@ -93,24 +91,24 @@ class GeneratorTraining(Task[Batch]):
         torch.manual_seed(derive_seed(seed, "drift/init"))
         self.model = Generator(**generator_config(options, store)).to(ranks.device)
         self.model.activation_checkpointing = hardware.activation_checkpointing
-        self._encoder = FrozenEncoder(encoder, ranks.device, compile=hardware.compile)
+        self._encoder = encoder.to(ranks.device)
+        if hardware.compile:
+            if ranks.device.type == "cuda":  # where, uncompiled, every GroupNorm would copy its input back
+                encoder.to(memory_format=torch.channels_last)
+            self._encoder = CompiledEncoder(encoder)
         self._reader = LatentReader(store, ranks.device, on_device=hardware.latents_on_device)
         self._real = RealSamples(store, options, seed)
-        self._objective_options = {
-            "reduce": ranks.sum if ranks.world_size > 1 else None,
-            "drop_duplicates": one_of("duplicate_features", options.duplicate_features, "keep", "drop")
-            == "drop",
-            "feature_batch": hardware.feature_batch,
-            "feature_dtype": feature_dtype(options.precision),
-        }
+        self._execution = Execution(
+            reduce=ranks.sum if ranks.world_size > 1 else None,
+            feature_batch=hardware.feature_batch,
+            feature_dtype=feature_dtype(options.precision),
+        )
 
     def prepare(self, step: int) -> Batch:
         """Draw classes, omega, real samples and noise; a function of (seed, step, slot)."""
-        options, device = self.options, self._ranks.device
+        count, device = self.options.classes_per_step, self._ranks.device
         classes, of_class, of_any = self._real.draw(step, self._slots)
-        omega = draw_omega(
-            options.classes_per_step, options, torch_generator(self._seed, "drift/omega", step)
-        )
+        omega = draw_omega(count, self.options, torch_generator(self._seed, "drift/omega", step))
         noise = {"generated": self._draw("drift/noise", step)}
         if self._field.negatives == "second_batch":
             noise["negatives"] = self._draw("drift/negatives", step)
@@ -136,32 +134,26 @@ class GeneratorTraining(Task[Batch]):
 
     def parts(self, network: nn.Module, step: int, batch: Batch) -> list[Part]:
         """The classes of a step, `hardware.classes_per_pass` at a time, with S and lambda of all of them."""
-        passes, totals = parts(len(self._slots), self._classes_per_pass), None
+        passes, execution = parts(len(self._slots), self._classes_per_pass), self._execution
         if len(passes) > 1 and self._field.normalization_scope == "batch":
             with torch.no_grad():
                 samples = [self._samples(network, batch, part) for part in passes]
             with autocast(self._ranks, self.options.precision):
-                totals = step_totals(samples, self._encoder, self._field, **self._objective_options)
+                totals = step_totals(samples, self._encoder, self._field, execution)
+            execution = replace(execution, totals=totals)
+        count = len(self._slots)
         return [
-            Part(
-                (part.stop - part.start) / len(self._slots), partial(self._loss, network, batch, part, totals)
-            )
+            Part((part.stop - part.start) / count, partial(self._loss, network, batch, part, execution))
             for part in passes
         ]
 
     def _loss(
-        self, network: nn.Module, batch: Batch, part: slice, totals: Mapping[str, Totals] | None
+        self, network: nn.Module, batch: Batch, part: slice, execution: Execution
     ) -> tuple[Tensor, Tree]:
         *samples, negatives = self._samples(network, batch, part)
+        of_whom = self._encoder, self._field
         with autocast(self._ranks, self.options.precision):
-            loss, statistics = drift_objective(
-                *samples,
-                self._encoder,
-                self._field,
-                negatives=negatives,
-                totals=totals,
-                **self._objective_options,
-            )
+            loss, statistics = drift_objective(*samples, *of_whom, negatives=negatives, execution=execution)
         for of_set in statistics.values():
             of_set["drift_rms"] = of_set["drift_rms"].square()  # whose mean over parts has a meaning
         return loss, {"loss": loss, "feature_sets": statistics}
@@ -210,7 +202,7 @@ class GeneratorTraining(Task[Batch]):
 
 
 def train_generator(
-    store: LatentStore, encoder: LatentMAE, options: Drift, field: FieldSettings, run: Run
+    store: LatentStore, encoder: Encoder, options: Drift, field: FieldSettings, run: Run
 ) -> tuple[Generator, list[EMA]]:
     """Train a Generator on `store` in the features of `encoder`, going on from a checkpoint if it can.
 
@@ -224,27 +216,22 @@ def train_generator(
 
 
 def feature_dtype(precision: str) -> torch.dtype:
-    """What features are held in: convolutions in bfloat16 have left no more digits in them than it has.
+    """What features are held in: bfloat16, where convolutions in it have left no more digits.
 
-    Not float16, whose range gradients of single features leave.
+    Not float16: gradients of single features leave its range.
     """
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float32}[precision]
 
 
-class FrozenEncoder:
-    """A feature encoder that learns nothing, on a device, in the memory layout that suits it."""
+class CompiledEncoder(Encoder):
+    """An encoder by torch.compile."""
 
-    def __init__(self, encoder: LatentMAE, device: torch.device, *, compile: bool):
-        self._encoder = encoder.eval().requires_grad_(False)
-        encoder.encoder.to(device)  # not the decoder, which is as large
-        self._compiled = Compiled(encoder.encode, "encoder") if compile else None
-        if compile and device.type == "cuda":
-            # Uncompiled, every GroupNorm would copy its input back to the other layout
-            encoder.encoder.to(memory_format=torch.channels_last)
+    def __init__(self, encoder: Encoder):
+        super().__init__()
+        self._encode = Compiled(encoder.encode, "encoder")
 
-    def encode(self, latents: Tensor, drop_duplicates: bool = False) -> dict[str, Tensor]:
-        """As that of `LatentMAE`."""
-        return (self._compiled or self._encoder.encode)(latents, drop_duplicates=drop_duplicates)
+    def encode(self, latents: Tensor) -> dict[str, Tensor]:
+        return self._encode(latents)
 
 
 class RealSamples:

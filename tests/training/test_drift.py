@@ -12,6 +12,7 @@ from torch._functorch.compilers import nop
 
 import drift.training.drift
 from drift.data.latents import LatentStore, write_latents
+from drift.features import MAEEncoder
 from drift.field import FieldSettings
 from drift.models import LatentMAE
 from drift.runtime.processes import Ranks
@@ -43,9 +44,10 @@ def make_store(folder: Path) -> LatentStore:
     return LatentStore.open(folder)
 
 
-def make_encoder() -> LatentMAE:
+def make_encoder() -> MAEEncoder:
     torch.manual_seed(0)
-    return LatentMAE(in_channels=2, base_channels=8, layers=(1, 1, 1, 1), num_classes=4, norm_groups=2)
+    model = LatentMAE(in_channels=2, base_channels=8, layers=(1, 1, 1, 1), num_classes=4, norm_groups=2)
+    return MAEEncoder(model, drop_duplicates=True).requires_grad_(False)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import drift.training.drift
 import drift.training.loop
 import drift.training.mae
 from drift.data.latents import LatentStore, write_latents
+from drift.features import MAEEncoder
 from drift.field import FieldSettings
 from drift.models import LatentMAE
 from drift.runtime.processes import Ranks
@@ -106,6 +107,7 @@ def store(tmp_path) -> LatentStore:
 def train(store, folder, field, **changes):
     encoder = LatentMAE(in_channels=2, base_channels=8, layers=(1, 1, 1, 1), num_classes=4, norm_groups=2)
     hardware = SETTINGS.hardware.model_copy(update=changes)
+    encoder = MAEEncoder(encoder).requires_grad_(False)
     train_generator(store, encoder, DRIFT, field, Run(0, hardware, META, folder))
 
 
