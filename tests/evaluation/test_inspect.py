@@ -17,16 +17,14 @@ from drift.autoencoders.kl import VAE, to_uint8
 from drift.data.images import DigitImages, open_images
 from drift.data.latents import LatentStore, latent_files, write_latents
 from drift.evaluation import inspect_latents as inspection_of_latents
-from drift.evaluation.inspect_features import check_feature_sets, error_of_means, inspect_mae
+from drift.evaluation.inspect_features import Masked, check_feature_sets, inspect_mae
 from drift.evaluation.inspect_latents import (
-    Distribution,
     histogram_picture,
     inspect_latents,
     latent_warnings,
     measure_latents,
 )
-from drift.evaluation.inspect_reading import SourceImages
-from drift.evaluation.inspect_writing import bands
+from drift.evaluation.inspection import Look, SourceImages, bands
 from drift.models.mae import LatentMAE, MAEConfig, draw_mask
 from drift.runtime.seeds import torch_generator
 from drift.settings import load_settings
@@ -157,8 +155,8 @@ def normal(n=60, shape=(4, 8, 8)) -> np.ndarray:
 def cell(picture: np.ndarray, index: int, kind: int, n: int, kinds: int) -> np.ndarray:
     """The image of thing `index` in its `kind`, at its own size, from a picture of `bands`."""
     columns, strips = min(8, n), -(-n // 8)
-    height = (len(picture) + 12) // strips - 12
-    top = (index // 8) * (height + 12) + height - kinds * STEP + kind * STEP
+    height = len(picture) // strips
+    top = (index // 8) * height + height - kinds * STEP + kind * STEP
     left = picture.shape[1] - (columns - index % 8) * STEP
     block = picture[top : top + 32 * SCALE, left : left + 32 * SCALE]
     assert np.array_equal(block, block[::SCALE, ::SCALE].repeat(SCALE, 0).repeat(SCALE, 1))
@@ -207,21 +205,14 @@ def test_statistics_are_those_of_the_whole_array(tmp_path, monkeypatch, block):
     assert found.per_class.tolist() == [20, 20, 20]
     described = found.as_json()
     assert described["not_finite_rows"] == {"count": 3, "first": [11, 12, 59]}
-    assert described["rows_per_class"]["median"] == 20
-    json.dumps(described, allow_nan=False)
+    assert described["rows_per_class"] == [20, 20, 20]
 
 
 def test_without_any_finite_number_there_are_no_statistics(tmp_path):
     found = measure_latents(make_store(tmp_path, np.full((3, 4, 8, 8), np.nan)), CLASSES)
-    assert found.as_json()["all"] == {
-        "mean": None, "std": None, "min": None, "max": None, "nans": 768, "infinities": 0
-    }  # fmt: skip
+    assert found.all.nans == 768 and math.isnan(found.all.mean) and math.isnan(found.all.max)
     assert "768 NaN" in latent_warnings(found, 1.0, CLASSES, [])[0]
-    assert histogram_picture(found).startswith(b"\x89PNG")
-
-
-def test_an_empty_distribution():
-    assert math.isnan(Distribution().mean) and math.isnan(Distribution().max)
+    assert histogram_picture(found).size == (800, 450)
 
 
 def warnings_of(tmp_path, latents, labels=None, scaling_factor=1.82155, classes=CLASSES):
@@ -251,23 +242,17 @@ def constant_at_5(latents):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda x: x / 1.82155, "expected 0.7 to 1.4; they look as if the scaling factor had been left out"),
-        (lambda x: x / 1.82155, "had been left out (1.82155)"),
+        (lambda x: x / 1.82155, "as if the scaling factor had been left out (1.82155)"),
         (lambda x: x * 1.82155, "had been applied twice"),
-        (lambda x: x * 20, "of all latents is 20"),
+        (lambda x: x * 20, "of all latents is 20, expected 0.7 to 1.4"),
         (nan_at_2, "1 NaN and 0 infinite numbers in 1 row (2)"),
         (constant_at_5, "1 row (5) with one and the same number"),
         (lambda x: x + np.array([0, 3, 0, 0])[:, None, None], "the mean of channel 1 is 3"),
-        (lambda x: x * np.array([1, 1, 1, 1e-3])[:, None, None], "channel 3 has nearly one value only"),
+        (lambda x: x * np.array([1, 1, 1, 1e-3])[:, None, None], "channel 3 is nearly constant"),
     ],
 )
 def test_what_is_wrong_is_told(tmp_path, change, told):
     assert any(told in line for line in warnings_of(tmp_path, change(normal())))
-
-
-def test_a_wrong_scale_of_unknown_origin_has_no_hint(tmp_path):
-    (line,) = warnings_of(tmp_path, 20 * normal(), scaling_factor=1.5)
-    assert line.endswith("expected 0.7 to 1.4")
 
 
 def test_classes(tmp_path):
@@ -301,18 +286,13 @@ def test_other_images_are_refused(world, settings, copy, tmp_path):
     assert SourceImages(LatentStore.open(copy), settings, str(images)).name(0) == "a/00.png"
     shutil.copy(images / "train" / "b" / "04.png", images / "train" / "b" / "new.png")
 
-    def look(root, **changes):
-        return complaint(
-            lambda: inspect_latents(
-                copy, settings.model_copy(update=changes), tmp_path / "out", compare=True, root=root
-            )
-        )
+    def look(root):
+        how = Look(compare=True, root=root)
+        return complaint(lambda: inspect_latents(copy, settings, tmp_path / "out", how))
 
     told = look(str(images))
     assert str(images) in told and "are not those that were encoded" in told
     assert "--compare-images nowhere: there is no such folder" in look("nowhere")
-    digits = settings.data.model_copy(update={"dataset": "digits", "root": None})
-    assert "which has no folder" in look(str(images), data=digits)
     meta_path = latent_files(copy)[2]
     meta = json.loads(meta_path.read_text())
     meta_path.write_text(json.dumps({k: v for k, v in meta.items() if k != "images_sha256"}))
@@ -341,13 +321,8 @@ def test_an_image_that_no_longer_decodes_is_named(world, settings, tmp_path):
 
 
 def test_the_picture_has_each_latent_above_its_image(world, settings, tmp_path):
-    found = inspect_latents(world / "center", settings, tmp_path / "out", count=13, compare=True)
+    found = inspect_latents(world / "center", settings, tmp_path / "out", Look(13, compare=True))
     assert found.warnings == []
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "histogram.png",
-        "latents.png",
-        "meta.json",
-    ]
     assert [p.name for p in found.files] == ["latents.png", "histogram.png", "meta.json"]
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
     store = LatentStore.open(world / "center")
@@ -370,7 +345,7 @@ def test_the_picture_has_each_latent_above_its_image(world, settings, tmp_path):
 
 def test_the_same_again_and_another_seed(world, settings, tmp_path):
     for name, seed in (("one", 0), ("two", 0), ("three", 1)):
-        inspect_latents(world / "augmented", settings, tmp_path / name, count=4, seed=seed)
+        inspect_latents(world / "augmented", settings, tmp_path / name, Look(4, seed))
     one, two, three = (
         [(tmp_path / name / file).read_bytes() for file in ("latents.png", "histogram.png", "meta.json")]
         for name in ("one", "two", "three")
@@ -383,25 +358,21 @@ def test_latents_of_other_images_are_told(world, settings, tmp_path):
     latents, labels = (np.load(path) for path in latent_files(world / "center")[:2])
     shuffled = np.random.default_rng(3).permutation(len(latents))
     write_latents(tmp_path / "latents", "train", latents[shuffled], labels, meta)
-    found = inspect_latents(tmp_path / "latents", settings, tmp_path / "out", compare=True)
+    found = inspect_latents(tmp_path / "latents", settings, tmp_path / "out", Look(compare=True))
     assert any("differ from their images" in line for line in found.warnings)
 
 
 def test_a_latent_that_is_not_finite_is_red(settings, tmp_path):
     make_store(tmp_path / "latents", nan_at_2(normal(3)))
-    inspect_latents(tmp_path / "latents", settings, tmp_path / "out", count=3)
+    inspect_latents(tmp_path / "latents", settings, tmp_path / "out", Look(3))
     picture = read_png(tmp_path / "out" / "latents.png")
     colours = [tuple(cell(picture, index, 0, 3, 1)[0, 0]) for index in range(3)]
     assert colours.count((200, 0, 0)) == 1
 
 
 def test_the_histogram_shows_the_channels(tmp_path):
-    store = make_store(tmp_path, normal())
-    content = histogram_picture(measure_latents(store, CLASSES))
-    (tmp_path / "histogram.png").write_bytes(content)
-    picture = read_png(tmp_path / "histogram.png")
-    assert picture.shape[:2] == (450, 800)
-    blue = (np.abs(picture[..., :3].astype(int) - (31, 119, 180)).sum(-1) < 30).nonzero()
+    picture = np.asarray(histogram_picture(measure_latents(make_store(tmp_path, normal()), CLASSES)))
+    blue = (np.abs(picture.astype(int) - (31, 119, 180)).sum(-1) < 30).nonzero()
     assert blue[1].max() - blue[1].min() > 300  # the first curve crosses the picture
 
 
@@ -427,10 +398,10 @@ def naive_error(model, latents, masks, patch) -> float:
 def test_the_masked_error_is_that_of_a_plain_loop(world, settings, tmp_path):
     model = random_mae()
     model.save_pretrained(tmp_path / "mae")
-    found = inspect_mae(tmp_path / "mae", world / "center", settings, tmp_path / "out", count=2)
+    found = inspect_mae(tmp_path / "mae", world / "center", settings, tmp_path / "out", Look(2))
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
     store = LatentStore.open(world / "center")
-    assert meta["masked_error"]["held_out"]["rows"] == 6 and meta["masked_error"]["others"]["rows"] == 16
+    assert meta["masked_error"]["held out"]["rows"] == 6 and meta["masked_error"]["others"]["rows"] == 16
     shown = [entry["row"] for entry in meta["shown"]]
     masks = torch.cat([draw_mask((1, 4, 4), 0.5, torch_generator(0, "inspect/mask", r)) for r in shown])
     errors = [entry["masked_error"] for entry in meta["shown"]]
@@ -440,13 +411,13 @@ def test_the_masked_error_is_that_of_a_plain_loop(world, settings, tmp_path):
     every = np.arange(len(store))
     masks = torch.cat([draw_mask((1, 4, 4), 0.5, torch_generator(0, "mae/held_out", int(r))) for r in every])
     naive = naive_error(model, store.rows(every), masks, 2)
-    both = sum(meta["masked_error"][name]["error"] * meta["masked_error"][name]["rows"] for name in errors_of)
+    both = sum(
+        meta["masked_error"][name]["error"] * meta["masked_error"][name]["rows"]
+        for name in ("held out", "others")
+    )
     assert both / len(store) == pytest.approx(naive, rel=1e-5)
     assert any("it has learnt nothing" in line for line in found.warnings)
     assert meta["logged_held_out"] is None and meta["feature_sets"] is None
-
-
-errors_of = ("held_out", "others")
 
 
 def test_the_error_of_the_means_is_that_of_a_network_that_gives_them(world):
@@ -457,9 +428,8 @@ def test_the_error_of_the_means_is_that_of_a_network_that_gives_them(world):
         def _decode(self, x):
             return means[None, :, None, None].expand_as(x), x.new_zeros(len(x), 1)
 
-    masks = torch.cat([draw_mask((1, 4, 4), 0.5, torch_generator(7, "mae/held_out", int(r))) for r in rows])
-    naive = naive_error(Means(MAE), store.rows(rows), masks, 2)
-    assert error_of_means(random_mae(), store, rows, 0.5, 7) == pytest.approx(naive, rel=1e-5)
+    masked = Masked.of(Means(MAE), store, rows, 0.5, 7, "x")
+    assert masked.error_of_means() == pytest.approx(float(masked.errors.mean()), rel=1e-5)
 
 
 def test_on_the_latents_of_its_training_the_error_is_that_of_the_log(world, settings, trained, tmp_path):
@@ -468,7 +438,7 @@ def test_on_the_latents_of_its_training_the_error_is_that_of_the_log(world, sett
     meta = json.loads((out / "meta.json").read_text())
     last = json.loads((trained / "logs.jsonl").read_text().splitlines()[-1])
     assert meta["logged_held_out"] == last["held_out"]
-    assert meta["masked_error"]["held_out"]["error"] == pytest.approx(last["held_out"], rel=1e-6)
+    assert meta["masked_error"]["held out"]["error"] == pytest.approx(last["held_out"], rel=1e-6)
     assert not any("log" in line for line in found.warnings)
     assert any("at the end of training" in line for line in found.lines)
     # On other latents the log says nothing
@@ -486,7 +456,7 @@ def test_on_the_latents_of_its_training_the_error_is_that_of_the_log(world, sett
 
 
 def test_the_picture_of_the_mae(world, settings, trained, tmp_path):
-    inspect_mae(trained, world / "center", settings, tmp_path / "out", count=5, seed=3, compare=True)
+    inspect_mae(trained, world / "center", settings, tmp_path / "out", Look(5, 3, compare=True))
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
     picture = read_png(tmp_path / "out" / "mae.png")
     store, model = LatentStore.open(world / "center"), LatentMAE.from_pretrained(trained)
@@ -564,22 +534,19 @@ def test_zeroed_weights_are_flagged(world, settings, tmp_path):
     assert {c["name"] for c in meta["feature_sets"] if c["problem"]} == {c.name for c in others}
 
 
-def test_a_stage_whose_weights_are_zero_is_the_only_one_flagged():
+def test_a_stage_of_zeros_and_an_encoder_that_does_not_look_at_its_input():
     model = random_mae()
     for parameter in model.encoder.stages[3].parameters():
         parameter.data.zero_()
     found = check(model)
     assert {c.problem for name, c in found.items() if not name.startswith("layer4")} == {None}
     assert found["layer4"].problem == "constant"
-
-
-def test_an_encoder_that_does_not_look_at_its_input():
     model = random_mae()
     model.encoder.stem.conv.weight.data.zero_()
     model.encoder.stem.norm.bias.data.normal_()
-    found = check(model)
-    assert found["layer1"].problem == "the same for every sample"  # the edges differ from the middle
-    assert found["layer1"].constant_channels < 1
+    found = check(model)["layer1"]
+    assert found.problem == "the same for every sample"  # the edges differ from the middle
+    assert found.constant_channels < 1
 
 
 def test_weights_that_are_not_finite(world, settings, tmp_path):
@@ -653,17 +620,17 @@ def set_meta(**changes):
         (0, Path.unlink, "is missing"),
         (2, Path.unlink, "is missing"),
         (2, lambda path: path.write_text("[1]"), "holds list"),
-        (2, set_meta(num_classes="3"), 'num_classes is "3" where int'),
+        (2, set_meta(num_classes="3"), 'num_classes is "3"'),
         (2, set_meta(num_classes=2), "labels 0 to 2"),
-        (2, set_meta(class_names=["a", "b"]), "2 class_names for 3 classes"),
-        (2, set_meta(class_names=["a", "b", 3]), "class_names is"),
+        (2, set_meta(class_names=["a", "b"]), "class_names is"),
+        (2, set_meta(class_names=["a", "b", 3]), "class_names.2 is 3"),
         (2, set_meta(shape=[1, 2]), "shape is [1, 2]"),
         (2, set_meta(view="side"), 'view is "side"'),
-        (2, set_meta(sha256={}), "sha256 is {}"),
-        (2, set_meta(skipped_images={"count": 1}), "skipped_images is"),
+        (2, set_meta(sha256={}), "sha256.latents is {}"),
+        (2, set_meta(skipped_images={"count": 1}), "skipped_images.names is"),
         (2, set_meta(images=50), "49 images"),
         (2, set_meta(images=0), "images is 0"),
-        (2, set_meta(mirror=1), "mirror is 1 where bool"),
+        (2, set_meta(mirror=1), "mirror is 1"),
         (2, set_meta(image_size=64), "image_size is 64"),
         (2, set_meta(scaling_factor=1.0), "scaling_factor is 1.0"),
         (2, set_meta(vae_sha256="0" * 64), "other weights of pretrained/digits_vae"),
@@ -768,35 +735,21 @@ def run(capsys, *arguments):
 
 
 def test_the_command_prints_numbers_warnings_and_files(world, tmp_path, capsys, trained):
-    params = ["--params", world / "params.yaml"]
-    code, out, err = run(
-        capsys,
-        "latents",
-        world / "center",
-        *params,
-        "--count",
-        3,
-        "--out",
-        tmp_path / "a",
-        "--compare-images",
-    )
+    params = ["--params", world / "params.yaml", "--out", tmp_path / "a"]
+    some = ["--count", 3, "--compare-images"]
+    code, out, err = run(capsys, "latents", world / "center", *params, *some)
     assert (code, err) == (0, "")
     assert "mean" in out and "difference:" in out and "warning" not in out
     assert f"written: {tmp_path / 'a' / 'latents.png'}" in out
 
-    latents = np.load(latent_files(world / "center")[0]) / 1.82155
-    make_store(tmp_path / "unscaled", latents)
-    code, out, _ = run(capsys, "latents", tmp_path / "unscaled", *params, "--out", tmp_path / "b")
-    assert code == 0
-    assert "warning: the standard deviation of all latents is" in out
+    make_store(tmp_path / "unscaled", np.load(latent_files(world / "center")[0]) / 1.82155)
+    code, out, _ = run(capsys, "latents", tmp_path / "unscaled", *params)
+    assert code == 0 and "warning: the standard deviation of all latents is" in out
 
-    code, out, _ = run(
-        capsys, "mae", trained, "--latents", world / "augmented", *params, "--out", tmp_path / "c",
-        "--check-feature-sets", "--compare-images", world / "images",
-    )  # fmt: skip
-    assert code == 0
-    assert "masked error:" in out and "layer3_mean_2" not in out and "layer3_mean " in out
-    assert {path.name for path in (tmp_path / "c").iterdir()} == {"mae.png", "meta.json"}
+    more = ["--check-feature-sets", "--compare-images", world / "images"]
+    code, out, _ = run(capsys, "mae", trained, "--latents", world / "augmented", *params, *more)
+    assert code == 0 and "layer3_mean_2" not in out and "layer3_mean " in out
+    assert {path.name for path in (tmp_path / "a").iterdir()} >= {"mae.png", "meta.json"}
 
     cut(Path(shutil.copytree(trained, tmp_path / "cut")) / "model.safetensors")
     code, out, err = run(capsys, "mae", tmp_path / "cut", "--latents", world / "center", *params)
@@ -814,29 +767,7 @@ def test_without_a_folder_it_is_that_of_the_view(world, tmp_path, capsys, monkey
     assert code == 0 and "outputs/latents-augmented/meta.json" in out
     code, _, err = run(capsys, "latents")
     assert code == 2 and "artifacts/latents/center: there is no such folder" in err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        ([], "WHAT"),
-        (["latent"], "latent"),
-        (["latents", "--count", "0"], "0: a whole number above 0"),
-        (["mae", "--rows", "many"], "many: a whole number"),
-        (["latents", "--view", "side"], "side"),
-    ],
-)
-def test_a_wrong_argument_is_code_2(arguments, told, capsys):
-    with pytest.raises(SystemExit) as caught:
-        cli.main(["inspect", *arguments])
-    assert caught.value.code == 2 and told in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("arguments", [[], ["latents"], ["mae"]])
-def test_help_is_a_page(arguments, capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["inspect", *arguments, "--help"])
-    said = capsys.readouterr().out
-    assert all(len(line) <= 100 for line in said.splitlines()) and "inspect" in said
-    if arguments:
-        assert "examples:" in said and "OUT/meta.json" in said
+    for arguments, told in ((["latents", "--count", "0"], "0: a whole number above 0"), ([], "WHAT")):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["inspect", *arguments])
+        assert told in capsys.readouterr().err

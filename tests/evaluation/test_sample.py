@@ -6,10 +6,10 @@ from overflow import Overflowing
 from drift.autoencoders.kl import VAE
 from drift.evaluation.sample import (
     ImageDecoder,
+    Samples,
     balanced_labels,
     draw_inputs,
     random_labels,
-    sample_images,
     sample_latents,
     split_labels,
 )
@@ -55,9 +55,8 @@ def everything(generator, *, batch_size, world_size=1, omega=1.5):
     found = {}
     for rank in range(world_size):
         decode = ImageDecoder(Decoder(), 5)
-        for indices, images in sample_images(
-            generator, decode, range(20)[rank::world_size], LABELS, omega, 7, batch_size
-        ):
+        samples = Samples(LABELS, 7, batch_size)
+        for indices, images in samples.images(generator, decode, range(20)[rank::world_size], omega):
             assert len(indices) <= batch_size
             assert found.keys().isdisjoint(indices)
             found |= dict(zip(indices, images, strict=True))
@@ -131,7 +130,7 @@ def test_each_sample_has_its_label(generator):
     painter.config = CONFIG
     labels = [2, 0, 1, 1, 2]
     decode = ImageDecoder(Decoder(), 5)
-    for indices, images in sample_images(painter, decode, [4, 1, 3], labels, 1.0, 0, 2):
+    for indices, images in Samples(labels, 0, 2).images(painter, decode, [4, 1, 3], 1.0):
         expected = torch.tensor([labels[i] for i in indices]) / 4
         torch.testing.assert_close(images[:, 0, 0, 0].float(), (127.5 + 127.5 * expected.tanh()).round())
 
