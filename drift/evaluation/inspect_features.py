@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,32 +14,16 @@ from torch import Tensor
 
 from drift.data.bank import held_out_rows
 from drift.data.latents import LatentStore
-from drift.evaluation.inspection import (
-    WAY_OUT,
-    Inspection,
-    Look,
-    SourceImages,
-    bands,
-    choose,
-    decoded,
-    described,
-    described_row,
-    open_latents,
-    open_vae,
-    prepare_out,
-)
-from drift.evaluation.sample import ImageDecoder
+from drift.evaluation.inspection import WAY_OUT, Inspection, Latents, Look, bands, prepare_out
 from drift.models.mae import LatentMAE, MAEConfig, draw_mask
 from drift.runtime.errors import UserError
 from drift.runtime.files import sha256
-from drift.runtime.progress import read_log
 from drift.runtime.seeds import torch_generator
 from drift.settings import Settings
 
 _CONSTANT = 1e-5  # relative to the map; sets that are constant in exact arithmetic vary by up to 1e-6
 _FEATURE_ROWS = 64  # latents whose features are compared: 4032 pairs, and 0.6 GB with an encoder of width 256
 _BATCH = 32  # latents that the MAE sees at once
-_LOG_TOLERANCE = 0.02  # relative: the log may be of bfloat16, or of another machine
 _MASKING = ("held_out", "mask_ratio")  # of the settings of the MAE, beside the seed
 _GREY = 128  # what is masked
 
@@ -152,49 +136,34 @@ class Masked:
         errors = ((self.latents - means).square() * self.hidden).sum(dim=(1, 2, 3))
         return float((errors / self.hidden.sum(dim=(1, 2, 3)).clamp(min=1)).mean())
 
-    def pictures(self, decode: ImageDecoder) -> dict[str, np.ndarray]:
-        """The kinds of `bands`."""
-        original = decoded(decode, self.latents)
+    def pictures(self, decoded: Callable[[Tensor], np.ndarray]) -> dict[str, np.ndarray]:
+        """Decoded latent, the same with what is masked in grey, with that filled in, and the output alone."""
+        original = decoded(self.latents)
         side = original.shape[1] // self.latents.shape[2]  # pixels of one place of a latent
         covered = self.hidden[:, 0].repeat_interleave(side, 1).repeat_interleave(side, 2).numpy()
         return {
             "latent": original,
             "masked": np.where(covered[..., None], np.uint8(_GREY), original),
-            "filled in": decoded(decode, torch.where(self.hidden, self.output, self.latents)),
-            "network": decoded(decode, self.output),
+            "filled in": decoded(torch.where(self.hidden, self.output, self.latents)),
+            "network": decoded(self.output),
         }
 
 
-@dataclass(frozen=True)
-class Training:
-    """How the MAE was trained, as far as the files beside it say; one from elsewhere has none."""
-
-    differing: list[str]
-    """Settings of masks and held-out images that are not those of now."""
-    digest: str | None = None
-    """Of the latents that it was trained on."""
-    logged: float | None = None
-    """The last error of held-out images in its log."""
-
-    @classmethod
-    def of(cls, folder: Path, settings: Settings) -> "Training":
-        path = folder / "settings.yaml"
-        if not path.exists():
-            return cls([])
-        try:
-            decides = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))["decides"]
-            if "mask_ratio" not in decides["mae"]:  # taken from `mae.source`, whose training is unknown
-                return cls([])
-            then = {"seed": decides["seed"], **{f"mae.{key}": decides["mae"][key] for key in _MASKING}}
-            latents = decides["latents"]
-        except (OSError, ValueError, KeyError, TypeError, YAMLError) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
-            raise UserError(f"{path}: not what the stage mae writes ({reason}); {WAY_OUT}") from None
-        now = {"seed": settings.seed, **{f"mae.{key}": getattr(settings.mae, key) for key in _MASKING}}
-        lines = [line for line in read_log(folder / "logs.jsonl") if isinstance(line, dict)]
-        logged = [line["held_out"] for line in lines if isinstance(line.get("held_out"), float)]
-        differing = [f"{key} was {then[key]}" for key in now if then[key] != now[key]]
-        return cls(differing, latents, logged[-1] if logged else None)
+def _differing(folder: Path, settings: Settings) -> list[str]:
+    """How masks and held-out images of the MAE's training differ from the settings, as far as is known."""
+    path = folder / "settings.yaml"
+    if not path.exists():  # from elsewhere
+        return []
+    try:
+        decides = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))["decides"]
+        if "mask_ratio" not in decides["mae"]:  # taken from `mae.source`, whose training is unknown
+            return []
+        then = {"seed": decides["seed"], **{f"mae.{key}": decides["mae"][key] for key in _MASKING}}
+    except (OSError, ValueError, KeyError, TypeError, YAMLError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        raise UserError(f"{path}: not what the stage mae writes ({reason}); {WAY_OUT}") from None
+    now = {"seed": settings.seed, **{f"mae.{key}": getattr(settings.mae, key) for key in _MASKING}}
+    return [f"{key} was {then[key]}" for key in now if then[key] != now[key]]
 
 
 def inspect_mae(
@@ -209,86 +178,54 @@ def inspect_mae(
 ) -> Inspection:
     """Show what the MAE of `folder` makes of masked `latents`, and measure it.
 
-    Writes `mae.png` and `meta.json` into `out`: from above, the source image (with `look.compare`), the
-    decoded latent, what is masked of it (grey), the masked places as the network fills them, and its output
-    alone. Images that were held out of training are shown if there are any. The masked error is that of at
-    most `rows` latents of held-out images and of as many others. With `feature_sets`, `check_feature_sets`
-    looks at every feature set of the drifting loss.
-
-    Raises `UserError` as `inspect_latents` does, and if the MAE is not one for these latents.
+    Writes `mae.png` and `meta.json` into `out`: from above, the source image (with `look.compare`), and the
+    pictures of `Masked`; of held-out images if there are any. The masked error is that of at most `rows`
+    latents of held-out images and of as many others. `feature_sets` asks for `check_feature_sets`. Raises
+    what `inspect_latents` does, and `UserError` if the MAE is not one for these latents.
     """
-    folder = Path(folder)
-    model = LatentMAE.from_pretrained(folder).to(look.device)
-    store = open_latents(latents, settings, None)
+    folder, options = Path(folder), settings.mae
+    differing, model = _differing(folder, settings), LatentMAE.from_pretrained(folder).to(look.device)
+    found = Latents(latents, settings, look)
+    store, every_row = found.store, np.arange(len(found.store))
     _require_fit(folder, model, store)
-    training, options = Training.of(folder, settings), settings.mae
+    if feature_sets and len(store) < 2:
+        raise UserError(f"{store.folder}: features of one latent cannot be compared; name more latents")
     # What an encoder from elsewhere has seen is unknown
     count = options.held_out if options.source is None else 0
     held_out = held_out_rows(len(store), store.per_image, count, settings.seed)
-    if feature_sets and len(store) < 2:
-        raise UserError(f"{store.folder}: features of one latent cannot be compared; name more latents")
-    sources = SourceImages(store, settings, look.root) if look.compare else None
-    vae = open_vae(store, settings, look.device)
+    others = np.setdiff1d(every_row, held_out, assume_unique=True)
     out = prepare_out(out, latents, folder)
 
-    others = np.setdiff1d(np.arange(len(store)), held_out, assume_unique=True)
     errors = {
-        name: _error(model, store, np.sort(choose(every, rows, look.seed, "inspect/rows")), settings)
+        name: _masked_error(model, store, found.choose(every, rows, "inspect/rows"), settings)
         for name, every in (("held out", held_out), ("others", others))
         if len(every)
     }
-    same = training.digest == store.digest and not training.differing and 0 < len(held_out) <= rows
-    logged = training.logged if same else None
-    warnings = _warnings(folder, model, training, errors, logged)
-    lines = [f"mae:          {folder}, width {model.config.base_channels}", f"latents:      {store.folder}"]
-    lines += _lines(errors, logged)
-    checks = None
+    checks = []
     if feature_sets:
-        checks = _check(model, store, settings, look)
-        lines += ["", *feature_table(checks)]
-        for problem in dict.fromkeys(check.problem for check in checks if check.problem):
-            names = ", ".join(check.name for check in checks if check.problem == problem)
-            warnings.append(f"feature sets that are {problem}: {names}")
+        real = store.rows(found.choose(every_row, _FEATURE_ROWS, "inspect/features"))
+        drop, guard = settings.drift.duplicate_features == "drop", settings.field().guards.scale
+        checks = check_feature_sets(model, real.to(look.device), drop_duplicates=drop, guard=guard)
 
-    shown = choose(held_out if len(held_out) else others, look.count, look.seed, "inspect/mae")
-    shown = shown[np.argsort(store.labels[shown], kind="stable")]
+    shown = found.choose(held_out if len(held_out) else others, look.count, "inspect/mae")
     masked = Masked.of(model, store, shown, options.mask_ratio, look.seed, "inspect/mask")
-    kinds = masked.pictures(ImageDecoder(vae, min(len(shown), settings.hardware.decode_batch)))
-    if sources is not None:
-        kinds = {"source": np.stack([sources.picture(row) for row in shown]), **kinds}
-    each = list(zip(shown, masked.errors.tolist(), strict=True))
-    grid = bands(kinds, [f"{store.class_names[store.labels[row]]}  #{row}  {e:.2f}" for row, e in each])
+    kinds = {**found.source_pictures(shown), **masked.pictures(found.decoded)}
+    each = found.described_rows(shown)
+    for one, error in zip(each, masked.errors.tolist(), strict=True):
+        one["masked_error"] = error
+    grid = bands(kinds, [f"{one['class']}  #{one['row']}  {one['masked_error']:.2f}" for one in each])
     meta = {
         "mae": {"folder": str(folder), "sha256": [sha256(p) for p in sorted(folder.glob("*.safetensors"))]},
-        **described(store, vae, sources),
+        **found.described(),
         "settings": {"count": look.count, "seed": look.seed, "rows": rows, "mask_ratio": options.mask_ratio},
         "masked_error": errors,
-        "logged_held_out": logged,
-        "shown": [{**described_row(store, sources, row), "masked_error": error} for row, error in each],
-        "feature_sets": checks and [asdict(check) for check in checks],
+        "shown": each,
+        "feature_sets": [asdict(check) for check in checks],
     }
+    lines = [f"mae:          {folder}, width {model.config.base_channels}", f"latents:      {store.folder}"]
+    lines += [*_lines(errors), *feature_table(checks)]
+    warnings = _warnings(folder, model, differing, errors, checks)
     return Inspection(lines, warnings).write(out, {"mae.png": grid}, meta)
-
-
-def _error(model: LatentMAE, store: LatentStore, rows: np.ndarray, settings: Settings) -> dict[str, float]:
-    found = Masked.of(model, store, rows, settings.mae.mask_ratio, settings.seed, "mae/held_out")
-    return {"error": float(found.errors.mean()), "of_means": found.error_of_means(), "rows": len(rows)}
-
-
-def _check(model: LatentMAE, store: LatentStore, settings: Settings, look: Look) -> list[FeatureSetCheck]:
-    real = store.rows(choose(np.arange(len(store)), _FEATURE_ROWS, look.seed, "inspect/features"))
-    drop, guard = settings.drift.duplicate_features == "drop", settings.field().guards.scale
-    return check_feature_sets(model, real.to(look.device), drop_duplicates=drop, guard=guard)
-
-
-def _lines(errors: Mapping[str, Mapping[str, float]], logged: float | None) -> list[str]:
-    lines = []
-    for name, numbers in errors.items():
-        line = f"masked error: {numbers['error']:.4f} of {numbers['rows']} latents ({name})"
-        if name == "held out" and logged is not None:
-            line += f"; at the end of training: {logged:.4f}"
-        lines.append(f"{line}; the channels' means: {numbers['of_means']:.4f}")
-    return lines
 
 
 def _require_fit(folder: Path, model: LatentMAE, store: LatentStore) -> None:
@@ -305,19 +242,34 @@ def _require_fit(folder: Path, model: LatentMAE, store: LatentStore) -> None:
     model.mask_grid(*store.shape[2:])
 
 
+def _masked_error(
+    model: LatentMAE, store: LatentStore, rows: np.ndarray, settings: Settings
+) -> dict[str, float]:
+    masked = Masked.of(model, store, rows, settings.mae.mask_ratio, settings.seed, "mae/held_out")
+    return {"error": float(masked.errors.mean()), "of_means": masked.error_of_means(), "rows": len(rows)}
+
+
+def _lines(errors: Mapping[str, Mapping[str, float]]) -> list[str]:
+    return [
+        f"masked error: {numbers['error']:.4f} of {numbers['rows']} latents ({name}); "
+        f"the channels' means: {numbers['of_means']:.4f}"
+        for name, numbers in errors.items()
+    ]
+
+
 def _warnings(
     folder: Path,
     model: LatentMAE,
-    training: Training,
+    differing: Sequence[str],
     errors: Mapping[str, Mapping[str, float]],
-    logged: float | None,
+    checks: Sequence[FeatureSetCheck],
 ) -> list[str]:
     """What does not look like an MAE that has learnt from these latents, one line each."""
     warnings = []
-    if training.differing:
+    if differing:
         warnings.append(
             f"{folder} was trained with other masks or held-out images than these settings have "
-            f"({', '.join(training.differing)}): those called held out here were not, and its log differs"
+            f"({', '.join(differing)}): those called held out here were not, and its log differs"
         )
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         warnings.append(f"{folder}: some of its weights are not finite: train it again")
@@ -330,18 +282,18 @@ def _warnings(
                 f"masked error {error:.4g} of {numbers['rows']} latents ({name}): the channels' means alone "
                 f"have {naive:.4g}; it has learnt nothing"
             )
-    if logged is not None and not abs(errors["held out"]["error"] - logged) <= _LOG_TOLERANCE * logged:
-        warnings.append(
-            f"masked error {errors['held out']['error']:.4g} of held-out images, but {folder}/logs.jsonl "
-            f"ends with {logged:.4g}: weights and log are not of one run"
-        )
+    for problem in dict.fromkeys(check.problem for check in checks if check.problem):
+        names = ", ".join(check.name for check in checks if check.problem == problem)
+        warnings.append(f"feature sets that are {problem}: {names}")
     return warnings
 
 
 def feature_table(checks: Sequence[FeatureSetCheck]) -> list[str]:
     """The checks as the lines of a table, and a line about sets that are constant by construction."""
+    if not checks:
+        return []
     width = max(len(check.name) for check in checks)
-    lines = [f"{'feature set':{width}}     L      C    scale S        rms  constant  not finite"]
+    lines = ["", f"{'feature set':{width}}     L      C    scale S        rms  constant  not finite"]
     for check in checks:
         mark = check.problem or ("constant by construction" if check.by_construction else "")
         line = f"{check.name:{width}} {check.locations:5} {check.channels:6} {check.scale:10.3g} "

@@ -12,20 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from drift.data.latents import LatentStore
-from drift.evaluation.inspection import (
-    Inspection,
-    Look,
-    SourceImages,
-    bands,
-    choose,
-    decoded,
-    described,
-    described_row,
-    open_latents,
-    open_vae,
-    prepare_out,
-)
-from drift.evaluation.sample import ImageDecoder
+from drift.evaluation.inspection import Inspection, Latents, Look, bands, prepare_out
 from drift.settings import Settings
 
 STD_RANGE = (0.7, 1.4)
@@ -214,18 +201,10 @@ def inspect_latents(
     it was written or not of these settings, if the images are not those that were encoded, or if `out` cannot
     be written.
     """
-    store = open_latents(folder, settings, view)
-    sources = SourceImages(store, settings, look.root) if look.compare else None
-    vae = open_vae(store, settings, look.device)
-    out = prepare_out(out, folder)
-
-    classes = settings.data.classes
+    latents = Latents(folder, settings, look, view)
+    out, store, classes = prepare_out(out, folder), latents.store, settings.data.classes
     statistics = measure_latents(store, max(classes, store.num_classes), progress=progress)
-    rows = choose(np.arange(len(store)), look.count, look.seed, "inspect/latents")
-    rows = rows[np.argsort(store.labels[rows], kind="stable")]
-    decode = ImageDecoder(vae, min(len(rows), settings.hardware.decode_batch))
-    kinds = {"decoded": decoded(decode, store.rows(rows))}
-    warnings = latent_warnings(statistics, vae.scaling_factor, classes, store.class_names)
+    warnings = latent_warnings(statistics, latents.vae.scaling_factor, classes, store.class_names)
     lines = [
         f"latents:     {store.folder}, {len(store)} of {'x'.join(map(str, store.shape[1:]))}, "
         f"view {store.meta.get('view', 'unknown')}",
@@ -234,29 +213,30 @@ def inspect_latents(
         f"classes:     {len(statistics.per_class)} with {statistics.per_class.min()} to "
         f"{statistics.per_class.max()} rows, median {np.median(statistics.per_class):g}",
     ]
+    rows = latents.choose(np.arange(len(store)), look.count, "inspect/latents")
+    kinds = {"decoded": latents.decoded(store.rows(rows)), **latents.source_pictures(rows)}
     differences = {}
-    if sources is not None:
-        kinds["source"] = np.stack([sources.picture(row) for row in rows])
-        if sources.exact and len(rows) > 1:
-            own, other = (
-                _rms(kinds["decoded"], np.roll(kinds["source"], by, axis=0)) for by in (0, len(rows) // 2)
+    if latents.sources is not None and latents.sources.exact and len(rows) > 1:
+        own, other = (
+            _rms(kinds["decoded"], np.roll(kinds["source"], by, axis=0)) for by in (0, len(rows) // 2)
+        )
+        differences = {"own": own, "unrelated": other}
+        levels = f"{own:.1f} levels of 255 (RMS), and by {other:.1f} from other images"
+        lines.append(f"difference:  from their images by {levels}")
+        if own > other / 2:
+            warnings.append(
+                f"the decoded latents differ from their images by {levels}: they are not of these images, "
+                "or not of this VAE"
             )
-            differences = {"own": own, "unrelated": other}
-            levels = f"{own:.1f} levels of 255 (RMS), and by {other:.1f} from other images"
-            lines.append(f"difference:  from their images by {levels}")
-            if own > other / 2:
-                warnings.append(
-                    f"the decoded latents differ from their images by {levels}: they are not of these "
-                    "images, or not of this VAE"
-                )
-    captions = [f"{store.class_names[store.labels[row]]}  #{row}" for row in rows]
+    shown = latents.described_rows(rows)
     meta = {
-        **described(store, vae, sources),
+        **latents.described(),
         "settings": {"count": look.count, "seed": look.seed, "classes": classes},
         "statistics": statistics.as_json(),
         "difference_from_source": differences,
-        "shown": [described_row(store, sources, row) for row in rows],
+        "shown": shown,
     }
+    captions = [f"{each['class']}  #{each['row']}" for each in shown]
     pictures = {"latents.png": bands(kinds, captions), "histogram.png": histogram_picture(statistics)}
     return Inspection(lines, warnings).write(out, pictures, meta)
 

@@ -65,6 +65,14 @@ class Inspection:
         return Inspection(self.lines, self.warnings, [out / name for name in (*pictures, "meta.json")])
 
 
+def prepare_out(out: str | Path, *inputs: str | Path) -> Path:
+    """The folder to write into; raises `UserError` if it is one of the `inputs`, or cannot be written."""
+    if any(Path(out).resolve() == Path(folder).resolve() for folder in inputs):
+        raise UserError(f"--out {out}: is what is inspected; name another folder")
+    check_writable(out)
+    return Path(out)
+
+
 class _Meta(BaseModel):
     """What `encode` writes into the meta file; one from elsewhere may lack every key."""
 
@@ -136,25 +144,6 @@ def open_latents(folder: str | Path, settings: Settings, view: str | None) -> La
     return store
 
 
-def open_vae(store: LatentStore, settings: Settings, device: str | torch.device) -> VAE:
-    """The VAE of the settings; raises `UserError` if the latents are those of another."""
-    encode, stated = settings.encode, store.meta.get("vae_sha256")
-    vae = VAE.from_pretrained(encode.vae, encode.vae_revision, device)
-    latents_path, _, meta_path = latent_files(store.folder, store.split)
-    if stated not in (None, vae.digest):
-        raise UserError(
-            f"{meta_path}: was written for other weights of {vae.id} (SHA-256 {stated[:12]}, now "
-            f"{vae.digest[:12]}); rerun encode (dvc repro), or correct encode.vae"
-        )
-    expected = vae.latent_shape(settings.data.image_size)
-    if tuple(store.shape[1:]) != expected:
-        raise UserError(
-            f"{latents_path}: latents of {list(store.shape[1:])}, but those of {vae.id} at data.image_size "
-            f"{settings.data.image_size} are {list(expected)}; {WAY_OUT}"
-        )
-    return vae
-
-
 class SourceImages:
     """The images that latents were encoded from, by the row of the latents."""
 
@@ -203,27 +192,6 @@ class SourceImages:
         return view[:, ::-1] if self._mirrored and row % self._per_image else view
 
 
-def choose(rows: np.ndarray, count: int, seed: int, what: str) -> np.ndarray:
-    """`count` of `rows` at random without replacement, or all if there are fewer."""
-    return numpy_generator(seed, what).choice(rows, min(count, len(rows)), replace=False)
-
-
-def prepare_out(out: str | Path, *inputs: str | Path) -> Path:
-    """The folder to write into; raises `UserError` if it is one of the `inputs`, or cannot be written."""
-    if any(Path(out).resolve() == Path(folder).resolve() for folder in inputs):
-        raise UserError(f"--out {out}: is what is inspected; name another folder")
-    check_writable(out)
-    return Path(out)
-
-
-def decoded(decode: ImageDecoder, latents: Tensor) -> np.ndarray:
-    """Latents `[n, C, H, W]` -> uint8 `[n, S, S, 3]`; plain red where one is not finite."""
-    finite = latents.isfinite().flatten(1).all(1)
-    images = decode(latents.where(finite[:, None, None, None], 0)).numpy()
-    images[~finite.numpy()] = _RED
-    return images
-
-
 def bands(kinds: Mapping[str, np.ndarray], captions: Sequence[str]) -> Image.Image:
     """Pictures of n things in several kinds: a column per thing, a row per kind with its name to the left.
 
@@ -253,26 +221,72 @@ def _fitting(text: str, pixels: int) -> str:
     return text
 
 
-def described(store: LatentStore, vae: VAE, sources: SourceImages | None) -> dict[str, Any]:
-    """What was read, for `meta.json`."""
-    images = sources and {"count": len(sources.source), "sha256": sources.source.digest}
-    return {
-        "latents": {
-            "folder": str(store.folder),
-            "shape": list(store.shape),
-            "classes": store.num_classes,
-            "view": store.meta.get("view"),
-            "digest": store.digest,
-        },
-        "vae": {"id": vae.id, "revision": vae.revision, "sha256": vae.digest},
-        "images": images,
-    }
+class Latents:
+    """Latents with their VAE and, where they are to be compared, the images that they were encoded from."""
 
+    def __init__(self, folder: str | Path, settings: Settings, look: Look, view: str | None = None):
+        """`view` is what the latents must be of, None for any.
 
-def described_row(store: LatentStore, sources: SourceImages | None, row: int) -> dict[str, Any]:
-    label = int(store.labels[row])
-    shown = {"row": int(row), "label": label, "class": store.class_names[label]}
-    return shown if sources is None else {**shown, "image": sources.name(row)}
+        Raises `UserError` for whatever is missing, damaged, changed or does not belong together.
+        """
+        self.store = open_latents(folder, settings, view)
+        self.sources = SourceImages(self.store, settings, look.root) if look.compare else None
+        encode, stated = settings.encode, self.store.meta.get("vae_sha256")
+        self.vae = vae = VAE.from_pretrained(encode.vae, encode.vae_revision, look.device)
+        latents_path, _, meta_path = latent_files(folder)
+        if stated not in (None, vae.digest):
+            raise UserError(
+                f"{meta_path}: was written for other weights of {vae.id} (SHA-256 {stated[:12]}, now "
+                f"{vae.digest[:12]}); rerun encode (dvc repro), or correct encode.vae"
+            )
+        shape, expected = tuple(self.store.shape[1:]), vae.latent_shape(settings.data.image_size)
+        if shape != expected:
+            raise UserError(
+                f"{latents_path}: latents of {list(shape)}, but those of {vae.id} at data.image_size "
+                f"{settings.data.image_size} are {list(expected)}; {WAY_OUT}"
+            )
+        self._seed = look.seed
+        self._decode = ImageDecoder(vae, min(look.count, settings.hardware.decode_batch))
+
+    def choose(self, rows: np.ndarray, count: int, what: str) -> np.ndarray:
+        """`count` of `rows` at random, or all if there are fewer; in the order of their classes."""
+        rows = numpy_generator(self._seed, what).choice(rows, min(count, len(rows)), replace=False)
+        return rows[np.argsort(self.store.labels[rows], kind="stable")]
+
+    def decoded(self, latents: Tensor) -> np.ndarray:
+        """Latents `[n, C, H, W]` -> uint8 `[n, S, S, 3]`; plain red where one is not finite."""
+        finite = latents.isfinite().flatten(1).all(1)
+        images = self._decode(latents.where(finite[:, None, None, None], 0)).numpy()
+        images[~finite.numpy()] = _RED
+        return images
+
+    def source_pictures(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """The images of `rows` as a kind of `bands`, if they are compared."""
+        return {} if self.sources is None else {"source": np.stack([self.sources.picture(r) for r in rows])}
+
+    def described(self) -> dict[str, Any]:
+        """What was read, for `meta.json`."""
+        store, vae, images = self.store, self.vae, self.sources and self.sources.source
+        return {
+            "latents": {
+                "folder": str(store.folder),
+                "shape": list(store.shape),
+                "classes": store.num_classes,
+                "view": store.meta.get("view"),
+                "digest": store.digest,
+            },
+            "vae": {"id": vae.id, "revision": vae.revision, "sha256": vae.digest},
+            "images": images and {"count": len(images), "sha256": images.digest},
+        }
+
+    def described_rows(self, rows: np.ndarray) -> list[dict[str, Any]]:
+        shown = []
+        for row in rows.tolist():
+            label = int(self.store.labels[row])
+            shown.append({"row": row, "label": label, "class": self.store.class_names[label]})
+            if self.sources is not None:
+                shown[-1]["image"] = self.sources.name(row)
+        return shown
 
 
 def finite_or_none(tree: Any) -> Any:

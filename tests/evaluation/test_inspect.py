@@ -205,7 +205,6 @@ def test_statistics_are_those_of_the_whole_array(tmp_path, monkeypatch, block):
     assert found.per_class.tolist() == [20, 20, 20]
     described = found.as_json()
     assert described["not_finite_rows"] == {"count": 3, "first": [11, 12, 59]}
-    assert described["rows_per_class"] == [20, 20, 20]
 
 
 def test_without_any_finite_number_there_are_no_statistics(tmp_path):
@@ -300,23 +299,6 @@ def test_other_images_are_refused(world, settings, copy, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_labels_that_are_not_those_of_the_images_are_refused(world, settings, copy):
-    meta = json.loads(latent_files(copy)[2].read_text())
-    labels = np.load(latent_files(copy)[1])
-    write_latents(copy, "train", np.load(latent_files(copy)[0]), labels[::-1], meta)
-    assert "labels are not those of the images" in complaint(
-        lambda: SourceImages(LatentStore.open(copy), settings)
-    )
-
-
-def test_an_image_that_no_longer_decodes_is_named(world, settings, tmp_path):
-    images = Path(shutil.copytree(world / "images", tmp_path / "images"))
-    sources = SourceImages(LatentStore.open(world / "center"), settings, str(images))
-    path = images / "train" / "a" / "00.png"
-    path.write_bytes(b"x" * 100)
-    assert f"{path}: does not decode" in complaint(lambda: sources.picture(0))
-
-
 # drift inspect latents
 
 
@@ -353,13 +335,16 @@ def test_the_same_again_and_another_seed(world, settings, tmp_path):
     assert one == two and one[0] != three[0] and one[1] == three[1]
 
 
-def test_latents_of_other_images_are_told(world, settings, tmp_path):
+def test_latents_of_other_images_or_labels_are_told(world, settings, tmp_path):
     meta = json.loads(latent_files(world / "center")[2].read_text())
     latents, labels = (np.load(path) for path in latent_files(world / "center")[:2])
     shuffled = np.random.default_rng(3).permutation(len(latents))
     write_latents(tmp_path / "latents", "train", latents[shuffled], labels, meta)
     found = inspect_latents(tmp_path / "latents", settings, tmp_path / "out", Look(compare=True))
     assert any("differ from their images" in line for line in found.warnings)
+    write_latents(tmp_path / "latents", "train", latents, labels[::-1], meta)
+    told = complaint(lambda: SourceImages(LatentStore.open(tmp_path / "latents"), settings))
+    assert "labels are not those of the images" in told
 
 
 def test_a_latent_that_is_not_finite_is_red(settings, tmp_path):
@@ -417,7 +402,7 @@ def test_the_masked_error_is_that_of_a_plain_loop(world, settings, tmp_path):
     )
     assert both / len(store) == pytest.approx(naive, rel=1e-5)
     assert any("it has learnt nothing" in line for line in found.warnings)
-    assert meta["logged_held_out"] is None and meta["feature_sets"] is None
+    assert meta["feature_sets"] == []
 
 
 def test_the_error_of_the_means_is_that_of_a_network_that_gives_them(world):
@@ -434,23 +419,10 @@ def test_the_error_of_the_means_is_that_of_a_network_that_gives_them(world):
 
 def test_on_the_latents_of_its_training_the_error_is_that_of_the_log(world, settings, trained, tmp_path):
     out = tmp_path / "out"
-    found = inspect_mae(trained, world / "augmented", settings, out)
-    meta = json.loads((out / "meta.json").read_text())
+    inspect_mae(trained, world / "augmented", settings, out)
     last = json.loads((trained / "logs.jsonl").read_text().splitlines()[-1])
-    assert meta["logged_held_out"] == last["held_out"]
-    assert meta["masked_error"]["held out"]["error"] == pytest.approx(last["held_out"], rel=1e-6)
-    assert not any("log" in line for line in found.warnings)
-    assert any("at the end of training" in line for line in found.lines)
-    # On other latents the log says nothing
-    inspect_mae(trained, world / "center", settings, out)
-    assert json.loads((out / "meta.json").read_text())["logged_held_out"] is None
-
-    changed = Path(shutil.copytree(trained, tmp_path / "changed"))
-    model = LatentMAE.from_pretrained(trained)
-    model.decoder.head.weight.data *= 3
-    model.save_pretrained(changed)
-    found = inspect_mae(changed, world / "augmented", settings, out)
-    assert any("weights and log are not of one run" in line for line in found.warnings)
+    error = json.loads((out / "meta.json").read_text())["masked_error"]["held out"]["error"]
+    assert error == pytest.approx(last["held_out"], rel=1e-6)
     found = inspect_mae(trained, world / "augmented", settings.model_copy(update={"seed": 5}), out)
     assert any("seed was 0" in line for line in found.warnings)
 
@@ -509,12 +481,9 @@ def test_the_scale_is_the_mean_distance_of_a_plain_loop():
         assert found[name].rms == pytest.approx(math.sqrt((values**2).mean()), rel=1e-5)
         assert (found[name].locations, found[name].channels) == values.shape[1:]
     assert found["global"].channels == 256
-
-
-def test_a_network_that_works_has_no_problem():
-    found = check(random_mae()).values()
-    assert all(c.problem is None and not c.by_construction for c in found)
-    assert all(c.not_finite == 0 and c.constant_channels == 0 for c in found)
+    for one in found.values():
+        assert one.problem is None and not one.by_construction
+        assert one.not_finite == one.constant_channels == 0
 
 
 def test_zeroed_weights_are_flagged(world, settings, tmp_path):
@@ -565,7 +534,7 @@ def test_weights_that_are_not_finite(world, settings, tmp_path):
 
 def test_features_below_the_guard_of_the_field():
     latents = 1e-4 * torch.from_numpy(normal(12)).float()
-    assert check(random_mae(), latents=latents)["global"].problem == "smaller than the field's guard (0.001)"
+    assert "smaller than the field's guard" in check(random_mae(), latents=latents)["global"].problem
     assert check(random_mae(), latents=latents, guard=1e-6)["global"].problem is None
 
 
@@ -615,9 +584,7 @@ def set_meta(**changes):
         (0, flip_a_byte, "is not what train_meta.json was written for"),
         (1, flip_a_byte, "labels"),
         (0, cut, "is cut short"),
-        (1, cut, "is cut short"),
         (2, cut, "is not JSON"),
-        (0, Path.unlink, "is missing"),
         (2, Path.unlink, "is missing"),
         (2, lambda path: path.write_text("[1]"), "holds list"),
         (2, set_meta(num_classes="3"), 'num_classes is "3"'),
@@ -646,30 +613,23 @@ def test_what_was_changed_is_named_and_nothing_written(settings, copy, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
-def test_latents_of_another_shape_than_the_vae_has(settings, tmp_path):
-    make_store(tmp_path / "latents", normal(6, (4, 4, 4)))
-    told = complaint(lambda: inspect_latents(tmp_path / "latents", settings, tmp_path / "out"))
-    assert "latents of [4, 4, 4]" in told and "[4, 8, 8]" in told
-
-
-def test_a_wrong_folder_or_view(world, settings, tmp_path):
+def test_a_wrong_folder_view_or_shape(world, settings, tmp_path):
     def look(folder, out=tmp_path / "out", **options):
         return complaint(lambda: inspect_latents(folder, settings, out, **options))
 
     assert "there is no such folder of latents" in look(tmp_path / "nowhere")
     assert 'view is "center"' in look(world / "center", view="augmented")
     assert "is what is inspected" in look(world / "center", out=world / "center")
+    make_store(tmp_path / "latents", normal(6, (4, 4, 4)))
+    told = look(tmp_path / "latents")
+    assert "latents of [4, 4, 4]" in told and "[4, 8, 8]" in told
 
 
 @pytest.mark.parametrize(
     ("tamper", "told"),
     [
         (lambda f: cut(f / "model.safetensors"), "model.safetensors: damaged"),
-        (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: is missing"),
-        (lambda f: cut(f / "config.json"), "config.json: damaged"),
         (lambda f: set_meta(base_channels=8)(f / "config.json"), "they are not of one model"),
-        (lambda f: set_meta(model="Generator")(f / "config.json"), "not the config of a LatentMAE"),
-        (lambda f: (f / "settings.yaml").write_text("decides: 3"), "settings.yaml: not what the stage mae"),
         (lambda f: (f / "settings.yaml").write_text("{"), "settings.yaml: not what the stage mae"),
         (shutil.rmtree, "there is no such folder"),
     ],
@@ -709,20 +669,15 @@ def test_one_latent_has_no_features_to_compare(settings, tmp_path):
 def test_bands_put_kinds_below_each_other_and_go_on_below():
     colours = np.arange(10, 130, 10, dtype=np.uint8)  # of 12 things
     one = np.broadcast_to(colours[:, None, None, None], (12, 32, 32, 3))
-    picture = np.asarray(bands({"one": one, "two": one + 100}, [str(c) for c in colours]))
+    captions = ["Mergus serrator, the red-breasted merganser"] * 12
+    picture = np.asarray(bands({"one": one, "two": one + 100}, captions))
     for index, colour in enumerate(colours):
         assert (cell(picture, index, 0, 12, 2) == colour).all()
         assert (cell(picture, index, 1, 12, 2) == colour + 100).all()
-    assert (picture[:, :20] < 128).any()  # the names of the kinds
-    alone = np.asarray(bands({"one": one[:3]}, ["a", "b", "c"]))
-    assert alone.shape[1] == 3 * STEP + 2
-
-
-def test_a_long_caption_stays_within_its_image():
-    image = np.full((2, 96, 96, 3), 200, np.uint8)
-    picture = np.asarray(bands({"one": image}, ["Mergus serrator, the red-breasted merganser", ""]))
-    ink = (picture[: -STEP - 2] < 128).any((0, 2)).nonzero()[0]
-    assert ink.min() >= 2 and 60 < ink.max() <= 98
+    left = picture.shape[1] - 8 * STEP
+    assert (picture[:, : left - 4] < 128).any()  # the names of the kinds
+    heads = picture[: len(picture) // 2 - 2 * STEP - 2, left : left + STEP]
+    assert (heads < 128).any() and (heads[:, -2:] == 255).all()  # a long caption stays within its image
 
 
 # The command

@@ -16,18 +16,9 @@ from drift.evaluation.sample import (
 from drift.models.generator import Generator, GeneratorConfig
 
 CONFIG = GeneratorConfig(
-    in_channels=4,
-    input_size=4,
-    num_classes=3,
-    hidden_size=32,
-    depth=2,
-    num_heads=2,
-    patch_size=2,
-    mlp_ratio=2.0,
-    context_tokens=2,
-    style_codebooks=3,
-    style_entries=8,
-)
+    in_channels=4, input_size=4, num_classes=3, hidden_size=32, depth=2, num_heads=2, patch_size=2,
+    mlp_ratio=2.0, context_tokens=2, style_codebooks=3, style_entries=8,
+)  # fmt: skip
 
 
 class Decoder:
@@ -73,10 +64,6 @@ def test_inputs_of_a_sample_do_not_depend_on_its_company():
     assert not torch.equal(noise, draw_inputs(range(10), CONFIG, 4)[0])
 
 
-def test_labels_in_turn():
-    assert balanced_labels(7, 3).tolist() == [0, 1, 2, 0, 1, 2, 0]
-
-
 def test_labels_of_a_split_are_of_all_its_classes_however_few():
     labels = np.repeat(np.arange(50), [100] * 25 + [60] * 25)  # 4000, class after class
     few = np.bincount(split_labels(labels, 1000, seed=3), minlength=50)
@@ -99,16 +86,13 @@ def test_random_labels_are_uniform_and_independent():
 def test_inputs_are_independent_standard_draws():
     noise, style = draw_inputs(range(2000), CONFIG, 0)
     numbers = noise.flatten(1)  # [2000, 64]
-    assert abs(numbers.mean()) < 0.02
-    assert abs(numbers.std() - 1) < 0.02
-    # Samples next to each other are as uncorrelated as their seeds should make them
-    assert abs((numbers[1:] * numbers[:-1]).mean()) < 0.02
+    assert abs(numbers.mean()) < 0.02 and abs(numbers.std() - 1) < 0.02
+    assert abs((numbers[1:] * numbers[:-1]).mean()) < 0.02  # samples next to each other
     counts = torch.bincount(style.flatten(), minlength=8)
-    assert counts.shape == (8,)
-    assert abs(counts / counts.sum() - 1 / 8).max() < 0.02
+    assert counts.shape == (8,) and abs(counts / counts.sum() - 1 / 8).max() < 0.02
 
 
-@pytest.mark.parametrize(("batch_size", "world_size"), [(7, 1), (3, 2), (7, 2), (64, 1), (1, 3)])
+@pytest.mark.parametrize(("batch_size", "world_size"), [(7, 2), (64, 1), (1, 3)])
 def test_batch_size_and_ranks_change_nothing(generator, batch_size, world_size):
     reference = everything(generator, batch_size=3)
     found = everything(generator, batch_size=batch_size, world_size=world_size)
@@ -191,14 +175,6 @@ def test_images_that_are_not_finite_in_float32_are_not_rounded_to_pictures(preci
     latents[5, 0, 0, 0] = torch.nan
     with pytest.raises(FloatingPointError, match="the VAE's images are not finite"):
         ImageDecoder(VAE(Overflowing(), "stub", precision=precision), 4)(latents)
-
-
-def test_latents_are_the_same_for_any_batch_size(generator):
-    whole = sample_latents(generator, *inputs(14), omega=2.0)
-    parts = [
-        sample_latents(generator, *(x[i : i + 3] for x in inputs(14)), omega=2.0) for i in range(0, 14, 3)
-    ]
-    assert torch.equal(torch.cat(parts), whole)
 
 
 def test_omega_reaches_the_generator(generator):
