@@ -29,7 +29,9 @@ examples:
     parser.add_argument(
         "--vae-by-reference", action="store_true", help="only name the VAE, which must be a hub id then"
     )
-    parser.add_argument("--metrics", type=Path, default=Path("metrics/fid.json"), help="(metrics/fid.json)")
+    parser.add_argument(
+        "--metrics", type=Path, default=Path("reports/protocol.json"), help="(reports/protocol.json)"
+    )
     parser.add_argument("--no-metrics", action="store_true", help="leave them out")
     parser.add_argument("--picture", type=Path, default=Path("plots/samples.png"), help="(plots/samples.png)")
     parser.add_argument("--name", help="of the model, in the card (the folder's name)")

@@ -76,11 +76,9 @@ examples:
                 args.folder or Path("artifacts/latents") / view,
                 settings,
                 args.out or Path("outputs") / f"latents-{_view_of(args.folder, args.view)}",
+                _look(args),
                 view=args.view if args.folder else view,
-                count=args.count,
-                seed=args.seed,
                 progress=sys.stderr.isatty(),
-                **_compared(args),
             )
         )
 
@@ -159,11 +157,9 @@ examples:
                 args.latents,
                 load_settings(args.params),
                 args.out or Path("outputs/mae"),
-                count=args.count,
-                seed=args.seed,
+                _look(args),
                 rows=args.rows,
                 feature_sets=args.check_feature_sets,
-                **_compared(args),
             )
         )
 
@@ -183,14 +179,13 @@ def _add_common(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help=f"where to write ({out})")
 
 
-def _compared(args: argparse.Namespace) -> dict:
+def _look(args: argparse.Namespace):
     import torch
 
-    return {
-        "compare": args.compare_images is not None,
-        "root": args.compare_images or None,
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
-    }
+    from drift.evaluation.inspection import Look
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Look(args.count, args.seed, args.compare_images is not None, args.compare_images or None, device)
 
 
 def _view_of(folder: Path | None, view: str | None) -> str:

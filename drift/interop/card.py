@@ -45,7 +45,7 @@ def export_pipeline(
         weights: which copy of the generator's weights.
         vae: folder or hub id of the VAE, if not the one that the source names.
         include_vae: write the VAE too, or only name it, which needs a hub id.
-        metrics: the `metrics/fid.json` of this generator; None leaves the numbers out.
+        metrics: the `reports/protocol.json` of this generator; None leaves the numbers out.
         picture: a PNG for the card; left out if there is none.
         name, license, dataset: for the card; the last two as the Hugging Face hub names them.
 
@@ -183,7 +183,7 @@ def _read_metrics(path: Path, source: Path, weights: str) -> dict[str, Any]:
         raise UserError(f"{path}: there is no such file; run fid, or add --no-metrics") from None
     except (OSError, ValueError, KeyError, TypeError, AssertionError):
         raise UserError(
-            f"{path}: damaged, or not of the stage fid; run fid again, or add --no-metrics"
+            f"{path}: damaged, or no protocol.json of the stage fid; run fid again, or add --no-metrics"
         ) from None
     folder = source / "generator" if (source / INDEX_FILE).is_file() else source
     if not source.is_dir():
