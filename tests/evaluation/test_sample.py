@@ -18,8 +18,8 @@ from drift.evaluation.sample import (
 from drift.models.generator import Generator
 
 SIZES = {
-    "in_channels": 4, "input_size": 4, "num_classes": 3, "hidden_size": 32, "depth": 2, "num_heads": 2, "patch_size": 2,
-    "mlp_ratio": 2.0, "context_tokens": 2, "style_codebooks": 3, "style_entries": 8,
+    "in_channels": 4, "input_size": 4, "num_classes": 3, "hidden_size": 32, "depth": 2, "num_heads": 2,
+    "patch_size": 2, "mlp_ratio": 2.0, "context_tokens": 2, "style_codebooks": 3, "style_entries": 8,
 }  # fmt: skip
 
 
