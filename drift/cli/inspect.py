@@ -96,9 +96,10 @@ OUT/mae.png     in each column, from above: class, row and masked error; the ima
                 the network's output alone
 OUT/meta.json   what was read, with digests, and all numbers
 
-The masked error is the squared error per masked place, summed over channels, that
-the stage mae logs, of images that were held out of its training and of others. On the latents
-that it was trained on, the former repeats the end of its log. Beside it stands
+The masked error is the squared error per masked place, summed over channels,
+as the stage mae logs it, of images that were held out of its training and of
+others. On the latents that it was trained on, the former repeats the end of its
+log. Beside it stands
 the error of an MAE that knows nothing but the mean of each channel."""
     parser.epilog = """\
 --check-feature-sets prints a table of all feature sets of the drifting loss on 64

@@ -84,6 +84,7 @@ def _plot(curves: Sequence[Curve]) -> bytes:
     for title, x_label, points, name in curves:
         axes[title].plot(*zip(*points, strict=True), marker="." if len(points) < 30 else "", label=name)
         axes[title].set(title=title, xlabel=x_label)
+        axes[title].ticklabel_format(useOffset=False)
         axes[title].grid(alpha=0.3)
         if name:
             axes[title].legend(frameon=False)

@@ -184,6 +184,7 @@ def test_a_local_copy_of_inception_and_what_is_not_the_published_file(tmp_path, 
                 load("bad.pt", mode)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["", "module._orig_mod."])
 def test_the_pytorch_port_is_cleanfids(tmp_path, images, prefix):
     """Against the whole network with the same random weights, its last layer included."""

@@ -355,6 +355,7 @@ def measure_without_waiting(ranks: Ranks, folder: Path) -> None:
     assert found.statistics.mean == pytest.approx(flat(source.images).mean(0), rel=1e-12)
 
 
+@pytest.mark.slow
 def test_processes_on_gpus_wait_for_each_others_rows(tmp_path):
     """Sums on a GPU make no host wait, so it took rows for measured that another had not written yet."""
     assert in_processes(measure_without_waiting, 2, tmp_path, like_nccl=True) == [0, 0]

@@ -221,7 +221,9 @@ def test_what_cannot_be_measured_is_refused(network, reference, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated", "ignore:The `disp` argument")
-@pytest.mark.parametrize("mode", ["clean", "legacy_tensorflow", "legacy_pytorch"])
+@pytest.mark.parametrize(
+    "mode", ["clean", "legacy_tensorflow", pytest.param("legacy_pytorch", marks=pytest.mark.slow)]
+)
 def test_distances_are_cleanfids_of_the_png_folders(tmp_path, monkeypatch, mode):
     """With random weights in the place of Inception's, its 2048 features cut to what 60 images can fill."""
     from cleanfid import fid as cleanfid
