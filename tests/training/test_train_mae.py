@@ -149,10 +149,6 @@ def test_held_out_images_are_measured_by_the_averaged_weights_and_never_trained_
     images = held_out // CROPS
     assert (np.bincount(images)[np.unique(images)] == CROPS).all()  # all crops of each
 
-
-def test_held_out_error_is_that_of_the_averaged_weights(store, tmp_path, monkeypatch):
-    held_out = seen_rows(store, tmp_path, monkeypatch)[-1]
-    model, ema = train(store, tmp_path)  # only loads what is finished
     averaged = LatentMAE.from_config(model.config)
     averaged.load_state_dict(ema.state_dict())
     errors = []
