@@ -70,7 +70,7 @@ def start(project: Project, out: str) -> subprocess.Popen:
 
 def done(project: Project) -> int:
     """Images that are marked as done."""
-    return sum(np.count_nonzero(np.load(m)) for m in project.folder.glob(".work/*/*/latents/images_done.npy"))
+    return sum(np.count_nonzero(np.load(m)) for m in project.folder.glob(".work/*/*/images_done.npy"))
 
 
 def test_it_encodes_and_skips(project, expected):
