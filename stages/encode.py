@@ -34,40 +34,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_output(args.out)
     source = open_images(data.dataset, data.root, "train", data.classes)
     vae = VAE.from_pretrained(encode.vae, encode.vae_revision, precision=encode.precision)
-    code = spawn("stages.encode", argv, wanted_processes(args.nproc, hardware.processes))
-    if code is not None:
+    if (code := spawn("stages.encode", argv, wanted_processes(args.nproc, hardware.processes))) is not None:
         return code
 
     of_other_views = {key for view, keys in VIEW_OPTIONS.items() if view != args.view for key in keys}
-    decides = {
+    inputs = {
         "seed": settings.seed,
         "view": args.view,
         "data": data.model_dump(mode="json"),
-        # Whoever learns at the end that images are damaged may skip them without starting over
+        # Not on_bad_image: whoever learns at the end that images are damaged may skip them and go on
         "encode": encode.model_dump(mode="json", exclude={"on_bad_image", *of_other_views}),
         "images": source.digest,
         "pictures": view_digest(args.view),
         "vae": vae.digest,
     }
-    options = EncodeOptions(
-        view=make_view(args.view, encode),
-        image_size=data.image_size,
-        posterior=encode.posterior,
-        seed=settings.seed,
-        on_bad_image=encode.on_bad_image,
-    )
-    how = {"batch_size": hardware.encode_batch, "workers": hardware.workers}
+    view, remarks = make_view(args.view, encode), settings.remarks("encode")
+    chosen = {"image_size": data.image_size, "posterior": encode.posterior, "seed": settings.seed}
+    options = EncodeOptions(view=view, on_bad_image=encode.on_bad_image, **chosen)
     with (
         join(hardware.time_limit, deterministic=hardware.deterministic) as ranks,
-        Work(
-            "encode", decides, fresh=args.fresh, first=ranks.first, remarks=settings.remarks("encode")
-        ) as work,
+        Work("encode", inputs, fresh=args.fresh, first=ranks.first, remarks=remarks) as work,
         Signals() as signals,
     ):
         if hardware.compile and ranks.device.type == "cuda":
             vae.compile_with(Compiled)
-        how["asked_to_stop"] = lambda: signals.look().stop
         ranks.barrier()
+        how = {"batch_size": hardware.encode_batch, "workers": hardware.workers}
+        how["asked_to_stop"] = lambda: signals.look().stop
         export = encode_view(source, vae.to(ranks.device), work.folder, options, ranks, **how)
         vae.tell_recomputed()
         if ranks.first:

@@ -86,7 +86,7 @@ def encode_view(
     """
     rows = _Rows(Path(folder), source, options.view.per_image)
     if ranks.first:
-        rows.prepare(vae.latent_shape(options.image_size))
+        rows.prepare(vae.latent_shape(options.image_size), retry=options.on_bad_image == "error")
     ranks.barrier()
     marks = rows.marks.read()
     ranks.barrier()  # all have read the marks before one changes them
@@ -97,7 +97,8 @@ def encode_view(
     pictures = _Pictures(source, options, torch.full((workers, 2), -1).share_memory_())
     decoded = _decode(pictures, blocks[ranks.rank :: ranks.world_size], vae.device, asked_to_stop)
     encoded = _encode(decoded, vae, source, options, batch_size)
-    _store(encoded, rows, turns, ranks, asked_to_stop, f"encode {options.view.name}")
+    if turns:
+        _store(encoded, rows, turns, ranks, asked_to_stop, f"encode {options.view.name}")
 
     left_out = np.flatnonzero(rows.marks.read() == _UNDECODABLE)
     remark = "; the meta file lists all. fid leaves out those of other splits (drift fid-selftest names them)"
@@ -158,11 +159,12 @@ class _Rows:
     def marks(self) -> RowFile:
         return RowFile(self._marks)
 
-    def prepare(self, latent_shape: tuple[int, ...]) -> None:
-        """Create the files, or take over those of an earlier run."""
+    def prepare(self, latent_shape: tuple[int, ...], *, retry: bool) -> None:
+        """Create the files, or take over those of an earlier run; `retry` images that did not decode."""
         if self._marks.exists():
             marks = self.marks.read()
-            marks[marks == _UNDECODABLE] = _TO_DO  # may have been repaired
+            if retry:
+                marks[marks == _UNDECODABLE] = _TO_DO  # may have been repaired
         else:
             if self.source.passed_over:
                 print(self.source.passed_over, flush=True)

@@ -354,7 +354,7 @@ def test_images_that_do_not_decode_are_named_at_the_end_and_nothing_is_encoded_t
         assert name in message
     vae = PoolingVAE()
     skipping = encode(damaged, run, CENTER, vae, **SKIP, batch_size=2)
-    assert vae.batches == [2, 2, 2]  # once more for each damaged image, which may have been repaired
+    assert not vae.batches
     assert contents(skipping) == contents(encode(damaged, tmp_path / "b", CENTER, **SKIP))
     assert complaint(lambda: encode(damaged, run, CENTER)) == message
     for name in ("bee/0.png", "bee/5.png", "ant/1.png"):
