@@ -191,7 +191,7 @@ def open_encoder(source: str, store: LatentStore) -> LatentMAE:
     if not Path(source, CONFIG_FILE).is_file():
         raise UserError(
             f"mae.source = {source}: there is no {CONFIG_FILE} in it; name the folder of an encoder that the "
-            "stage mae, drift import-release or drift import-prior has written"
+            "stage mae, drift import-release or drift import-sinkhorn has written"
         )
     model = LatentMAE.from_pretrained(source)
     if model.config.in_channels != store.shape[1]:
