@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,20 +51,27 @@ def adopt_latents(
     """
     out = Path(out)
     _check_destination(out, force)
-    with _fetched(source, "/*_{latents.npy,labels.npy,meta.json}") as folder, _draft(out) as draft:
+    with (
+        _fetched(source, "/*_{latents.npy,labels.npy,meta.json}") as (folder, transfer),
+        _draft(out) as draft,
+    ):
         splits = sorted(path.name.removesuffix("_latents.npy") for path in folder.glob("*_latents.npy"))
         if "train" not in splits:
             raise UserError(f"{folder}: holds no train_latents.npy; name the folder of the latents")
-        remarks, origins = [], {}
-        for split in splits:
-            said, meta, origins[split] = _check_split(folder, split, view, settings)
-            remarks += [f"{split}: {line}" for line in said]
-            for path in latent_files(folder, split)[:2]:
-                _copy(path, draft / path.name)
+        found = {split: _check_split(folder, split, view, settings) for split in splits}
+        for split, (_, meta, _) in found.items():
             write_json(latent_files(draft, split)[2], meta)
+            for path in latent_files(folder, split)[:2]:
+                try:
+                    transfer(path, draft / path.name)
+                except OSError as error:
+                    raise UserError(
+                        f"{path}: cannot be copied ({error.strerror}); mend that, run again"
+                    ) from None
+        origins = {split: origin for split, (_, _, origin) in found.items()}
         record = {"stage": "encode", "adopted": {"source": source, "view": view, "splits": origins}}
         (draft / SETTINGS_FILE).write_text(yaml.safe_dump(record, sort_keys=False), encoding="utf-8")
-    return remarks
+    return [f"{split}: {line}" for split, (remarks, _, _) in found.items() for line in remarks]
 
 
 def adopt_mae(source: str, destination: str | Path, *, force: bool = False) -> LatentMAE:
@@ -79,7 +86,7 @@ def adopt_mae(source: str, destination: str | Path, *, force: bool = False) -> L
     _check_destination(destination, force)
     if not source.endswith(".pt"):
         source = f"{source.rstrip('/')}/checkpoints/{CHECKPOINT}"
-    with _fetched(source, f"/{Path(source).name}") as file, _draft(destination) as draft:
+    with _fetched(source, f"/{Path(source).name}") as (file, _), _draft(destination) as draft:
         return import_sinkhorn_mae(file, draft)
 
 
@@ -128,15 +135,15 @@ def _draft(destination: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _fetched(source: str, pattern: str) -> Iterator[Path]:
-    """`source` on this machine: itself, or the copy that rclone makes in the work folder.
+def _fetched(source: str, pattern: str) -> Iterator[tuple[Path, Callable]]:
+    """`source` on this machine, and how its files are taken: copied, or moved if rclone has copied them here.
 
     rclone goes on with a copy that was cut off. A copy that is refused is removed, as it may have been
     damaged on the way, and refusals name `source`.
     """
     local = Path(source).expanduser()
     if local.exists():
-        yield local
+        yield local, shutil.copyfile
         return
     if not re.match(r"[^/:]+:", source):
         raise UserError(f"{source}: is not there; name a folder, or NAME:PATH of an rclone remote")
@@ -151,21 +158,11 @@ def _fetched(source: str, pattern: str) -> Iterator[Path]:
         )
     found = copy / Path(source).name if pattern == f"/{Path(source).name}" else copy
     try:
-        yield found
+        yield found, shutil.move
     except UserError as error:
         remove(copy)
         raise UserError(str(error).replace(str(found), source.rstrip("/"))) from None
     remove(copy)
-
-
-def _copy(source: Path, copy: Path) -> None:
-    try:
-        if source.is_relative_to(work_root()):
-            shutil.move(source, copy)
-        else:
-            shutil.copyfile(source, copy)
-    except OSError as error:
-        raise UserError(f"{copy}: cannot be written ({error.strerror}); mend that, and run again") from None
 
 
 def _check_split(
