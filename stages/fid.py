@@ -18,8 +18,7 @@ from ruamel.yaml import YAML
 
 import drift
 from drift.autoencoders.kl import VAE
-from drift.data.images import ImageSource, open_images
-from drift.data.listing import class_difference
+from drift.data.datasets import Dataset, class_difference, open_images
 from drift.evaluation.networks import FeatureNetwork, check_feature_network, load_feature_network
 from drift.evaluation.outputs import Outputs, Pictures
 from drift.evaluation.pictures import class_rows, omega_columns
@@ -35,7 +34,8 @@ from drift.evaluation.reference import (
 from drift.evaluation.report import print_report
 from drift.evaluation.sample import ImageDecoder, balanced_labels, random_labels, split_labels
 from drift.evaluation.sweep import Samples, best_entry, check_metrics, evaluate_sweep, sweep_summary
-from drift.models.ema import ema_file
+from drift.models.base import model_files
+from drift.models.ema import ema_variant
 from drift.models.generator import CLASSES_FILE, Generator, read_class_names
 from drift.runtime.errors import UserError
 from drift.runtime.files import sha256, write_json
@@ -65,11 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     made_by = _read_provenance(args.generator)
     trained = made_by["decides"]["drift"]["ema_decays"] if made_by else None
     decays = fid.ema_decays if trained else (None,)
-    weights = {decay: ema_file(trained, decay) if trained else "model" for decay in decays}
+    weights = {decay: ema_variant(trained, decay) if trained else None for decay in decays}
 
     @lru_cache(maxsize=1)
     def load(decay: float | None) -> Generator:
-        return Generator.from_pretrained(args.generator, weights=weights[decay])
+        return Generator.from_pretrained(args.generator, variant=weights[decay])
 
     for decay in reversed(decays):
         load(decay)
@@ -106,10 +106,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             "seed": settings.seed,
             "data": data.model_dump(mode="json"),
             "fid": fid.model_dump(mode="json"),
-            "generator": [
-                sha256(args.generator / name)
-                for name in ("config.json", *(f"{weights[decay]}.safetensors" for decay in decays))
-            ],
+            "generator": list(
+                dict.fromkeys(
+                    sha256(path) for decay in decays for path in model_files(args.generator, weights[decay])
+                )
+            ),
             "vae": vae.digest,
             "features": network.digest,
             "images": training.digest,
@@ -224,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _require_classes(generator: Path, training: ImageSource) -> None:
+def _require_classes(generator: Path, training: Dataset) -> None:
     """Refuse a generator whose labels mean other classes than those of the data, as far as it tells."""
     names = read_class_names(generator)
     if names is None or names == [str(label) for label in range(len(names))]:  # of latents without names
@@ -236,7 +237,7 @@ def _require_classes(generator: Path, training: ImageSource) -> None:
         )
 
 
-def _draw(generator: Generator, decode: ImageDecoder, settings: Settings, training: ImageSource) -> Pictures:
+def _draw(generator: Generator, decode: ImageDecoder, settings: Settings, training: Dataset) -> Pictures:
     fid = settings.fid
     drawn = numpy_generator(settings.seed, "fid/pictures").permutation(settings.data.classes)
     classes = sorted(drawn[: fid.picture_classes].tolist())

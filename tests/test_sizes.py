@@ -81,7 +81,7 @@ import torch
 import drift.training.loop
 from drift.data.latents import LatentStore, write_latents
 from drift.runtime.processes import Ranks
-from drift.models.mae import LatentMAE, MAEConfig
+from drift.models.mae import LatentMAE
 from drift.settings import load_settings
 from drift.training.drift import train_generator
 from drift.training.log import read_log
@@ -103,7 +103,7 @@ with tempfile.TemporaryDirectory() as folder:
         options = settings.drift.model_copy(update={**one_step, **sizes, "ema_decays": (0.999,)})
         drift.training.drift.choose_classes = lambda *args: np.zeros(1, np.int64)  # the one that has images
         drift.training.drift.SampleQueue.require = lambda *args: None
-        encoder = LatentMAE(MAEConfig(base_channels=32, layers=(1, 1, 1, 1)))
+        encoder = LatentMAE(base_channels=32, layers=(1, 1, 1, 1))
         model, (ema,) = train_generator(store, encoder, options, settings.field(), folder=folder, **common)
     else:
         sizes = {"batch_size": 2, "held_out": 0, "finetune_steps": 1, "finetune_ramp_steps": 0}

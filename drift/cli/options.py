@@ -37,7 +37,9 @@ def add_source(parser: argparse.ArgumentParser, name: str) -> None:
     how = {} if name.startswith("-") else {"nargs": "?"}
     parser.add_argument(name, metavar="SOURCE", default=GENERATOR, help=f"the generator ({GENERATOR})", **how)
     parser.add_argument("--rev", metavar="REVISION", help="take SOURCE as of this Git revision, by DVC")
-    parser.add_argument("--weights", default="model", metavar="NAME", help="model, or ema_<decay> (model)")
+    parser.add_argument(
+        "--weights", default="model", metavar="NAME", help="or an EMA copy, as ema_0999 (model)"
+    )
     parser.add_argument("--vae", metavar="VAE", help="folder or hub id, where SOURCE names none or another")
 
 

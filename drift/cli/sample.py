@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--out {out}: the picture's name must end in .png (or ask for --files)")
     check_writable(out if args.files else out.parent)
     pipe = DriftPipeline.from_pretrained(
-        find_source(args.source, args.rev), vae=args.vae, weights=args.weights, revision=args.revision
+        find_source(args.source, args.rev), vae=args.vae, variant=args.weights, revision=args.revision
     ).to(_device(args.device))
     labels = [
         _label(pipe, name) for name in args.classes or range(min(10, pipe.generator.config.num_classes))

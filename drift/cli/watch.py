@@ -1,9 +1,9 @@
 """Show how far the stages at work have come, and how fast.
 
-Runs at work stand first. The speed is that of the last minute, in parentheses the
-mean since the last start. The loss of the stage drift stays nearly constant by
-construction; drift_rms is what falls. It only reads, on any machine that sees the
-work folders; a run elsewhere counts as at work while its log is younger than 5 min.
+Runs at work stand first. The speed is that of the last minute. The loss of the stage
+drift stays nearly constant by construction; drift_rms is what falls. It only reads, on
+any machine that sees the work folders; a run elsewhere counts as at work while its log
+is younger than 5 min.
 
 examples:
   drift watch                               on a terminal, until Ctrl-C

@@ -1,25 +1,22 @@
-"""Which rows a trainer sees: shuffled epochs without end, held-out images, and real samples of classes.
+"""Which rows a trainer sees: endless shuffled epochs, held-out images, and real samples of classes.
 
-Everything here is row indices into a latent store, never latents, so a queue of ImageNet costs megabytes.
-The rows of an image (the image and its mirror) stand together, `per_image` of them.
+Everything here is row indices into a latent store, never latents. The rows of an image (the image and its
+mirror, or its crops) stand together, `per_image` of them. All draws are functions of the seed and the step,
+so a resumed run needs no state.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
-import torch
 
 from drift.runtime.errors import UserError
 from drift.runtime.seeds import numpy_generator
 
 
-@lru_cache(maxsize=3)  # a batch may touch two epochs, a checkpoint the one before as well
+@lru_cache(maxsize=3)  # a batch may touch two epochs
 def epoch_rows(seed: int, epoch: int, images: int, per_image: int = 1) -> np.ndarray:
-    """The rows of one epoch, `[images]`: every image once, by one of its rows, chosen at random (release).
-
-    A function of its arguments. Read-only.
-    """
+    """The rows of one epoch, `[images]`, read-only: each image once, by a row at random (release)."""
     rows = numpy_generator(seed, "data/epoch", epoch).permutation(images)
     if per_image > 1:
         rows = rows * per_image + numpy_generator(seed, "data/mirror", epoch).integers(per_image, size=images)
@@ -28,11 +25,7 @@ def epoch_rows(seed: int, epoch: int, images: int, per_image: int = 1) -> np.nda
 
 
 def batch_rows(step: int, batch_size: int, images: int, seed: int, per_image: int = 1) -> np.ndarray:
-    """The rows of global batch `step`, `[batch_size]`: a pure function of its arguments.
-
-    Batches cut the endless stream of epochs into equal parts, so one may reach over the end of an epoch,
-    or over several where `batch_size` is larger than `images`.
-    """
+    """The rows of global batch `step`, `[batch_size]`: equal cuts of the endless stream of epochs."""
     first, last = step * batch_size, (step + 1) * batch_size
     parts = []
     for epoch in range(first // images, (last - 1) // images + 1):
@@ -41,8 +34,20 @@ def batch_rows(step: int, batch_size: int, images: int, seed: int, per_image: in
     return np.concatenate(parts)
 
 
+def held_out_rows(n: int, per_image: int, count: int, seed: int) -> np.ndarray:
+    """The rows of `count` images that are kept out of training, sorted: `[count * per_image]`.
+
+    `n` are the rows of all images. Raises `UserError` if none would be left to train on.
+    """
+    images = n // per_image
+    if count >= images:
+        raise UserError(f"mae.held_out = {count}: allowed: fewer than the {images} images")
+    chosen = numpy_generator(seed, "mae/held_out").choice(images, count, replace=False)
+    return (np.sort(chosen)[:, None] * per_image + np.arange(per_image)).reshape(-1)
+
+
 def choose_classes(seed: int, step: int, count: int, candidates: np.ndarray) -> np.ndarray:
-    """The classes of a step, `[count]`: as many of the `candidates`, uniformly without replacement.
+    """The classes of a step, `[count]`: so many of the `candidates`, uniformly without replacement.
 
     A class that is several times among the candidates may be drawn as often.
     """
@@ -50,10 +55,7 @@ def choose_classes(seed: int, step: int, count: int, candidates: np.ndarray) -> 
 
 
 class DirectSampling:
-    """Real samples of a step from all of the data.
-
-    It has no state; `push`, `state_after` and `load_state_dict` are there to be exchanged for `SampleQueue`.
-    """
+    """Real samples of a step from all of the data."""
 
     _STREAM = "direct/draw"
 
@@ -74,7 +76,7 @@ class DirectSampling:
         self._ends = np.cumsum(self._sizes)
 
     def push(self, step: int, count: int) -> np.ndarray:
-        """Take in nothing, as all of the data are there at every step; returns no rows."""
+        """The rows that come in at a step: none, as all are there from the start."""
         return np.empty(0, np.int64)
 
     def require(self, positives: int, unconditional: int) -> None:
@@ -101,10 +103,9 @@ class DirectSampling:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Rows for each class slot: of its class `[Nc, positives]`, of any class `[Nc, unconditional]`.
 
-        `classes` are those of the whole step; `slots` picks the ones to draw for, as a process that works
-        on a part of them does (all by default). Within a slot no image is drawn twice, and its randomness
-        is a function of (seed, step, slot), so slots of the same class are drawn independently of each
-        other. Raises `UserError` as `require` does.
+        `classes` are those of the whole step; `slots` picks the ones to draw for (all by default). Within a
+        slot no image is drawn twice. Its randomness is a function of (seed, step, slot), so slots of the same
+        class are drawn independently. Raises `UserError` as `require` does.
         """
         self.require(positives, unconditional)
         slots = range(len(classes)) if slots is None else slots
@@ -112,47 +113,38 @@ class DirectSampling:
         of_any = np.empty((len(slots), unconditional), np.int64)
         for row, slot in enumerate(slots):
             rng = numpy_generator(self.seed, self._STREAM, step, slot)
-            # Without a permutation of all of them: `choice` draws few of many by Floyd's algorithm
+            # `choice` draws few of many by Floyd's algorithm, without a permutation of all
             of_class[row] = self._rows(rng.choice(self.class_images(classes[slot]), positives, False), rng)
             of_any[row] = self._rows(rng.choice(self.global_images(), unconditional, False), rng)
         return of_class, of_any
 
     def class_images(self, label: int) -> np.ndarray:
-        """The images of a class that are drawn from."""
+        """The images of a class to draw from."""
         end = self._ends[label]
         return self._by_class[end - self._sizes[label] : end]
 
     def global_images(self) -> np.ndarray:
-        """The images of any class that are drawn from."""
+        """The images of any class to draw from."""
         return self._by_class
 
     def _rows(self, images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """One row of each image, at random."""
+        """One row of each image: at random."""
         if self._per_image == 1:
             return images
         return images * self._per_image + rng.integers(self._per_image, size=len(images))
-
-    def state_after(self, steps: int, count: int) -> dict[str, torch.Tensor]:
-        """Empty."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take an empty state."""
-        assert not state, list(state)
 
 
 class SampleQueue(DirectSampling):
     """Real samples of a step from the latest `per_class` of each class and `global_size` of all (paper A.8).
 
-    The stream of real samples is that of `batch_rows`, of which all processes together have one queue. An
-    image that comes again while it is still queued moves to the front, by the row that it comes by, instead
-    of filling a second place; so what is drawn without replacement is distinct, and a class with fewer than
-    `per_class` images always holds all of them. Both queues are full from the start: they begin as if a
-    shuffled epoch of its own had already passed. (The release fills its queues by 3000 pushes when it goes on
-    from a checkpoint, after which they are as full; ours go on as they were.)
+    The stream of real samples is that of `batch_rows`; all processes together have one queue. An image that
+    comes again while it is queued moves to the front, by the row that it comes by. So every draw without
+    replacement is of distinct images, and a class with fewer than `per_class` images always holds all of
+    them. The queues are full from the start, as if an epoch of their own had passed, whose first row is the
+    latest. (The release fills its queues by 3000 pushes when it resumes.)
 
-    The state is two numbers per image, the time at which it was last pushed and by which row. A class queue
-    is the images with the latest times, found when it is drawn from, which costs the drawn classes' only.
+    Nothing is stored but the time. The last time at which an image was pushed follows from its places in the
+    current epoch and in the one before.
     """
 
     _STREAM = "queue/draw"
@@ -171,21 +163,32 @@ class SampleQueue(DirectSampling):
         super().__init__(labels, num_classes, seed, class_names, per_image)
         self.per_class = per_class
         self._global_size = global_size
-        self.load_state_dict(self.state_after(0, 0))
+        self._epoch = -1  # none is at hand
+        self._go_to(0)
 
     def push(self, step: int, count: int) -> np.ndarray:
-        """Take in `count` rows of the stream, those of its batch `step`, and return them.
+        """Take in the `count` rows of batch `step` after those of all batches before it; returns its rows."""
+        self._go_to((step + 1) * count)
+        return batch_rows(step, count, len(self._by_class), self.seed, self._per_image)
 
-        `count` must stay the same.
-        """
-        rows = batch_rows(step, count, len(self._pushed), self.seed, self._per_image)
-        images = rows // self._per_image
-        self._pushed[images] = np.arange(step * count, (step + 1) * count)  # one that repeats keeps its last
-        self._pushed_by[images] = rows
-        joined = np.concatenate([images[::-1], self._latest])
-        distinct, first = np.unique(joined, return_index=True)
-        self._latest = distinct[np.argsort(first)][: self._global_size]
-        return rows
+    def _go_to(self, time: int) -> None:
+        """Make the queues what they are after the first `time` rows of the stream."""
+        images = len(self._by_class)
+        epoch, self._into = divmod(time, images)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            current, before = (epoch_rows(self.seed, e, images, self._per_image) for e in (epoch, epoch - 1))
+            self._current, self._before = current, before[::-1] if epoch == 0 else before
+            # Where in its epoch each image is; the earlier epoch's places are negative
+            self._place, self._place_before = np.empty(images, np.int64), np.empty(images, np.int64)
+            self._place[self._current // self._per_image] = np.arange(images)
+            self._place_before[self._before // self._per_image] = np.arange(-images, 0)
+        latest = self._current[: self._into][::-1][: self._global_size] // self._per_image
+        if len(latest) < self._global_size:
+            older = self._before[::-1] // self._per_image
+            older = older[self._place[older] >= self._into]  # those that have not come again
+            latest = np.concatenate([latest, older[: self._global_size - len(latest)]])
+        self._latest = latest
 
     def require(self, positives: int, unconditional: int) -> None:
         """Raise `UserError` if a queue holds fewer images than are drawn, that of any class included."""
@@ -204,55 +207,21 @@ class SampleQueue(DirectSampling):
     def class_images(self, label: int) -> np.ndarray:
         """The images in the queue of a class, latest first."""
         images = super().class_images(label)
-        return images[np.argsort(-self._pushed[images])[: self.per_class]]
+        pushed = np.where(self._came_again(images), self._place[images], self._place_before[images])
+        return images[np.argsort(-pushed)[: self.per_class]]
 
     def global_images(self) -> np.ndarray:
         """The images in the global queue, latest first."""
         return self._latest
 
+    def _came_again(self, images: np.ndarray) -> np.ndarray:
+        """Whether the current epoch has had each image."""
+        return self._place[images] < self._into
+
     def _rows(self, images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """The row by which each image was pushed."""
-        return self._pushed_by[images]
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """The state as tensors that share no memory with the queue."""
-        return _tensors(self._pushed.copy(), self._pushed_by.copy())
-
-    def state_after(self, steps: int, count: int) -> dict[str, torch.Tensor]:
-        """`state_dict()` of a new queue after `push(0, count)`, ..., `push(steps - 1, count)`.
-
-        Whatever this queue has taken in: one that is filled ahead of training is ahead of its checkpoints.
-        """
-        n = len(self._by_class)
-        epoch, into = divmod(steps * count, n)
-        before = (epoch - 1) * n + np.arange(n)
-        if epoch == 0:
-            before = -np.arange(1, n + 1)  # the warm-up, whose first row counts as the latest
-        pushed, pushed_by = np.empty(n, np.int64), np.empty(n, np.int64)
-        for past, times in ((epoch - 1, before), (epoch, epoch * n + np.arange(into))):
-            rows = epoch_rows(self.seed, past, n, self._per_image)[: len(times)]
-            pushed[rows // self._per_image], pushed_by[rows // self._per_image] = times, rows
-        return _tensors(pushed, pushed_by)
-
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Go on from the state of a queue over the same labels."""
-        pushed, pushed_by = (state[name].cpu().numpy().copy() for name in ("pushed", "pushed_by"))
-        assert pushed.shape == pushed_by.shape == self._by_class.shape, (pushed.shape, self._by_class.shape)
-        self._pushed, self._pushed_by = pushed, pushed_by  # [images]
-        self._latest = np.argsort(-pushed)[: self._global_size]
-
-
-def _tensors(pushed: np.ndarray, pushed_by: np.ndarray) -> dict[str, torch.Tensor]:
-    return {"pushed": torch.from_numpy(pushed), "pushed_by": torch.from_numpy(pushed_by)}
-
-
-def held_out_rows(n: int, per_image: int, count: int, seed: int) -> np.ndarray:
-    """The rows of `count` images that are kept out of training, sorted: `[count * per_image]`.
-
-    The images are a function of the seed; `n` are the rows of all. Raises `UserError` if none would be left.
-    """
-    images = n // per_image
-    if count >= images:
-        raise UserError(f"mae.held_out = {count}: allowed: fewer than the {images} images")
-    chosen = numpy_generator(seed, "mae/held_out").choice(images, count, replace=False)
-    return (np.sort(chosen)[:, None] * per_image + np.arange(per_image)).reshape(-1)
+        """One row of each image: that by which it was pushed."""
+        return np.where(
+            self._came_again(images),
+            self._current[self._place[images]],
+            self._before[self._place_before[images]],
+        )

@@ -30,8 +30,8 @@ from drift.evaluation.inspect_writing import (
 )
 from drift.evaluation.sample import ImageDecoder
 from drift.field.distances import distances
-from drift.models.base import CONFIG_FILE
-from drift.models.mae import LatentMAE, MAEConfig, draw_mask
+from drift.models.base import model_files
+from drift.models.mae import LatentMAE, draw_mask
 from drift.runtime.errors import UserError
 from drift.runtime.files import sha256
 from drift.runtime.processes import Ranks
@@ -83,7 +83,7 @@ def check_feature_sets(
     parts = [model.encode(part, drop_duplicates=drop_duplicates) for part in latents.split(_BATCH)]
     sets = {name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}
     sets["global"] = latents.float().flatten(1)[:, None]
-    constant_sets = _constant_by_construction(model.config, sets)
+    constant_sets = _constant_by_construction(model, sets)
     rms = {name: float(values.square().mean().sqrt()) for name, values in sets.items()}
     checks = []
     for name, values in sets.items():
@@ -121,7 +121,7 @@ def check_feature_sets(
     return checks
 
 
-def _constant_by_construction(config: MAEConfig, sets: Mapping[str, Tensor]) -> set[str]:
+def _constant_by_construction(model: LatentMAE, sets: Mapping[str, Tensor]) -> set[str]:
     """Sets that are the same for all samples, up to rounding, whatever the weights of the MAE are.
 
     The moments over a whole map that a norm with one group per channel has just made; and the standard
@@ -133,7 +133,7 @@ def _constant_by_construction(config: MAEConfig, sets: Mapping[str, Tensor]) -> 
         if re.fullmatch(r".*_std", name) and sets[name.removesuffix("_std")].shape[1] == 1
     }
     for stage in range(4):
-        if config.norm_groups >= config.base_channels * 2**stage:
+        if model.norm_groups >= model.config.base_channels * 2**stage:
             moments = re.compile(rf"layer{stage + 1}(_(mean|std)(_\d+)?)?")
             found |= {n for n, values in sets.items() if moments.fullmatch(n) and values.shape[1] == 1}
     return found
@@ -146,7 +146,7 @@ def error_of_means(model: LatentMAE, store: LatentStore, rows: np.ndarray, ratio
     """
     latents = store.rows(rows)  # [n, C, H, W]
     means = latents.mean(dim=(0, 2, 3))[:, None, None]
-    hidden = _hidden(_masks(model, store, rows, ratio, seed, "mae/held_out"), model.config.patch_size)
+    hidden = _hidden(_masks(model, store, rows, ratio, seed, "mae/held_out"), model.patch_size)
     errors = (latents - means).square() * hidden
     return float((errors.sum(dim=(1, 2, 3)) / hidden.sum(dim=(1, 2, 3)).clamp(min=1)).mean())
 
@@ -256,8 +256,7 @@ def inspect_mae(
     meta = {
         "mae": {
             "folder": str(folder),
-            "weights_sha256": sha256(folder / "model.safetensors"),
-            "config_sha256": sha256(folder / CONFIG_FILE),
+            "sha256": {file.name: sha256(file) for file in model_files(folder)},
         },
         "latents": describe_latents(store),
         "vae": {"id": vae.id, "revision": vae.revision, "sha256": vae.digest},
@@ -342,7 +341,7 @@ def _mae_pictures(
     """The kinds of `bands`, and the masked error of each row."""
     latents = store.rows(rows)  # [n, C, H, W]
     mask = _masks(model, store, rows, ratio, seed, "inspect/mask")
-    hidden = _hidden(mask, model.config.patch_size)
+    hidden = _hidden(mask, model.patch_size)
     outputs, errors = [], []
     with torch.inference_mode():
         for x, m, h in zip(latents.split(_BATCH), mask.split(_BATCH), hidden.split(_BATCH), strict=True):
@@ -378,9 +377,9 @@ def _hidden(mask: Tensor, patch: int) -> Tensor:
 
 def _require_fit(folder: Path, model: LatentMAE, store: LatentStore) -> None:
     config = model.config
-    if config.input_patch_size != 1:
+    if model.input_patch_size != 1:
         raise UserError(
-            f"{folder}: an MAE of pixels (input_patch_size {config.input_patch_size}); name one of latents"
+            f"{folder}: an MAE of pixels (input_patch_size {model.input_patch_size}); name one of latents"
         )
     if config.in_channels != store.shape[1]:
         raise UserError(

@@ -8,8 +8,10 @@ import numpy as np
 import torch
 
 from drift.autoencoders.kl import VAE
-from drift.data.images import VIEWS, BadImage, center_view, open_images
+from drift.data.datasets import open_images
+from drift.data.images import BadImage
 from drift.data.latents import LatentStore, file_hashes, latent_files
+from drift.data.views import VIEWS, center_view
 from drift.runtime.errors import UserError
 from drift.runtime.seeds import numpy_generator
 from drift.settings import Settings

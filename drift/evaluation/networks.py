@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from drift.evaluation.batches import in_batches
+from drift.models.base import model_files
 from drift.models.classifier import ImageClassifier
 from drift.runtime.errors import UserError
 from drift.runtime.files import check_readable, sha256, without_wrappers
@@ -310,7 +311,7 @@ def _load_classifier(folder: str, device: torch.device, workers: int) -> Feature
     return FeatureNetwork(
         name=folder,
         dimension=network.config.feature_dim,
-        digest=_digest(*(sha256(Path(folder, part)) for part in ("config.json", "model.safetensors"))),
+        digest=_digest(*map(sha256, model_files(Path(folder)))),
         device=device,
         resize=make_resizer("PIL", False, "bicubic", (size, size)),
         extract=network.features,

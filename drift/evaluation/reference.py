@@ -19,14 +19,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from drift.data.images import (
-    ImageFiles,
-    ImageSource,
-    center_views,
-    open_images,
-    refuse_or_leave_out,
-    view_digest,
-)
+from drift.data.datasets import Dataset, ImageFiles, open_images, refuse_or_leave_out
+from drift.data.views import center_views, view_digest
 from drift.evaluation.batches import one_behind
 from drift.evaluation.moments import AllReduceSum, Moments, alone, frechet_distance
 from drift.evaluation.networks import FeatureNetwork
@@ -99,7 +93,7 @@ class Reference:
     """Where the statistics are; `load_statistics` takes a copy of it anywhere."""
 
 
-def open_reference(name: str, dataset: str, root: str | None, classes: int) -> ImageSource | None:
+def open_reference(name: str, dataset: str, root: str | None, classes: int) -> Dataset | None:
     """The real images that `name` means: a split of the dataset, or a folder (a path with a slash).
 
     None for an `.npz` of statistics. Raises `UserError` if they are not there.
@@ -157,7 +151,7 @@ def load_statistics(path: str | Path, dimension: int, features: str | None = Non
 
 
 def measure_images(
-    source: ImageSource,
+    source: Dataset,
     network: FeatureNetwork,
     cache: Path,
     *,
@@ -217,7 +211,7 @@ def measure_images(
                     on_images(min(before + progress.n * peers.world_size, count))
             peers.wait()
             bad = store.undecodable()
-            refuse_or_leave_out(source, chosen[bad], on_bad_image, told=peers.first)
+            refuse_or_leave_out(source, chosen[bad], on_bad_image, show=peers.first)
             require_enough(count - len(bad), network, f"real images of {source.split} that decode")
             if len(bad):
                 store, chosen = FeatureStore(folder, leave_out=bad), np.delete(chosen, bad)

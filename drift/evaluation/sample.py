@@ -10,12 +10,13 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from diffusers.configuration_utils import FrozenDict
 from torch import Tensor
 from tqdm import tqdm
 
 from drift.autoencoders.kl import VAE, Rounding, to_uint8
 from drift.evaluation.batches import in_batches
-from drift.models.generator import Generator, GeneratorConfig
+from drift.models.generator import Generator
 from drift.runtime.seeds import numpy_generator, torch_generator
 
 
@@ -24,7 +25,7 @@ def sample_generator(seed: int, index: int) -> torch.Generator:
     return torch_generator(seed, "fid/sample", index)
 
 
-def draw_sample(config: GeneratorConfig, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+def draw_sample(config: FrozenDict, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """What a generator network with `config` turns into one sample, beside its label.
 
     Returns noise `[C, H, W]` and style indices `[S]`, uniform in each codebook, on the device of the random
@@ -40,7 +41,7 @@ def draw_sample(config: GeneratorConfig, generator: torch.Generator | None) -> t
 
 def draw_inputs(
     indices: Sequence[int],
-    config: GeneratorConfig,
+    config: FrozenDict,
     seed: int,
     device: str | torch.device = "cpu",
 ) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,16 @@
-"""Weights and formats of others."""
+"""Other people's weights and formats. Names are imported when they are used, since they bring diffusers."""
 
-from drift.interop.release import import_prior_mae as import_sinkhorn_mae
+import importlib
 
-__all__ = ["import_sinkhorn_mae"]
+_HOMES = {
+    "DriftPipeline": "drift.interop.pipeline",
+    "import_release": "drift.interop.release",
+    "import_sinkhorn_mae": "drift.interop.sinkhorn_paper",
+}
+__all__ = ["DriftPipeline", "import_release", "import_sinkhorn_mae"]
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 import drift
 from drift.evaluation.report import format_report
 from drift.interop.pipeline import INDEX_FILE, DriftPipeline
-from drift.models.base import CONFIG_FILE
+from drift.models.base import model_files
 from drift.runtime.errors import UserError
 from drift.runtime.files import check_output, replace_folder, sha256
 from drift.runtime.work import SETTINGS_FILE
@@ -62,7 +62,7 @@ def export_pipeline(
         raise UserError(f"{destination}: is there already; name another folder, or add --force")
     check_output(destination)
     measured = None if card.metrics is None else _read_metrics(card.metrics, source, weights)
-    pipeline = DriftPipeline.from_pretrained(source, vae=vae, weights=weights)
+    pipeline = DriftPipeline.from_pretrained(source, vae=vae, variant=weights)
     if not include_vae and Path(pipeline.vae_reference["id"]).is_dir():
         raise UserError(
             f"the VAE {pipeline.vae_reference['id']} is a local folder, which others do not have; export it "
@@ -101,7 +101,7 @@ def _write_card(
     )
     vae = (pipeline.vae_reference or {}).get("id", "not named")
     million = sum(parameter.numel() for parameter in pipeline.generator.parameters()) / 1e6
-    config = json.loads((folder / "generator" / CONFIG_FILE).read_text(encoding="utf-8"))
+    config = {key: value for key, value in pipeline.generator.config.items() if not key.startswith("_")}
     made_by = folder / SETTINGS_FILE
     settings = yaml.safe_load(made_by.read_text(encoding="utf-8"))["decides"] if made_by.exists() else {}
     ModelCard.from_template(
@@ -143,10 +143,9 @@ def _read_metrics(path: Path, source: Path, weights: str) -> dict[str, Any]:
             f"{path}: missing, damaged, or not of the stage fid; run fid, or add --no-metrics"
         ) from None
     folder = source / "generator" if (source / INDEX_FILE).is_file() else source
-    needed = folder / f"{weights}.safetensors"
-    if needed.is_file() and not {sha256(folder / CONFIG_FILE), sha256(needed)} <= digests:
+    if not set(map(sha256, model_files(folder, weights))) <= digests:
         raise UserError(
-            f"{path}: these are the metrics of another generator than {needed}; run fid on this one, or add "
-            "--no-metrics"
+            f"{path}: these are the metrics of another generator than {weights} in {folder}; run fid on this "
+            "one, or add --no-metrics"
         )
     return measured

@@ -21,8 +21,8 @@ import numpy as np
 import yaml
 
 from drift.autoencoders.kl import CONFIG_FILE, known_scaling_factor
-from drift.data.images import VIEW_OPTIONS
 from drift.data.latents import LatentStore, check_meta, file_facts, latent_files
+from drift.data.views import VIEW_OPTIONS
 from drift.interop import import_sinkhorn_mae
 from drift.models import LatentMAE
 from drift.runtime.errors import UserError, one_of
@@ -99,12 +99,12 @@ def use_encoder(folder: Path, params: Path, latents: Path) -> dict[str, Any]:
     from dvc.utils.serialize import modify_yaml
 
     changed: dict[str, Any] = {"mae.source": str(folder)}
-    if not (latents / load_settings(params).mae.view).exists():
-        changed |= {"mae.view": "center", "views": ["center"]}
+    center_only = not (latents / load_settings(params).mae.view).exists()
     with modify_yaml(params) as content:
-        for key, value in changed.items():
-            section, _, name = key.rpartition(".")
-            (content[section] if section else content)[name] = value
+        content["mae"]["source"] = str(folder)
+        if center_only:
+            changed |= {"mae.view": "center", "views": ["center"]}
+            content["mae"]["view"], content["views"][:] = "center", ["center"]  # in the list's own style
     return changed
 
 

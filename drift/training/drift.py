@@ -8,7 +8,7 @@ the classes are taken some at a time, and the gradients of the parts add up to t
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from drift.data.latents import LatentReader, LatentStore, pinned
 from drift.field.couplings import COUPLINGS
 from drift.field.settings import FieldSettings
 from drift.models.ema import EMA
-from drift.models.generator import Generator, GeneratorConfig
+from drift.models.generator import Generator
 from drift.models.mae import LatentMAE
 from drift.runtime.errors import one_of
 from drift.runtime.processes import Ranks
@@ -43,22 +43,22 @@ def _by_temperature(field: FieldSettings) -> list[str]:
     return ["drift_rms", "neighbours", *COUPLINGS[field.coupling].statistics]
 
 
-def generator_config(options: Drift, store: LatentStore) -> GeneratorConfig:
+def generator_config(options: Drift, store: LatentStore) -> dict[str, Any]:
     """Sizes of the generator of `options` for the latents of `store`."""
     _, channels, height, _ = store.shape
-    return GeneratorConfig(
-        in_channels=channels,
-        input_size=height,
-        num_classes=store.num_classes,
-        hidden_size=options.hidden,
-        depth=options.depth,
-        num_heads=options.heads,
-        patch_size=options.patch,
-        mlp_ratio=options.mlp_ratio,
-        context_tokens=options.context_tokens,
-        style_codebooks=options.style_codebooks,
-        style_entries=options.style_entries,
-    )
+    return {
+        "in_channels": channels,
+        "input_size": height,
+        "num_classes": store.num_classes,
+        "hidden_size": options.hidden,
+        "depth": options.depth,
+        "num_heads": options.heads,
+        "patch_size": options.patch,
+        "mlp_ratio": options.mlp_ratio,
+        "context_tokens": options.context_tokens,
+        "style_codebooks": options.style_codebooks,
+        "style_entries": options.style_entries,
+    }
 
 
 def summarise(statistics: Mapping[str, Mapping[str, Tensor]], field: FieldSettings) -> dict[str, Tensor]:
@@ -95,8 +95,8 @@ def train_generator(
     mine = ranks.share(options.classes_per_step, "drift.classes_per_step")  # of the Nc class slots
     slots = range(mine.start, mine.stop)
     torch.manual_seed(derive_seed(seed, "drift/init"))
-    config = generator_config(options, store)
-    model = Generator(config).to(ranks.device)
+    model = Generator(**generator_config(options, store)).to(ranks.device)
+    config = model.config
     model.activation_checkpointing = hardware.activation_checkpointing
     network = Compiled(model, "generator") if hardware.compile else model
     frozen = FrozenEncoder(encoder, ranks.device, compile=hardware.compile)
@@ -205,7 +205,6 @@ def train_generator(
         ranks=ranks,
         folder=folder,
         what="drift",
-        extra=real,
     )
     return model, emas
 
@@ -291,9 +290,3 @@ class RealSamples:
         classes = choose_classes(self._seed, step, options.classes_per_step, candidates)
         rows = self._sampling.draw(step, classes, options.positives, options.unconditional, slots)
         return classes, *rows
-
-    def state_after(self, steps: int) -> dict[str, Tensor]:
-        return self._sampling.state_after(steps, self._options.push_per_step)
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self._sampling.load_state_dict(state)

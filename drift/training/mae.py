@@ -13,6 +13,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from drift.data.bank import batch_rows, held_out_rows
 from drift.data.latents import LatentReader, LatentStore, pinned
 from drift.models.base import CONFIG_FILE
 from drift.models.ema import EMA
-from drift.models.mae import LatentMAE, MAEConfig, draw_mask
+from drift.models.mae import LatentMAE, draw_mask
 from drift.runtime.errors import UserError
 from drift.runtime.processes import Ranks
 from drift.runtime.progress import read_log
@@ -41,16 +42,16 @@ HELD_OUT_COLUMNS = ("held_out",)
 SOURCE_IMAGES = 1000
 
 
-def mae_config(options: Mae, store: LatentStore) -> MAEConfig:
+def mae_config(options: Mae, store: LatentStore) -> dict[str, Any]:
     """Sizes of the MAE of `options` for the latents of `store`."""
-    return MAEConfig(
-        in_channels=store.shape[1],
-        base_channels=options.width,
-        layers=options.layers,
-        patch_size=options.mask_patch,
-        num_classes=store.num_classes,
-        norm_groups=options.norm_groups,
-    )
+    return {
+        "in_channels": store.shape[1],
+        "base_channels": options.width,
+        "layers": options.layers,
+        "patch_size": options.mask_patch,
+        "num_classes": store.num_classes,
+        "norm_groups": options.norm_groups,
+    }
 
 
 def class_share(step: int, options: Mae) -> float:
@@ -97,7 +98,7 @@ def train_mae(
     held_out = held_out_rows(len(store), store.per_image, options.held_out, seed)
     training = np.setdiff1d(np.arange(len(store)), held_out, assume_unique=True)
     torch.manual_seed(derive_seed(seed, "mae/init"))
-    model = LatentMAE(mae_config(options, store)).to(ranks.device)
+    model = LatentMAE(**mae_config(options, store)).to(ranks.device)
     network = Compiled(model, "MAE") if hardware.compile else model
     grid = model.mask_grid(*store.shape[2:])
 

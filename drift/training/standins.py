@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from drift.autoencoders.kl import VAE, to_float
 from drift.data.images import augmented_view, center_view, open_images
-from drift.models.classifier import ClassifierConfig, ImageClassifier
+from drift.models.classifier import ImageClassifier
 from drift.runtime.errors import UserError
 from drift.runtime.files import check_output, replace_folder
 from drift.runtime.processes import run_stage
@@ -98,7 +98,7 @@ def train_classifier(steps: int, seed: int = 0) -> tuple[ImageClassifier, list[f
     labels = torch.from_numpy(source.labels)
 
     torch.manual_seed(derive_seed(seed, "standins/classifier/init"))
-    model = ImageClassifier(ClassifierConfig(image_size=IMAGE_SIZE, num_classes=CLASSES))
+    model = ImageClassifier(image_size=IMAGE_SIZE, num_classes=CLASSES)
 
     def loss_of(step: int) -> Tensor:
         generator = torch_generator(seed, "standins/classifier/batch", step)

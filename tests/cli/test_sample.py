@@ -71,7 +71,7 @@ def test_it_writes_files(folder, pipe, tmp_path):
         (["--classes", "dog"], "'dog'"),
         (["--classes", "3"], "the classes are 0 to 2"),
         (["--out", "grid.jpg"], "grid.jpg"),
-        (["--weights", "ema_0.5"], "ema_0.5"),
+        (["--weights", "ema_0.5"], "ema_05"),
         (["--device", "abacus"], "abacus"),
         (["--vae", "no-vae"], "no-vae"),
     ],

@@ -14,8 +14,9 @@ from PIL import Image
 
 from drift import cli
 from drift.autoencoders.kl import VAE, to_uint8
-from drift.data.images import DigitImages, open_images
+from drift.data.datasets import DigitImages, open_images
 from drift.data.latents import LatentStore, latent_files, write_latents
+from drift.data.views import make_view
 from drift.evaluation import inspect_latents as inspection_of_latents
 from drift.evaluation.inspect_features import check_feature_sets, error_of_means, inspect_mae
 from drift.evaluation.inspect_latents import (
@@ -27,17 +28,18 @@ from drift.evaluation.inspect_latents import (
 )
 from drift.evaluation.inspect_reading import SourceImages
 from drift.evaluation.inspect_writing import bands
-from drift.models.mae import LatentMAE, MAEConfig, draw_mask
+from drift.models.base import WEIGHTS_FILE
+from drift.models.mae import LatentMAE, draw_mask
 from drift.runtime.seeds import torch_generator
 from drift.settings import load_settings
-from drift.training.encode import encode_view
+from drift.training.encode import EncodeOptions, encode_view
 from stages import mae as mae_stage
 
 VAE_FOLDER = "pretrained/digits_vae"
 CLASSES, IMAGES = 3, 4  # per class
 SCALE = 3  # that an image of 32 pixels is shown at
 STEP = SCALE * 32 + 2  # from one image of a picture to the next
-MAE = MAEConfig(in_channels=4, base_channels=16, layers=(1, 1, 1, 1), norm_groups=8, num_classes=CLASSES)
+MAE = {"in_channels": 4, "base_channels": 16, "layers": (1,) * 4, "norm_groups": 8, "num_classes": CLASSES}
 
 
 @pytest.fixture(autouse=True)
@@ -85,24 +87,17 @@ def world(tmp_path_factory):
         patch.chdir(ROOT)
         settings = load_settings(folder / "params.yaml")
         source = open_images("folder", settings.data.root, "train", CLASSES)
+        crop = {"crop_scale": (0.9, 1.0), "crop_ratio": (1.0, 1.0), "flip": False}
         for view in ("center", "augmented"):
-            encoded = encode_view(
-                source,
-                VAE.from_pretrained(VAE_FOLDER),
-                folder / "work" / view,
-                dataset="folder",
-                view=view,
+            options = EncodeOptions(
+                view=make_view(view, settings.encode.model_copy(update=crop)),
                 image_size=32,
-                crops=2,
-                crop_scale=(0.9, 1.0),
-                crop_ratio=(1.0, 1.0),
-                flip=False,
-                mirror=True,
                 posterior="mean",
                 seed=0,
                 on_bad_image="skip",
-                batch_size=8,
             )
+            vae, work = VAE.from_pretrained(VAE_FOLDER), folder / "work" / view
+            encoded = encode_view(source, vae, work, options, batch_size=8)
             shutil.copytree(encoded, folder / view)
     return folder
 
@@ -137,9 +132,9 @@ def trained(world):
     return world / "mae"
 
 
-def random_mae(config: MAEConfig = MAE) -> LatentMAE:
+def random_mae(**sizes) -> LatentMAE:
     torch.manual_seed(0)
-    return LatentMAE(config).eval()
+    return LatentMAE(**(sizes or MAE)).eval()
 
 
 def make_store(folder, latents, labels=None, **meta) -> LatentStore:
@@ -458,7 +453,7 @@ def test_the_error_of_the_means_is_that_of_a_network_that_gives_them(world):
             return means[None, :, None, None].expand_as(x), x.new_zeros(len(x), 1)
 
     masks = torch.cat([draw_mask((1, 4, 4), 0.5, torch_generator(7, "mae/held_out", int(r))) for r in rows])
-    naive = naive_error(Means(MAE), store.rows(rows), masks, 2)
+    naive = naive_error(Means(**MAE), store.rows(rows), masks, 2)
     assert error_of_means(random_mae(), store, rows, 0.5, 7) == pytest.approx(naive, rel=1e-5)
 
 
@@ -604,7 +599,7 @@ def test_features_below_the_guard_of_the_field():
 
 def test_sets_that_are_constant_by_construction_are_no_warning():
     """With one channel per group in the first two stages, whatever the weights are."""
-    model = random_mae(MAEConfig(base_channels=16, layers=(1, 1, 1, 1), norm_groups=16, num_classes=3))
+    model = random_mae(base_channels=16, layers=(1, 1, 1, 1), norm_groups=16, num_classes=3)
     for module in model.modules():
         if isinstance(module, torch.nn.GroupNorm):
             module.weight.data.normal_()
@@ -697,11 +692,11 @@ def test_a_wrong_folder_or_view(world, settings, tmp_path):
 @pytest.mark.parametrize(
     ("tamper", "told"),
     [
-        (lambda f: cut(f / "model.safetensors"), "model.safetensors: damaged"),
-        (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: is missing"),
-        (lambda f: cut(f / "config.json"), "config.json: damaged"),
-        (lambda f: set_meta(base_channels=8)(f / "config.json"), "they are not of one model"),
-        (lambda f: set_meta(model="Generator")(f / "config.json"), "not the config of a LatentMAE"),
+        (lambda f: cut(f / WEIGHTS_FILE), f"{WEIGHTS_FILE}: damaged"),
+        (lambda f: (f / WEIGHTS_FILE).unlink(), f"{WEIGHTS_FILE}: is missing"),
+        (lambda f: cut(f / "config.json"), "config.json: missing or damaged"),
+        (lambda f: set_meta(base_channels=8)(f / "config.json"), "does not fit config.json"),
+        (lambda f: set_meta(_class_name="Generator")(f / "config.json"), "not the config of a LatentMAE"),
         (lambda f: (f / "settings.yaml").write_text("decides: 3"), "settings.yaml: not what the stage mae"),
         (lambda f: (f / "settings.yaml").write_text("{"), "settings.yaml: not what the stage mae"),
         (shutil.rmtree, "there is no such folder"),
@@ -716,14 +711,14 @@ def test_an_mae_that_was_changed(world, settings, trained, tmp_path, tamper, tol
 
 
 def test_an_mae_of_other_inputs(world, settings, tmp_path):
-    def look(config):
-        random_mae(config).save_pretrained(tmp_path / "mae")
+    def look(**sizes):
+        random_mae(**sizes).save_pretrained(tmp_path / "mae")
         return complaint(lambda: inspect_mae(tmp_path / "mae", world / "center", settings, tmp_path / "out"))
 
     shape = {"base_channels": 8, "layers": (1, 1, 1, 1), "norm_groups": 2}
-    assert "3 channels" in look(MAEConfig(in_channels=3, **shape))
-    assert "an MAE of pixels" in look(MAEConfig(input_patch_size=2, **shape))
-    assert "cannot be masked in squares" in look(MAEConfig(patch_size=3, **shape))
+    assert "3 channels" in look(in_channels=3, **shape)
+    assert "an MAE of pixels" in look(input_patch_size=2, **shape)
+    assert "cannot be masked in squares" in look(patch_size=3, **shape)
 
 
 def test_one_latent_has_no_features_to_compare(settings, tmp_path):
@@ -798,10 +793,10 @@ def test_the_command_prints_numbers_warnings_and_files(world, tmp_path, capsys, 
     assert "masked error:" in out and "layer3_mean_2" not in out and "layer3_mean " in out
     assert {path.name for path in (tmp_path / "c").iterdir()} == {"mae.png", "meta.json"}
 
-    cut(Path(shutil.copytree(trained, tmp_path / "cut")) / "model.safetensors")
+    cut(Path(shutil.copytree(trained, tmp_path / "cut")) / WEIGHTS_FILE)
     code, out, err = run(capsys, "mae", tmp_path / "cut", "--latents", world / "center", *params)
     assert (code, out) == (2, "")
-    assert err.startswith("error: ") and err.count("\n") == 1 and "model.safetensors" in err
+    assert err.startswith("error: ") and err.count("\n") == 1 and WEIGHTS_FILE in err
 
 
 def test_without_a_folder_it_is_that_of_the_view(world, tmp_path, capsys, monkeypatch):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from drift.evaluation import networks as features
 from drift.evaluation.networks import check_feature_network, fetch, load_feature_network
-from drift.models.classifier import ClassifierConfig, ImageClassifier
+from drift.models.classifier import ImageClassifier
 from drift.runtime.errors import UserError
 
 CONTENT = bytes(range(256)) * 400
@@ -249,7 +249,7 @@ def test_any_torchscript_file(tmp_path, images):
 @pytest.fixture
 def classifier(tmp_path):
     torch.manual_seed(0)
-    model = ImageClassifier(ClassifierConfig(image_size=12, num_classes=4)).eval()
+    model = ImageClassifier(image_size=12, num_classes=4).eval()
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.kaiming_normal_(parameter)  # features of order 1 without any training

@@ -11,7 +11,9 @@ from processes import in_processes
 from standins import peers_of, run_ranks
 
 from drift.data import images as image_module
-from drift.data.images import BadImage, ImageFiles, center_view, open_images
+from drift.data.datasets import ImageFiles, open_images
+from drift.data.images import BadImage
+from drift.data.views import center_view
 from drift.evaluation import reference as module
 from drift.evaluation.moments import trace_by_eigenvalues
 from drift.evaluation.reference import (

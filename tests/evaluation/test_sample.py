@@ -13,9 +13,9 @@ from drift.evaluation.sample import (
     sample_latents,
     split_labels,
 )
-from drift.models.generator import Generator, GeneratorConfig
+from drift.models.generator import Generator
 
-CONFIG = GeneratorConfig(
+CONFIG = Generator(
     in_channels=4,
     input_size=4,
     num_classes=3,
@@ -27,7 +27,7 @@ CONFIG = GeneratorConfig(
     context_tokens=2,
     style_codebooks=3,
     style_entries=8,
-)
+).config
 
 
 class Decoder:
@@ -40,7 +40,7 @@ class Decoder:
 @pytest.fixture(scope="module")
 def generator():
     torch.manual_seed(0)
-    model = Generator(CONFIG).eval()
+    model = Generator.from_config(CONFIG).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # the last layer starts at zero
             parameter.normal_(0, 0.2)

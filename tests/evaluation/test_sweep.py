@@ -11,7 +11,7 @@ from PIL import Image
 from standins import peers_of, random_port, run_ranks, save_inception
 from torch_fidelity_shim import calculate_precision_recall_full, isc_features_to_metric
 
-from drift.data.images import ImageFiles
+from drift.data.datasets import ImageFiles
 from drift.evaluation.metrics import kernel_distance
 from drift.evaluation.moments import frechet_distance
 from drift.evaluation.networks import load_feature_network

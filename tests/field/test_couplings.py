@@ -8,7 +8,7 @@ import pytest
 import torch
 from field_inputs import draw, loss_and_grad, relative_error
 
-from drift.field import FieldSettings
+from drift.field import FieldSettings, couplings
 from drift.field.couplings import COUPLINGS, Coupling, Row, Sinkhorn, Unbalanced, register
 from drift.field.settings import contradictions
 
@@ -144,3 +144,16 @@ def test_both_ways_to_sum_agree(coupling, masked, span, monkeypatch):
     torch.testing.assert_close(fast.statistics, plain.statistics, rtol=1e-3, atol=1e-4)
     if masked:
         assert (plain.weights.diagonal(dim1=2, dim2=3) == 0).all()
+
+
+@pytest.mark.slow
+def test_fused_sums_are_the_same(monkeypatch):
+    z = 5 * logits(2, 3, 6, 6).float()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    plain = Sinkhorn(sinkhorn_iters=30).plan(z.clone(), torch.ones(2, 6)).weights
+    monkeypatch.undo()
+    monkeypatch.setattr(couplings, "_fastest_log_sum", couplings._fastest_log_sum)
+    couplings.fuse()
+    monkeypatch.setattr(couplings, "_log_sums_by_kernel", lambda logits, around: couplings._log_sums(logits))
+    fused = Sinkhorn(sinkhorn_iters=30).plan(z.clone(), torch.ones(2, 6)).weights
+    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-8)

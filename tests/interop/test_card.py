@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 def metrics_of(folder, file):
     entry = {"omega": 2.0, "ema_decay": None, "fid": 3.14159, "inception_score": 9.5}
     protocol = {"features": "inception", "reference_images": 50, "floor_images": 9, "mode": "clean"}
-    digests = [sha256(folder / name) for name in ("config.json", "model.safetensors")]
+    digests = [sha256(folder / name) for name in ("config.json", "diffusion_pytorch_model.safetensors")]
     result = {
         "best": entry, "sweep": [entry], "floor": 1.0, "training": None, "images": 100,
         "classifier_accuracy_real": None, "protocol": protocol | {"generator_sha256": digests},

@@ -1,5 +1,6 @@
 """DriftPipeline, the folders it reads and writes, and the commands sample and export."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,7 +11,8 @@ import pytest
 import torch
 from complaints import complaint
 from imports import ROOT
-from small_generator import VAE_FOLDER, write_generator
+from safetensors.torch import save_file
+from small_generator import SIZES, VAE_FOLDER, write_generator
 
 from drift.autoencoders.kl import VAE
 from drift.evaluation.sample import ImageDecoder, sample_images
@@ -36,32 +38,24 @@ def test_pixels_are_those_of_the_fid_stage_and_do_not_depend_on_company(folder, 
     generator = Generator.from_pretrained(folder)
     expected = torch.cat([i for _, i in sample_images(generator, decode, range(40), labels, 1.5, 9, 64)])
     for indices in (range(40), [5], [30, 2, 39]):
-        images = pipe(
-            labels[list(indices)].tolist(),
-            omega=1.5,
-            generator=pipe.sample_generators(9, indices),
-            rounding=rounding,
-        ).images
+        generators = pipe.sample_generators(9, indices)
+        images = pipe(labels[list(indices)], omega=1.5, generator=generators, rounding=rounding).images
         for index, image in zip(indices, images, strict=True):
             assert np.array_equal(np.asarray(image), expected[index])
 
 
+@pytest.mark.slow
 def test_the_same_pixels_in_a_fresh_process_after_export(folder, pipe, tmp_path):
     """With nothing of the original in reach."""
     export_pipeline(folder, tmp_path / "exported", Card("x"))
     program = (
-        "import sys, numpy as np; from drift.interop.pipeline import DriftPipeline\n"
+        "import sys, numpy as np; from drift.interop import DriftPipeline\n"
         "pipe = DriftPipeline.from_pretrained(sys.argv[1])\n"
         "np.save('images.npy', pipe([2, 0], omega=2, generator=pipe.sample_generators(4, [1, 8]), "
         "output_type='np').images)"
     )
-    subprocess.run(
-        [sys.executable, "-c", program, "exported"],
-        cwd=tmp_path,
-        check=True,
-        capture_output=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+    command, environment = [sys.executable, "-c", program, "exported"], os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, env=environment)
     expected = pipe([2, 0], omega=2, generator=pipe.sample_generators(4, [1, 8]), output_type="np").images
     assert np.array_equal(np.load(tmp_path / "images.npy"), expected)
 
@@ -98,17 +92,39 @@ def test_one_generator_for_all_repeats(pipe):
     )
     assert torch.equal(first, second) and not torch.equal(first[0], first[1])
     torch.manual_seed(5)
-    free = pipe([0], output_type="latent").images
-    assert not torch.equal(free[0], first[0])
+    assert not torch.equal(pipe([0], output_type="latent").images[0], first[0])
 
 
-def test_names_of_classes(pipe):
+@pytest.mark.parametrize(
+    "labels",
+    [np.array([2, 0]), np.array([2, 0], np.uint8), [np.int64(2), np.int32(0)], torch.tensor([2, 0]),
+     np.array(["7", "tench"]), (2, np.int64(0)), ["7", "Tinca tinca"]],
+)  # fmt: skip
+def test_labels_are_numbers_of_any_kind_or_names(pipe, labels):
+    def latents(labels, count=2):
+        generators = pipe.sample_generators(0, np.arange(count))
+        return pipe(labels, generator=generators, output_type="latent").images
+
+    assert torch.equal(latents(labels), latents([2, 0]))
+    assert torch.equal(latents(labels[0], 1), latents([2], 1))
     assert pipe.labels == {"7": 2, "Tinca tinca": 0, "cat": 1, "tench": 0, "tench, Tinca tinca": 0}
-    assert pipe.get_label_ids(["cat", "Tinca tinca"]) == [1, 0]
-    by_name = pipe(["tench", 1], generator=pipe.sample_generators(0, [0, 1]), output_type="latent").images
-    by_number = pipe([0, 1], generator=pipe.sample_generators(0, [0, 1]), output_type="latent").images
-    assert torch.equal(by_name, by_number)
-    assert "Tinca tinca" in complaint(lambda: pipe.get_label_ids("tinca"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"class_labels": [3]}, "class 3: the classes are 0 to 2"),
+        ({"class_labels": [-1]}, "class -1"),
+        ({"class_labels": np.array([0.5])}, "class 0.5: is neither a number nor a name"),
+        ({"class_labels": ["tinca"]}, "'tinca': no class has this name; try Tinca tinca"),
+        ({"class_labels": []}, "class_labels is empty"),
+        ({"class_labels": [0], "output_type": "jpeg"}, "'jpeg'"),
+        ({"class_labels": [0, 1], "generator": [torch.Generator()]}, "1 generators for 2 class labels"),
+        ({"class_labels": [0], "noise": torch.zeros(1, 4, 8, 8)}, "noise [1, 4, 8, 8]"),
+    ],
+)
+def test_what_cannot_be_is_refused(pipe, arguments, named):
+    assert named in complaint(lambda: pipe(**arguments))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -124,37 +140,6 @@ def test_half_precision_is_near_and_moves_back(folder, dtype):
     half = DriftPipeline.from_pretrained(folder, torch_dtype=dtype)
     assert half.vae.dtype == half.generator.dtype == dtype
     assert set(pipe.components) == {"generator", "vae"}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        ({"class_labels": [3]}, "class 3: the classes are 0 to 2"),
-        ({"class_labels": [-1]}, "class -1"),
-        ({"class_labels": np.array([0.5])}, "class 0.5: is neither a number nor a name"),
-        ({"class_labels": ["dog"]}, "'dog'"),
-        ({"class_labels": []}, "class_labels is empty"),
-        ({"class_labels": [0], "output_type": "jpeg"}, "'jpeg'"),
-        ({"class_labels": [0, 1], "generator": [torch.Generator()]}, "1 generators for 2 class labels"),
-        ({"class_labels": [0], "noise": torch.zeros(1, 4, 8, 8)}, "noise [1, 4, 8, 8]"),
-    ],
-)
-def test_what_cannot_be_is_told(pipe, arguments, told):
-    assert told in complaint(lambda: pipe(**arguments))
-
-
-@pytest.mark.parametrize(
-    "labels",
-    [np.array([2, 0]), np.array([2, 0], np.uint8), [np.int64(2), np.int32(0)], torch.tensor([2, 0]),
-     np.array(["7", "tench"]), (2, np.int64(0))],
-)  # fmt: skip
-def test_labels_may_be_of_numpy_and_pytorch(pipe, labels):
-    def latents(labels, count=2):
-        generators = pipe.sample_generators(0, np.arange(count))
-        return pipe(labels, generator=generators, output_type="latent").images
-
-    assert torch.equal(latents(labels), latents([2, 0]))
-    assert torch.equal(latents(labels[0], 1), latents([2], 1))
 
 
 class Offload:
@@ -234,7 +219,7 @@ def test_networks_can_be_moved_while_it_runs(pipe):
     assert modes and not any(modes)
 
 
-def test_images_that_are_not_finite_are_told(folder):
+def test_images_that_are_not_finite_are_refused(folder):
     pipe = DriftPipeline.from_pretrained(folder)
     with torch.no_grad():
         next(pipe.vae.decoder.conv_out.parameters()).fill_(float("nan"))
@@ -243,49 +228,68 @@ def test_images_that_are_not_finite_are_told(folder):
 
 def test_latents_need_no_vae(folder, pipe):
     bare = DriftPipeline.from_pretrained(folder, load_vae=False)
-    arguments = {"class_labels": [1], "generator": pipe.sample_generators(0, [3]), "output_type": "latent"}
-    found = bare(**arguments).images
-    arguments["generator"] = pipe.sample_generators(0, [3])
-    assert bare.vae is None and torch.equal(found, pipe(**arguments).images)
+    found, expected = (
+        p([1], generator=pipe.sample_generators(0, [3]), output_type="latent").images for p in (bare, pipe)
+    )
+    assert bare.vae is None and torch.equal(found, expected)
     assert "no VAE" in complaint(lambda: bare([0]))
 
 
-def test_saved_and_loaded(pipe, tmp_path):
-    pipe.save_pretrained(tmp_path / "whole")
-    pipe.save_pretrained(tmp_path / "bare", include_vae=False)
-    assert {path.name for path in (tmp_path / "whole").iterdir()} == {"model_index.json", "generator", "vae"}
-    assert not (tmp_path / "bare/vae").exists()
-    assert "_name_or_path" not in (tmp_path / "whole/vae/config.json").read_text()  # of this machine
-    for name in ("whole", "bare"):
-        again = DriftPipeline.from_pretrained(tmp_path / name)
-        assert again.id2label == pipe.id2label and again.vae_reference["id"] == VAE_FOLDER
-        for a, b in zip(again.vae.parameters(), pipe.vae.parameters(), strict=True):
-            assert torch.equal(a, b)
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("include_vae", [True, False])
+def test_saved_and_loaded(pipe, tmp_path, include_vae):
+    pipe.save_pretrained(tmp_path, include_vae=include_vae)
+    assert {path.name for path in tmp_path.iterdir()} - {"vae"} == {"model_index.json", "generator"}
+    assert (tmp_path / "vae").exists() == include_vae
+    assert not any(
+        "_name_or_path" in path.read_text() for path in tmp_path.rglob("*.json")
+    )  # of this machine
+    again = DriftPipeline.from_pretrained(tmp_path)
+    assert again.id2label == pipe.id2label and again.vae_reference == {"id": VAE_FOLDER, "revision": None}
+    assert same(again.vae, pipe.vae) and same(again.generator, pipe.generator)
+
+
+def test_exports_of_the_first_version_are_read(pipe, tmp_path):
+    pipe.vae.save_pretrained(tmp_path / "vae")
+    (tmp_path / "generator").mkdir()
+    save_file(pipe.generator.state_dict(), tmp_path / "generator/model.safetensors")
+    (tmp_path / "generator/config.json").write_text(json.dumps({"model": "Generator", **SIZES}))
+    index = {
+        "_class_name": "DriftPipeline", "generator": ["drift.models", "Generator"],
+        "vae": ["diffusers", "AutoencoderKL"], "vae_reference": None, "id2label": {"0": "a", "1": "b", "2": "c"},
+    }  # fmt: skip
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    former = DriftPipeline.from_pretrained(tmp_path)
+    assert same(former.vae, pipe.vae) and same(former.generator, pipe.generator) and former.labels["c"] == 2
 
 
 def test_variants_are_named_as_in_diffusers(folder, pipe, tmp_path):
     half = DriftPipeline.from_pretrained(folder, torch_dtype=torch.float16)
-    half.save_pretrained(tmp_path / "p", variant="fp16", safe_serialization=True)
-    assert {path.name for path in (tmp_path / "p").rglob("*.safetensors")} == {
-        "model.fp16.safetensors", "diffusion_pytorch_model.fp16.safetensors"
-    }  # fmt: skip
+    half.save_pretrained(tmp_path, variant="fp16", safe_serialization=True)
+    names = [path.name for path in tmp_path.rglob("*.safetensors")]
+    assert names == ["diffusion_pytorch_model.fp16.safetensors"] * 2
     options = {"variant": "fp16", "torch_dtype": torch.float16, "use_safetensors": True}
-    again = DriftPipeline.from_pretrained(tmp_path / "p", **options)
-    for name in ("generator", "vae"):
-        pairs = zip(getattr(again, name).parameters(), getattr(half, name).parameters(), strict=True)
-        assert all(a.dtype == torch.float16 and torch.equal(a, b) for a, b in pairs)
-    # a VAE without that variant is taken as it is; a generator is not
-    pipe.vae.save_pretrained(tmp_path / "p/vae")
-    (tmp_path / "p/vae/diffusion_pytorch_model.fp16.safetensors").unlink()
-    assert DriftPipeline.from_pretrained(tmp_path / "p", variant="fp16").vae.dtype == torch.float32
-    assert "model.bf16.safetensors: is missing; weights in that folder: model.fp16" in complaint(
-        lambda: DriftPipeline.from_pretrained(tmp_path / "p", variant="bf16")
+    again = DriftPipeline.from_pretrained(tmp_path, **options)
+    assert (
+        again.dtype == torch.float16 and same(again.generator, half.generator) and same(again.vae, half.vae)
+    )
+    # An EMA copy has no VAE of its own
+    pipe.vae.save_pretrained(tmp_path / "vae")
+    half.generator.float().save_pretrained(tmp_path / "generator", variant="ema_0999")
+    for variant in ("ema_0999", "ema_0.999"):
+        copy = DriftPipeline.from_pretrained(tmp_path, variant=variant)
+        assert same(copy.generator, half.generator) and same(copy.vae, pipe.vae)
+    assert "model.bf16.safetensors: is missing" in complaint(
+        lambda: DriftPipeline.from_pretrained(tmp_path, variant="bf16")
     )
     assert "safetensors only" in complaint(
-        lambda: DriftPipeline.from_pretrained(tmp_path / "p", use_safetensors=False)
+        lambda: DriftPipeline.from_pretrained(tmp_path, use_safetensors=False)
     )
-    with pytest.raises(TypeError, match="takes no scheduler"):
-        DriftPipeline.from_pretrained(tmp_path / "p", scheduler=None)
+    with pytest.raises(TypeError, match="takes no weights"):
+        DriftPipeline.from_pretrained(tmp_path, weights="ema_0.999")
 
 
 def test_options_of_the_hub_are_handed_on(pipe, tmp_path, monkeypatch):
@@ -308,17 +312,16 @@ def test_a_vae_that_was_given_is_not_taken_for_the_one_it_replaces(folder, pipe,
 
 
 def test_a_folder_without_settings_needs_a_vae(folder, tmp_path):
-    bare = tmp_path / "imported"
-    bare.mkdir()
-    for name in ("config.json", "model.safetensors"):
-        shutil.copyfile(folder / name, bare / name)
+    bare = shutil.copytree(folder, tmp_path / "imported")
+    (bare / "settings.yaml").unlink()
     assert "VAE" in complaint(lambda: DriftPipeline.from_pretrained(bare))
     assert DriftPipeline.from_pretrained(bare, vae=VAE_FOLDER)([1]).images[0].size == (16, 16)
 
 
 @pytest.mark.parametrize(
-    "name", ["model_index.json", "generator/config.json", "generator/model.safetensors", "vae/config.json",
-             "vae/diffusion_pytorch_model.safetensors"],
+    "name",
+    ["model_index.json", "generator/config.json", "generator/diffusion_pytorch_model.safetensors",
+     "vae/config.json", "vae/diffusion_pytorch_model.safetensors"],
 )  # fmt: skip
 def test_damaged_files_are_refused_by_name(pipe, tmp_path, name):
     pipe.save_pretrained(tmp_path / "p")

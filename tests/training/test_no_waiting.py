@@ -19,7 +19,6 @@ import drift.training.mae
 from drift.data.latents import LatentStore, write_latents
 from drift.field import FieldSettings
 from drift.models import LatentMAE
-from drift.models.mae import MAEConfig
 from drift.runtime.processes import Ranks
 from drift.settings import load_settings
 from drift.training.drift import train_generator
@@ -103,9 +102,7 @@ def store(tmp_path) -> LatentStore:
 
 
 def train(store, folder, field, **changes):
-    encoder = LatentMAE(
-        MAEConfig(in_channels=2, base_channels=8, layers=(1, 1, 1, 1), num_classes=4, norm_groups=2)
-    )
+    encoder = LatentMAE(in_channels=2, base_channels=8, layers=(1, 1, 1, 1), num_classes=4, norm_groups=2)
     hardware = SETTINGS.hardware.model_copy(update=changes)
     train_generator(store, encoder, DRIFT, field, seed=0, hardware=hardware, ranks=META, folder=folder)
 

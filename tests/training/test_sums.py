@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from processes import in_processes
 
 from drift.runtime.sums import PairwiseSum, pairwise_sum
 
@@ -50,22 +49,3 @@ def test_tensors_of_the_last_term_may_come_one_by_one(count):
         parts.add([tensor.clone() for tensor in term])
     came = {index: parts.finish(index, lists[-1][index]) for index in (1, 2, 0)}
     assert all(torch.equal(came[index], expected) for index, expected in enumerate(whole.total()))
-
-
-def add_share(ranks, folder):
-    part = COUNT // ranks.world_size
-    mine = pairwise_sum(terms()[ranks.rank * part : (ranks.rank + 1) * part])
-    result = ranks.sum(mine)
-    assert result is mine
-    number, scalar = ranks.sum(torch.tensor([ranks.rank])), ranks.sum(torch.tensor(0.5))
-    torch.save([result, number, scalar], folder / f"{ranks.rank}.pt")
-
-
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_processes_add_up_to_the_same_bits(tmp_path, world_size):
-    assert in_processes(add_share, world_size, tmp_path) == [0] * world_size
-    for rank in range(world_size):
-        total, number, scalar = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert torch.equal(total, pairwise_sum(terms()))
-        assert number.tolist() == [sum(range(world_size))]
-        assert scalar.item() == 0.5 * world_size

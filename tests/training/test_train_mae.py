@@ -161,7 +161,7 @@ def test_held_out_images_are_never_trained_on(store, tmp_path, monkeypatch):
 def test_held_out_error_is_that_of_the_averaged_weights(store, tmp_path, monkeypatch):
     held_out = seen_rows(store, tmp_path, monkeypatch)[-1]
     model, ema = train(store, tmp_path)  # only loads what is finished
-    averaged = LatentMAE(model.config)
+    averaged = LatentMAE.from_config(model.config)
     averaged.load_state_dict(ema.state_dict())
     errors = []
     for row in held_out:

@@ -1,0 +1,359 @@
+"""The sections of `params.yaml`: every key, its default, and what it does.
+
+The defaults are those of the paper's ablation on ImageNet, with the release's choices. A default never
+changes without a line in CHANGELOG.md and tests/defaults.yaml: neither DVC nor a run's fingerprint would notice.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from drift.field.settings import unused
+
+Count = Annotated[int, Field(strict=True, ge=1)]
+CountOrZero = Annotated[int, Field(strict=True, ge=0)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Positive = Annotated[Number, Field(gt=0)]
+NotNegative = Annotated[Number, Field(ge=0)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+Decay = Annotated[Number, Field(ge=0, lt=1)]
+Omega = Annotated[Number, Field(ge=1)]
+Switch = Annotated[bool, Field(strict=True)]
+Text = Annotated[str, Field(strict=True, min_length=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def without_effect(self) -> dict[str, str]:
+        """The keys that change nothing beside the others, and why."""
+        return {}
+
+
+class Data(Section):
+    dataset: Literal["digits", "folder"]
+    """`digits`: scikit-learn's handwritten digits. `folder`: images as ROOT/<split>/<class>/*."""
+    root: Text | None = None
+    """Folder of the images for `dataset: folder`; null otherwise."""
+    image_size: Count = 256
+    """Side in pixels of the square images that the VAE sees."""
+    classes: Count = 1000
+    """Number of classes; checked against the data."""
+
+    def without_effect(self) -> dict[str, str]:
+        return unused((self.dataset != "folder", f"dataset is {self.dataset}", "root"))
+
+
+class Encode(Section):
+    vae: Text = "stabilityai/sd-vae-ft-mse"
+    """AutoencoderKL of diffusers: a local folder or a hub id."""
+    vae_revision: Text | None = None
+    """Revision on the hub; null is its default branch."""
+    posterior: Literal["mean", "sample"] = "sample"
+    """The posterior's mean (prior) or one draw from it (release)."""
+    mirror: Switch = True
+    """Store every image's mirror beside it, in the centre view (release)."""
+    crops: Count = 4
+    """Random crops per image in the augmented view."""
+    crop_scale: tuple[Positive, Positive] = (0.2, 1.0)
+    """Smallest and largest share of the image's area in a random crop."""
+    crop_ratio: tuple[Positive, Positive] = (0.75, 1.3333333333)
+    """Smallest and largest aspect ratio of a random crop."""
+    flip: Switch = True
+    """Mirror a random crop with probability one half."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """Of images that do not decode, told together at the end: refuse to go on, or leave them out; of those
+    that fid compares with as well."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the VAE, by autocast. In bfloat16 it is faster and writes other latents; what is not finite in it is
+    computed again in float32. On a GPU PyTorch's convolutions in float32 round their inputs to TF32."""
+
+
+class Optimizer(Section):
+    """AdamW with a linear warm-up, as both trainers use it (paper A.3, Table 8)."""
+
+    steps: Count = 30000
+    lr: Positive = 2e-4
+    """Peak learning rate."""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """What follows the warm-up."""
+    lr_final: Share = 0.03
+    """Cosine: the last learning rate as a share of the peak."""
+    warmup_steps: CountOrZero = 5000
+    warmup_start_lr: NotNegative = 1e-6
+    """Learning rate of the first step of the warm-up."""
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
+    weight_decay: NotNegative = 0.01
+    grad_clip: Positive = 2.0
+    """Largest norm of the whole gradient."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the networks, by autocast, also where the MAE's held-out error is measured; weights, their moments
+    and the field stay float32. With bfloat16, features of locations and patches are held in it too; with
+    float16, the loss is scaled."""
+
+    @model_validator(mode="after")
+    def _warm_up_fits(self):
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps = {self.warmup_steps}: allowed: at most steps ({self.steps})")
+        return self
+
+    def without_effect(self) -> dict[str, str]:
+        return unused(
+            (self.lr_schedule == "constant", "lr_schedule is constant", "lr_final"),
+            (self.warmup_steps == 0, "warmup_steps is 0", "warmup_start_lr"),
+        )
+
+
+class Mae(Optimizer):
+    lr: Positive = 4e-3
+    warmup_steps: CountOrZero = 4000
+    source: Text | None = None
+    """Folder of an encoder to take as it is, from here or imported, instead of training one; null trains."""
+    view: Literal["center", "augmented"] = "augmented"
+    """The view that the MAE trains on: `augmented` (paper). With a `source`, `center` will do."""
+    width: Count = 256
+    """Channels of the stem and the first stage; later stages have 2, 4 and 8 times as many."""
+    layers: tuple[Count, Count, Count, Count] = (3, 4, 6, 3)
+    """Residual blocks of the four stages."""
+    norm_groups: Count = 32
+    """Groups of every GroupNorm; the release has 32."""
+    mask_patch: Count = 2
+    """Side of the square patches that are masked together."""
+    mask_ratio: Annotated[Number, Field(gt=0, lt=1)] = 0.5
+    """Probability that a patch is masked."""
+    batch_size: Count = 8192
+    """Latents per step, over all processes."""
+    ema_decay: Decay = 0.9995
+    finetune_steps: CountOrZero = 0
+    """The last steps, in which a class loss is mixed in (paper A.3); 0 is none."""
+    finetune_weight: Share = 0.1
+    """Share of the class loss at the end of its ramp; the rest is that of the masked error."""
+    finetune_ramp_steps: CountOrZero = 1000
+    """Steps over which that share rises from 0, its value at the first of them; 0 is no ramp."""
+    held_out: CountOrZero = 2000
+    """Images, all crops of each, that are kept out of training to measure reconstruction on; 0 is none."""
+    evaluate_every: Count = 1000
+    """Steps between two such measurements, which are taken with the EMA weights."""
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.width % self.norm_groups:
+            raise ValueError(f"norm_groups = {self.norm_groups}: allowed: a divisor of width ({self.width})")
+        if self.finetune_steps > self.steps:
+            raise ValueError(f"finetune_steps = {self.finetune_steps}: allowed: at most steps ({self.steps})")
+        return self
+
+    def without_effect(self) -> dict[str, str]:
+        if self.source is not None:  # plainly trains nothing
+            return {}
+        return super().without_effect() | unused(
+            (self.finetune_steps == 0, "finetune_steps is 0", "finetune_weight finetune_ramp_steps"),
+            (self.held_out == 0, "held_out is 0", "evaluate_every"),
+        )
+
+
+class Drift(Optimizer):
+    hidden: Count = 768
+    depth: Count = 12
+    heads: Count = 12
+    patch: Count = 2
+    """Side of the generator's patches, in latent pixels."""
+    mlp_ratio: Positive = 4.0
+    context_tokens: CountOrZero = 16
+    """In-context conditioning tokens in front of the sequence."""
+    style_codebooks: CountOrZero = 32
+    style_entries: Count = 64
+    """Entries of each style codebook."""
+    classes_per_step: Count = 64
+    """Classes of one step, over all processes (Nc)."""
+    generated: Annotated[int, Field(strict=True, ge=2)] = 64
+    """Generated samples per class and step (N)."""
+    positives: Count = 64
+    """Real samples of the class per step (P)."""
+    unconditional: CountOrZero = 16
+    """Real samples of any class per class and step (U)."""
+    omega_min: Omega = 1.0
+    omega_max: Omega = 4.0
+    omega_exponent: Number = 3.0
+    """p(omega) is proportional to omega^-k on [omega_min, omega_max]; this is k."""
+    no_guidance_fraction: Share = 0.0
+    """Probability that a class is trained at omega = 1 whatever that density says."""
+    sampling: Literal["queue", "direct"] = "queue"
+    """Real samples of a step from the latest ones of a stream (paper A.8), or from all of the data."""
+    queue_per_class: Count = 128
+    """The latest real samples of each class, from which positives are drawn."""
+    queue_global: Count = 1000
+    """The latest real samples of any class, from which unconditionals are drawn."""
+    push_per_step: Count = 1024
+    """Images that enter the queues at each step, of all processes together. The release counts per host."""
+    class_sampling: Literal["pushed", "uniform"] = "pushed"
+    """The classes of a step: labels of as many of the images just pushed, without replacement of images, so
+    that a class may occur twice (release); or distinct ones, uniformly (prior)."""
+    duplicate_features: Literal["keep", "drop"] = "keep"
+    """Feature sets that equal another by their shape (a 4x4 mean of a 4x4 map): keep (release) or drop."""
+    ema_decays: Annotated[tuple[Decay, ...], Field(min_length=1)] = (0.999, 0.9995, 0.9998, 0.9999)
+    """The first is the one that `Generator.from_pretrained` loads."""
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.hidden % (2 * self.heads):
+            raise ValueError(
+                f"heads = {self.heads}: allowed: such that hidden ({self.hidden}) / heads is even"
+            )
+        if self.hidden % 4:
+            raise ValueError(f"hidden = {self.hidden}: allowed: a multiple of 4 (2-D position embedding)")
+        if self.omega_max < self.omega_min:
+            raise ValueError(f"omega_max = {self.omega_max}: allowed: at least omega_min ({self.omega_min})")
+        queue = self.sampling == "queue"
+        if queue and self.positives > self.queue_per_class:
+            raise ValueError(
+                f"positives = {self.positives}: allowed: at most queue_per_class ({self.queue_per_class})"
+            )
+        if queue and self.unconditional > self.queue_global:
+            raise ValueError(
+                f"unconditional = {self.unconditional}: allowed: at most queue_global ({self.queue_global})"
+            )
+        if self.class_sampling == "pushed":
+            if not queue:
+                raise ValueError(
+                    f"class_sampling = pushed: allowed: uniform, where sampling is {self.sampling}, which "
+                    "pushes no images"
+                )
+            if self.push_per_step < self.classes_per_step:
+                raise ValueError(
+                    f"push_per_step = {self.push_per_step}: allowed: at least classes_per_step "
+                    f"({self.classes_per_step}), where class_sampling is pushed"
+                )
+        if len(set(self.ema_decays)) < len(self.ema_decays):
+            raise ValueError(f"ema_decays = {list(self.ema_decays)}: allowed: each decay once")
+        return self
+
+    def without_effect(self) -> dict[str, str]:
+        unguided, one_omega = self.no_guidance_fraction == 1, self.omega_min == self.omega_max
+        return super().without_effect() | unused(
+            (self.style_codebooks == 0, "style_codebooks is 0", "style_entries"),
+            (one_omega, "omega_min is omega_max", "omega_exponent"),
+            (unguided, "no_guidance_fraction is 1", "omega_min omega_max omega_exponent"),
+            (self.unconditional == 0, "unconditional is 0", "queue_global"),
+            (self.sampling == "direct", "sampling is direct", "queue_per_class queue_global push_per_step"),
+        )
+
+
+class Fid(Section):
+    features: Text = "inception"
+    """`inception` (clean-fid's), a TorchScript file, or the folder of an image classifier of this project."""
+    inception: Text | None = None
+    """A copy of Inception's weights for `mode`; null is PyTorch's cache, into which they are downloaded."""
+    mode: Literal["clean", "legacy_tensorflow", "legacy_pytorch"] = "clean"
+    """How clean-fid resizes and which Inception it uses."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the VAE that decodes, as in `encode`; generator and features are float32 always."""
+    reference: Text = "train"
+    """A split of the dataset (paper and release measure against `train`), a folder of images (a path with a
+    slash), or an `.npz` of statistics (`mu` and `sigma`, or `ref_mu` and `ref_sigma`)."""
+    labels: Text = "balanced"
+    """`balanced`: sample i is of class i modulo `data.classes`; `random`: of any class (the Sinkhorn paper's
+    code); or a split, for the labels of its images in a random order."""
+    images: Count = 50000
+    """Generated images per omega."""
+    rounding: Literal["nearest", "down"] = "down"
+    """Of generated pixels to 8 bits; the release and the Sinkhorn paper's code cut off (`down`), which makes
+    images half a level darker."""
+    floor_images: CountOrZero = 50000
+    """Real training images that are measured like generated ones; 0 leaves them out."""
+    omegas: Annotated[tuple[Omega, ...], Field(min_length=1)] = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
+    ema_decays: Annotated[tuple[Decay, ...], Field(min_length=1)] = (0.999,)
+    """Which of the generator's EMA copies are measured; the first makes the pictures."""
+    metrics: tuple[Literal["kid", "inception_score", "precision_recall"], ...] = (
+        "kid",
+        "inception_score",
+        "precision_recall",
+    )
+    """Beside the Fréchet distance."""
+    precision_recall_images: Count = 10000
+    """Random images of each side for precision and recall; the time grows with the square."""
+    picture_omega: Omega = 1.5
+    picture_classes: Count = 20
+    """Rows of `plots/samples.png` and `plots/omega.png`: so many classes, drawn at random."""
+    picture_columns: Count = 8
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        for key in ("omegas", "ema_decays", "metrics"):
+            values = getattr(self, key)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{key} = {list(values)}: allowed: each once")
+        if self.inception is not None and self.features != "inception":
+            raise ValueError(
+                f"inception = {self.inception}: allowed: null, where features is not inception "
+                f"({self.features})"
+            )
+        if self.reference.endswith(".npz"):
+            for metric in ("kid", "precision_recall"):
+                if metric in self.metrics:
+                    raise ValueError(
+                        f"metrics = {list(self.metrics)}: allowed: without {metric}, which compares single "
+                        f"images, where reference is a file of statistics ({self.reference})"
+                    )
+        return self
+
+    def without_effect(self) -> dict[str, str]:
+        without = "precision_recall" not in self.metrics
+        return unused(
+            (without, "metrics is without precision_recall", "precision_recall_images"),
+            (self.features != "inception", "features is not inception", "mode"),
+        )
+
+
+class Hardware(Section):
+    """How, not what: tracked by no stage, so a change reruns nothing; it changes results by rounding."""
+
+    deterministic: Switch = False
+    """Only algorithms that give the same bits every time, which are slower: then a run on a GPU ends with the
+    same bits whether it was cut or not. On a CPU it does so anyway."""
+    compile: Switch = False
+    """torch.compile for the networks; for the VAE on a CUDA device only."""
+    mae_micro_batch: Count | None = None
+    """Latents in one forward and backward pass of the MAE, per process; null is all of a step's."""
+    classes_per_pass: Count | None = None
+    """Classes in one forward and backward pass of the drift stage, per process; null is all of a step's.
+    With fewer, features are computed up to three times: for S, for lambda and for the gradient."""
+    feature_batch: Count | None = None
+    """Samples whose activations the feature encoder keeps at once: others are computed again in the backward
+    pass. null keeps all."""
+    activation_checkpointing: Switch = False
+    """Keep of the generator only what enters each block, and compute the rest again in the backward pass."""
+    latents_on_device: Switch = False
+    """Hold all latents in the device's memory instead of reading rows from the disk."""
+    prefetch: CountOrZero = 2
+    """Steps whose latents are read ahead in the background; 0 reads them when they are needed."""
+    time_limit: Positive = 30.0
+    """Minutes after which a process that waits in vain for the others gives up."""
+    processes: Count | None = None
+    """Processes per machine; null is one per CUDA device, or one on a CPU."""
+    workers: CountOrZero = 0
+    """Helpers that decode images, per process: processes in encode, threads in fid; 0 decodes in place."""
+    encode_batch: Count = 128
+    """Images that the VAE encodes at once, per process."""
+    sample_batch: Count = 128
+    """Images that are generated and measured at once, per process: a multiple of 32 wastes nothing."""
+    decode_batch: Count = 32
+    """Latents that the VAE decodes at once, per process; halved where the device runs out of memory."""
+    png_folder: Text | None = None
+    """Where fid keeps the samples as PNG files, in a folder per omega; null keeps none."""
+    log_every: Count = 50
+    """Steps between two lines of `logs.jsonl`."""
+    checkpoint_every: Count = 1000
+    """Steps between two checkpoints, of which the newest two are kept."""
+    checkpoint_keep_every: CountOrZero = 0
+    """Checkpoints of a multiple of so many steps are kept as well; 0 keeps none."""
+
+
+ROUNDING_KEYS = (
+    "deterministic",
+    "compile",
+    "mae_micro_batch",
+    "classes_per_pass",
+    "feature_batch",
+)
+"""Settings of `Hardware` that change results of training by rounding; the others change no bit of them."""
