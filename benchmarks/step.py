@@ -72,7 +72,7 @@ def run(settings: Settings, stage: str, device: torch.device, split: Split, on_s
             train_mae(store, settings.mae.model_copy(update=changes), **shared)
         else:
             torch.manual_seed(0)
-            encoder = LatentMAE(mae_config(settings.mae, store))
+            encoder = LatentMAE(**mae_config(settings.mae, store))
             options = settings.drift.model_copy(update=changes)
             train_generator(store, encoder, options, settings.field(), **shared)
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from drift.data.latents import LatentStore
+from drift.features import MAEFeatures, load_encoders
 from drift.models.base import model_files
 from drift.models.generator import CLASSES_FILE
-from drift.models.mae import LatentMAE
 from drift.runtime.files import check_output, sha256, write_json
 from drift.runtime.processes import join, run_stage, spawn, stage_parser, wanted_processes
 from drift.runtime.work import Work
@@ -22,6 +22,7 @@ from drift.settings import load_settings
 from drift.training.drift import plot_columns, train_generator
 from drift.training.export import export_run
 from drift.training.inputs import check_latents
+from drift.training.loop import Run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_output(args.plot)
     store = LatentStore.open(args.latents)
     check_latents(store, settings, "center")
-    encoder = LatentMAE.from_pretrained(args.mae)
+    features = [MAEFeatures(duplicates=settings.drift.duplicate_features)]
+    encoder = load_encoders(features, mae=args.mae)
     code = spawn("stages.drift", argv, wanted_processes(args.nproc, hardware.processes))
     if code is not None:
         return code
@@ -58,18 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         Work("drift", decides, fresh=args.fresh, first=ranks.first, remarks=remarks) as work,
     ):
         ranks.barrier()
-        model, emas = train_generator(
-            store,
-            encoder,
-            settings.drift,
-            settings.field(),
-            seed=settings.seed,
-            hardware=hardware,
-            ranks=ranks,
-            folder=work.folder,
-        )
+        run = Run(settings.seed, hardware, ranks, work.folder)
+        field = settings.field_settings()
+        model, emas = train_generator(store, encoder, settings.drift, field, run)
         if ranks.first:
-            export = export_run(model, emas, work.folder, {args.plot: plot_columns(settings.field())})
+            export = export_run(model, emas, work.folder, {args.plot: plot_columns(field)})
             write_json(export / CLASSES_FILE, store.class_names)
             work.publish(export, args.out)
     return 0

@@ -21,6 +21,7 @@ from drift.runtime.work import Work
 from drift.settings import load_settings
 from drift.training.export import export_run
 from drift.training.inputs import check_latents
+from drift.training.loop import Run
 from drift.training.mae import (
     HELD_OUT_COLUMNS,
     PLOT_COLUMNS,
@@ -67,12 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         Work("mae", decides, fresh=args.fresh, first=ranks.first, remarks=remarks) as work,
     ):
         ranks.barrier()
-        common = {"seed": settings.seed, "hardware": hardware, "ranks": ranks, "folder": work.folder}
+        run = Run(settings.seed, hardware, ranks, work.folder)
         if source is None:
-            model, emas = train_mae(store, settings.mae, **common)
+            model, emas = train_mae(store, settings.mae, run)
             export = export_run(model, emas, work.folder, plots) if ranks.first else None
         else:
-            export = adopt_encoder(encoder, Path(source), store, settings.mae, plots, **common)
+            export = adopt_encoder(encoder, Path(source), store, settings.mae, plots, run)
         if export is not None:
             work.publish(export, args.out)
     return 0

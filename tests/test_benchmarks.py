@@ -9,7 +9,7 @@ import benchmarks.encode
 import benchmarks.fid
 import benchmarks.field
 import benchmarks.step
-from drift.models.generator import Generator, GeneratorConfig
+from drift.models.generator import Generator
 
 pytestmark = pytest.mark.slow
 
@@ -58,6 +58,6 @@ def test_encode(tmp_path):
 
 def test_fid(tmp_path):
     sizes = {"input_size": 8, "num_classes": 10, "hidden_size": 16, "depth": 1, "num_heads": 2}
-    Generator(GeneratorConfig(**sizes)).save_pretrained(tmp_path / "generator")
+    Generator(**sizes).save_pretrained(tmp_path / "generator")
     found = figures(benchmarks.fid.main, tmp_path, "--images", "80", "--generator", f"{tmp_path}/generator")
     assert found["rows"][0]["images"] == 80

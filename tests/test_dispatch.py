@@ -24,9 +24,7 @@ STORE = SimpleNamespace(
 
 
 def rate(step: int):
-    return lambda schedule: learning_rate(
-        step, steps=9, peak=1.0, warmup_steps=3, warmup_start=0.0, schedule=schedule, final_share=0.1
-    )
+    return lambda name: learning_rate(step, SETTINGS.drift.model_copy(update={"lr_schedule": name}))
 
 
 def real_samples(**changes) -> RealSamples:

@@ -33,7 +33,7 @@ class Autoencoder(Protocol):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of everything that decides its latents."""
+        """SHA-256 of all that its latents depend on."""
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
         """Shape (C, h, w) of the latents of square images; raises `UserError` if their side does not fit."""

@@ -8,7 +8,7 @@ Every array must find its place, and every place its array. Nothing is executed.
 
 examples:
   drift import-release mae_latent_640 imported/mae_640
-  dvc exp run -S mae.source=imported/mae_640 -S mae.view=center -S 'views=[center]'
+  dvc exp run -S ++mae.source=imported/mae_640 -S ++mae.view=center -S 'views=[center]'
   drift import-release latent_L_sota imported/latent_L
   drift sample imported/latent_L --vae stabilityai/sd-vae-ft-mse --classes 207
 """

@@ -5,7 +5,7 @@ conventions and feature sets. The file is read as data: nothing is executed.
 
 examples:
   drift import-sinkhorn ckpt_final.pt imported/w256
-  dvc exp run -S mae.source=imported/w256 -S mae.view=center -S 'views=[center]'
+  dvc exp run -S ++mae.source=imported/w256 -S ++mae.view=center -S 'views=[center]'
 """
 
 import argparse

@@ -60,9 +60,8 @@ def find_source(source: str, revision: str | None) -> str | Path:
 
 def settings_line(folder: Path) -> str:
     """The command that trains a generator with an imported encoder."""
-    return (
-        f"as the encoder of a run: dvc exp run -S mae.source={folder} -S mae.view=center -S 'views=[center]'"
-    )
+    changes = f"-S ++mae.source={folder} -S ++mae.view=center -S 'views=[center]'"
+    return f"as the encoder of a run: dvc exp run {changes}"
 
 
 def check_committable(params: Path, no_commit: bool) -> None:

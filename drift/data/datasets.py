@@ -162,11 +162,11 @@ class FolderImages(ImageFiles):
         if root is None:
             raise UserError("data.root = null: name the folder of the images, or choose another data.dataset")
         folder = Path(root) / split
-        self.class_names, others = _class_folders(root, folder)
+        self.class_names, others = _class_folders(folder)
         if not self.class_names:
             raise UserError(f"{folder}: has no class folders; images belong in {folder}/<class>/")
         if split != "train" and (Path(root) / "train").is_dir():
-            trained = _class_folders(root, Path(root) / "train")[0]
+            trained = _class_folders(Path(root) / "train")[0]
             if trained and (difference := class_difference(split, self.class_names, "train", trained)):
                 raise UserError(f"{root}: {difference}; give the folders of a class the same name in both")
         # In threads, for network filesystems, where one answer after the other takes minutes
@@ -185,18 +185,15 @@ class FolderImages(ImageFiles):
         self._take(split, str(folder), sizes, others)
 
 
-def _class_folders(root: str, folder: Path) -> tuple[list[str], Counter[str]]:
+def _class_folders(folder: Path) -> tuple[list[str], Counter[str]]:
     """The names of the classes of a split in their order, and what else lies beside them."""
     try:
         with os.scandir(folder) as entries:
             isdir = {entry.name: entry.is_dir() and not entry.name.startswith(".") for entry in entries}
-    except FileNotFoundError:
-        if not Path(root).exists():
-            raise UserError(f"data.root = {root}: there is no such folder; correct the setting") from None
-        present = ", ".join(sorted(p.name for p in Path(root).iterdir() if p.is_dir())[:5]) or "no folders"
-        raise UserError(f"{folder}: there is no such folder; data.root has {present}") from None
     except OSError as error:
-        raise UserError(f"{folder}: cannot be listed ({error.strerror}); correct data.root") from None
+        raise UserError(
+            f"{folder}: cannot be listed ({error.strerror}); correct data.root or the split"
+        ) from None
     return sorted(filter(isdir.get, isdir)), Counter(kind(name) for name in isdir if not isdir[name])
 
 
@@ -223,7 +220,7 @@ def refuse_or_leave_out(
     """The one policy for images that do not decode, whose numbers are `bad`, once all have been tried.
 
     With `on_bad_image` = `error`, raises `UserError`. With `skip`, prints how many are left out, and a
-    `remark`, where `show` is set.
+    `remark`, where `show` is set; raises `UserError` if they are all images of a class.
     """
     if not len(bad):
         return
@@ -231,12 +228,18 @@ def refuse_or_leave_out(
     if on_bad_image == "error":
         named = [f"{source.name(index)} ({_why_bad(source, index)})" for index in bad[:_NAMED]]
         raise UserError(
-            f"{count} do not decode: {first_few(named, len(bad))}; "
+            f"{count} do not decode: {_first_few(named, len(bad))}; "
             "repair or remove them, or keep what is done and leave them out (encode.on_bad_image: skip), "
             "then run again"
         )
+    if source.labels is not None and len(empty := np.setdiff1d(source.labels, np.delete(source.labels, bad))):
+        named = _first_few([source.class_names[label] for label in empty], len(empty))
+        raise UserError(
+            f"{len(empty)} of {len(source.class_names)} classes have no image that decodes: {named}; "
+            "repair some, or remove the folders of these classes"
+        )
     if show:
-        named = first_few([source.name(index) for index in bad[:_NAMED]], len(bad))
+        named = _first_few([source.name(index) for index in bad[:_NAMED]], len(bad))
         print(f"{source.split}: left out {count}, which do not decode: {named}{remark}", flush=True)
 
 
@@ -248,7 +251,7 @@ def _why_bad(source: Dataset, index: int) -> str:
     return "decodes at a second try"
 
 
-def first_few(named: Sequence[str], count: int) -> str:
+def _first_few(named: Sequence[str], count: int) -> str:
     """`a, b, c and 5 more`: the first of `count` things."""
     shown = named[:_NAMED]
     return ", ".join(shown) + (f" and {count - len(shown)} more" if count > len(shown) else "")

@@ -88,7 +88,7 @@ def list_images(folder: Path) -> tuple[dict[str, int], Counter[str]]:
             others.update(kind(name) for name in folders if name.startswith("."))
             folders[:] = [name for name in folders if not name.startswith(".")]
             for path in (os.path.join(place, name) for name in folders):
-                if os.path.islink(path) and _is_inside(place, path):
+                if (os.path.realpath(place) + os.sep).startswith(os.path.realpath(path) + os.sep):
                     raise UserError(f"{path}: a link to a folder that it is in itself; remove it")
             places.append((place, files))
         for place, files in sorted(places):
@@ -106,10 +106,6 @@ def list_images(folder: Path) -> tuple[dict[str, int], Counter[str]]:
 
 def _reraise(error: OSError) -> NoReturn:
     raise error
-
-
-def _is_inside(place: str, folder: str) -> bool:
-    return (os.path.realpath(place) + os.sep).startswith(os.path.realpath(folder) + os.sep)
 
 
 def kind(name: str) -> str:

@@ -23,15 +23,13 @@ from drift.runtime.files import atomic_write, sha256, write_json
 
 _LOADED_AT_ONCE = 4096  # rows
 _WAY_OUT = "rerun encode (dvc repro) or fetch it (dvc pull)"
-_SAID_BY = {
-    "view": "the view of this stage",
+_SETTINGS = {
     "image_size": "data.image_size",
     "vae": "encode.vae",
     "vae_precision": "encode.precision",
     "vae_revision": "encode.vae_revision",
-    "scaling_factor": "the scaling factor of encode.vae",
 }
-"""What a message calls that with which a key of the meta file is compared."""
+"""The settings with which keys of the meta file are compared, where they have another name."""
 
 
 def latent_files(folder: str | Path, split: str = "train") -> tuple[Path, Path, Path]:
@@ -249,10 +247,10 @@ def check_meta(store: LatentStore, **expected: Any) -> None:
         else:
             agree = key not in store.meta or stated == wanted
         if not agree:
-            said_by = _SAID_BY.get(key, f"{key} of the settings")
+            setting = _SETTINGS.get(key, f"the {key} asked for")
             raise UserError(
-                f"{path}: {key} is {json.dumps(stated)}, but {said_by} is {json.dumps(wanted)}; "
-                f"{_WAY_OUT}, or correct {said_by}"
+                f"{path}: {key} is {json.dumps(stated)}, but {setting} is {json.dumps(wanted)}; "
+                f"{_WAY_OUT}, or correct the settings"
             )
 
 

@@ -74,7 +74,8 @@ def view_digest(name: str) -> str:
 
     Whatever was made of views and is kept from one run to the next depends on it.
     """
-    view = VIEWS[name](**({"mirror": False} if name == "center" else _SAMPLE_CROP))
+    crop = {"crops": 1, "crop_scale": (0.2, 1.0), "crop_ratio": (3 / 4, 4 / 3), "flip": True}
+    view = Center(mirror=False) if name == "center" else Augmented(**crop)
     digest = hashlib.sha256()
     for width, height in ((50, 37), (7, 9), (1, 200)):
         count = np.arange(height * width * 3)
@@ -85,9 +86,6 @@ def view_digest(name: str) -> str:
             for picture in view.pictures(image, 12, lambda crop: np.random.default_rng(0)):
                 digest.update(picture.tobytes())
     return digest.hexdigest()
-
-
-_SAMPLE_CROP = {"crops": 1, "crop_scale": (0.2, 1.0), "crop_ratio": (3 / 4, 4 / 3), "flip": True}
 
 
 def center_view(image: Image.Image, size: int) -> np.ndarray:
@@ -119,16 +117,14 @@ def center_views(
     Raises `UserError` if one cannot be read at all.
     """
 
-    def view(index: int) -> np.ndarray | None:
+    def view(index: int) -> tuple[np.ndarray, bool]:
         try:
-            return center_view(source.load(index), size)
+            return center_view(source.load(index), size), False
         except BadImage:
-            return None
+            return np.zeros((size, size, 3), np.uint8), True
 
-    found = list(pool.map(view, indices))
-    black = np.zeros((size, size, 3), np.uint8)
-    bad = np.array([view is None for view in found])
-    return np.stack([black if view is None else view for view in found]), bad
+    views, bad = zip(*pool.map(view, indices), strict=True)
+    return np.stack(views), np.array(bad)
 
 
 def augmented_view(

@@ -314,13 +314,13 @@ def _log_sum(logits: Tensor, potential: Tensor, dim: int) -> Tensor:
 _fastest_log_sum = _log_sum
 
 
-def fuse() -> None:
-    """Let torch.compile fuse each sum of a scaling, for this process (`hardware.compile`).
+def fuse(compile: Callable[[Callable], Callable] = torch.compile) -> None:
+    """Let `compile` fuse each sum of a scaling, for this process (`hardware.compile`).
 
     A GPU then reads the logits once for a sum. On a CPU the products with kernels below are as fast.
     """
     global _fastest_log_sum
-    _fastest_log_sum = torch.compile(_log_sum)
+    _fastest_log_sum = compile(_log_sum)
 
 
 def _log_sums(logits: Tensor) -> LogSums:

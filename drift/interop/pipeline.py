@@ -10,7 +10,6 @@ and safetensors, which are read as data. There is no code in it, and none is exe
 import json
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,19 +31,11 @@ from drift.runtime.work import SETTINGS_FILE
 
 ensure_torchvision()
 
-from diffusers import AutoencoderKL, DiffusionPipeline  # noqa: E402
-from diffusers.utils import BaseOutput  # noqa: E402
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput  # noqa: E402
 
 INDEX_FILE = "model_index.json"
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 _HUB_OPTIONS = {"cache_dir", "force_download", "local_files_only", "token"}
-
-
-@dataclass
-class DriftPipelineOutput(BaseOutput):
-    """What a `DriftPipeline` returns: `images`, one per class label, of the type that was asked for."""
-
-    images: list[Image.Image] | np.ndarray | Tensor
 
 
 class DriftPipeline(DiffusionPipeline):
@@ -106,7 +97,7 @@ class DriftPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         rounding: Rounding = "nearest",
-    ) -> DriftPipelineOutput | tuple:
+    ) -> ImagePipelineOutput | tuple:
         """One image for each class label.
 
         Args:
@@ -119,7 +110,7 @@ class DriftPipeline(DiffusionPipeline):
             output_type: `pil`; `np`, float32 `[B, H, W, 3]` in 0 to 1; `pt`, the same as a tensor
                 `[B, 3, H, W]`; or `latent`, float32 `[B, C, h, w]` as the generator gives them. All but the
                 last have exactly the 8-bit values that a PNG holds.
-            return_dict: a `DriftPipelineOutput`, or else a tuple of the images.
+            return_dict: a `ImagePipelineOutput`, or else a tuple of the images.
             rounding: to 8 bits, as the setting `fid.rounding`.
 
         Raises `UserError` for a class, a number of generators or an output type that cannot be.
@@ -137,7 +128,7 @@ class DriftPipeline(DiffusionPipeline):
             latents = sample_latents(self.generator, *inputs, strength).float()
         images = latents if output_type == "latent" else self._decode(latents, output_type, rounding)
         self.maybe_free_model_hooks()
-        return DriftPipelineOutput(images=images) if return_dict else (images,)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _class_numbers(self, class_labels: Any) -> list[int]:
         single = isinstance(class_labels, int | str) or getattr(class_labels, "ndim", 1) == 0

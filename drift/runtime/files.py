@@ -88,7 +88,7 @@ def replace_folder(source: str | Path, destination: str | Path) -> None:
     if not os.path.lexists(destination) and _renamed(source, destination):
         sync(destination.parent)
         return
-    new, old = (destination.with_name(f".{destination.name}.{age}") for age in ("new", "old"))
+    new, old = (destination.with_name(f".{destination.name}.{what}") for what in ("replacing", "replaced"))
     remove(old)
     try:
         link_folder(source, new)

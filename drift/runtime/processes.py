@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -74,17 +74,6 @@ class Ranks:
         if self.world_size > 1:
             dist.broadcast_object_list(values, src=0, group=self.control)
         return values[0]
-
-    def tensors_from_first(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """`from_first` for tensors by name, which arrive on the device of each process."""
-        if self.world_size == 1:
-            return dict(tensors)
-        received = {}
-        for name, dtype, shape in self.from_first([(n, t.dtype, t.shape) for n, t in tensors.items()]):
-            tensor = tensors[name] if self.first else torch.empty(shape, dtype=dtype)
-            received[name] = tensor.to(self.device)
-            dist.broadcast(received[name], src=0)
-        return received
 
     def barrier(self) -> None:
         """Wait for all processes: what each has written before, all can read after.

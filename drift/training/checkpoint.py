@@ -1,159 +1,181 @@
-"""Checkpoints of a training run: written whole or not at all, the two newest and every so many steps' kept.
+"""Checkpoints of a run by torch.distributed.checkpoint: written in the background, whole or not at all.
 
-A checkpoint is a folder `step-00001000/` with every tensor in `tensors.safetensors` and the small rest of
-the state, and that file's SHA-256, in `state.json`. It is written under a temporary name, flushed to the disk
-and renamed, so a kill at any moment leaves the previous one intact.
+A checkpoint is a folder `step-00001000/` of the tensors, and of `files.json` with the small rest of the
+state and size and CRC-32 of every file, as DCP notices no flipped bit. It is written under a temporary name,
+flushed and renamed: a kill at any moment leaves the one before intact. The first process alone reads and
+writes, as all have the same state.
 """
 
 import json
 import os
 import re
 import shutil
+import warnings
+import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+from torch.optim import Optimizer
 
 from drift.runtime.errors import UserError
-from drift.runtime.files import sha256, sync
-from drift.runtime.processes import Ranks
+from drift.runtime.files import sync, write_json
 
 KEPT = 2
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors tells of the system's errors
+_FILES = "files.json"
 _NAME = re.compile(r"step-(\d{8})")
-_TENSORS = "tensors.safetensors"
+_READ_AT_ONCE = 2**24  # bytes
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+class Saved(NamedTuple):
     step: int
     """Steps that were finished when it was written."""
-    tensors: dict[str, torch.Tensor]
     state: dict[str, Any]
     path: Path
 
-    def part(self, prefix: str) -> dict[str, torch.Tensor]:
-        """The tensors whose names begin with `prefix.`, without it."""
-        return {k[len(prefix) + 1 :]: v for k, v in self.tensors.items() if k.startswith(prefix + ".")}
 
-    def require(self, prefix: str, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """`part(prefix)`, after a check that its names and shapes are those of `expected`.
+class Checkpoints:
+    """The checkpoints in a folder; a context manager, which waits for the last to be written.
 
-        Raises `UserError` naming the file and the first tensor that differs.
-        """
-        found = self.part(prefix)
-        way_out = "delete that folder, or run the stage with --fresh"
-        for name in sorted(expected.keys() | found.keys()):
-            has = tuple(found[name].shape) if name in found else "nothing"
-            wants = tuple(expected[name].shape) if name in expected else "nothing"
-            if has != wants:
-                raise UserError(
-                    f"{self.path}: {prefix}.{name} is {has} where this run has {wants}: a checkpoint of "
-                    f"another model; {way_out}"
-                )
-        return found
-
-
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    tensors: Mapping[str, torch.Tensor],
-    state: Mapping[str, Any] | None = None,
-    *,
-    keep_every: int = 0,
-) -> Path:
-    """Write the checkpoint of `step` into `folder` and drop all but the newest two.
-
-    Those of a multiple of `keep_every` steps stay, unless it is 0. Those of later steps go: the run was to
-    go on from them and could not.
+    The newest two are kept, and those of a multiple of `keep_every` steps, unless it is 0.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    final, draft = folder / f"step-{step:08d}", folder / f"tmp-{step:08d}"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir()
-    try:
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, draft / _TENSORS)
-        content = {"step": step, "sha256": sha256(draft / _TENSORS), **(state or {})}
-        (draft / "state.json").write_text(json.dumps(content, sort_keys=True))
-        for path in (*draft.iterdir(), draft):
-            sync(path)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(draft)  # makes room again on a disk that is full
-        if isinstance(error, SafetensorError) and (code := _OS_ERROR.search(str(error))):
-            number = int(code.group(1))
-            raise OSError(number, os.strerror(number), str(draft)) from None
-        if isinstance(error, OSError) and error.filename is None:  # which only `open` sets
-            error.filename = str(draft)
-        raise
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(draft, final)
-    sync(folder)
-    found = _found(folder)
-    newest = [path for found_step, path in found if found_step <= step][:KEPT]
-    for old_step, old in found:
-        if old_step > step or (old not in newest and (not keep_every or old_step % keep_every)):
-            shutil.rmtree(old)
-    return final
 
+    def __init__(self, folder: Path, *, keep_every: int = 0, group: dist.ProcessGroup | None = None):
+        """`group`: one on CPUs, where the default group is not."""
+        self.folder, self._keep_every, self._group = folder, keep_every, group
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future | None = None
 
-def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> Checkpoint | None:
-    """The newest checkpoint in `folder` that reads back whole; None where there is none.
+    def __enter__(self) -> Self:
+        return self
 
-    A damaged one is reported on screen and passed over.
-    """
-    found = _found(folder)
-    for step, path in found:
+    def __exit__(self, *error: object) -> None:
         try:
-            state = json.loads((path / "state.json").read_text())
-            if sha256(path / _TENSORS) != state["sha256"]:
-                raise ValueError(f"{_TENSORS} is not what was written")
-            tensors = load_file(path / _TENSORS, device=str(device))
-            if (
-                torch.device(device).type == "cpu"
-            ):  # each is a view of the mapped file and would keep all of it
-                tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            print(f"{path}: damaged ({error}); trying the one before", flush=True)
-            continue
-        return Checkpoint(step, tensors, state, path)
-    if found:
-        print(f"{folder}: no checkpoint there is whole; starting from step 0", flush=True)
-    return None
+            self.wait()
+        finally:
+            self._thread.shutdown()
 
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Copy the tensors, and write them once the checkpoint before is written."""
+        self.wait()
+        for left in self.folder.glob("tmp-*"):  # by a kill
+            shutil.rmtree(left)
+        draft = self.folder / f"tmp-{step:08d}"
+        draft.mkdir(parents=True)
+        # One thread, as DCP loses what another fails to write without an error
+        writer = dcp.FileSystemWriter(draft, thread_count=1)
+        copied = dcp.async_save(dict(tensors), storage_writer=writer, process_group=self._group, no_dist=True)
+        self._pending = self._thread.submit(self._finish, copied, draft, step, dict(state))
 
-def shared_checkpoint(folder: Path, ranks: Ranks) -> Checkpoint | None:
-    """`load_checkpoint` by the first process for all, on the device of each; the others see no disk."""
-    checkpoint = load_checkpoint(folder, ranks.device) if ranks.first else None
-    facts = ranks.from_first((checkpoint.step, checkpoint.state, checkpoint.path) if checkpoint else None)
-    if facts is None:
+    def wait(self) -> None:
+        """Until what was saved is on the disk. Raises what has failed, such as an OSError of a full disk."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def newest(self) -> Saved | None:
+        """The newest checkpoint that is whole; damaged ones are named on the screen and passed over.
+
+        Raises `UserError` if there are checkpoints of an earlier version of the project.
+        """
+        found = self._found()
+        for step, path in found:
+            if (path / "state.json").exists():
+                raise UserError(
+                    f"{path}: a checkpoint of an earlier version, which this one cannot read; run the stage "
+                    "with --fresh, which sets it aside and starts over"
+                )
+            try:
+                content = json.loads((path / _FILES).read_text())
+                for name, facts in content["files"].items():
+                    if _facts(path / name) != facts:
+                        raise ValueError(f"{name} is not what was written")
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                print(f"{path}: damaged ({error}); trying the one before", flush=True)
+            else:
+                return Saved(step, content["state"], path)
+        if found:
+            print(f"{self.folder}: no checkpoint there is whole; starting from step 0", flush=True)
         return None
-    step, state, path = facts
-    return Checkpoint(step, ranks.tensors_from_first(checkpoint.tensors if checkpoint else {}), state, path)
+
+    def _finish(self, copied: Future, draft: Path, step: int, state: dict[str, Any]) -> None:
+        try:
+            copied.result()
+            files = {path.name: _facts(path) for path in draft.iterdir()}
+            write_json(draft / _FILES, {"state": state, "files": files})
+        except (OSError, dcp.CheckpointException) as error:
+            shutil.rmtree(draft)  # makes room again on a disk that is full
+            raise _reason(error, draft) from None
+        final = self.folder / f"step-{step:08d}"
+        self._remove(final)
+        os.replace(draft, final)
+        sync(self.folder)
+        found = self._found()
+        newest = [path for other, path in found if other <= step][:KEPT]
+        for other, path in found:
+            kept = path in newest or (self._keep_every and other % self._keep_every == 0)
+            if other > step or not kept:  # a later one could not be read, or the run had gone on from it
+                self._remove(path)
+
+    def _remove(self, path: Path) -> None:
+        """Under a temporary name, so that a kill leaves no half of a checkpoint."""
+        if path.exists():
+            shutil.rmtree(path.rename(path.with_name(path.name.replace("step-", "tmp-old-"))))
+
+    def _found(self) -> list[tuple[int, Path]]:
+        """(step, path) of the checkpoints, the newest first."""
+        paths = self.folder.iterdir() if self.folder.is_dir() else []
+        named = ((_NAME.fullmatch(path.name), path) for path in paths)
+        return sorted(((int(name[1]), path) for name, path in named if name), reverse=True)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's state as tensors named `<parameter index>.<key>`."""
-    state = optimizer.state_dict()["state"]
-    return {f"{i}.{k}": torch.as_tensor(v) for i, entry in state.items() for k, v in entry.items()}
+def load(saved: Saved, tensors: Mapping[str, Tensor]) -> None:
+    """Fill `tensors` in place with those of a checkpoint, one after the other.
+
+    Raises `UserError` naming the first tensor whose shape differs.
+    """
+    reader = dcp.FileSystemReader(saved.path)
+    there = {name: tuple(facts.size) for name, facts in reader.read_metadata().state_dict_metadata.items()}
+    for name in sorted(there.keys() | tensors.keys()):
+        has = there.get(name, "nothing")
+        wants = tuple(tensors[name].shape) if name in tensors else "nothing"
+        if has != wants:
+            raise UserError(
+                f"{saved.path}: {name} is {has} where this run has {wants}: a checkpoint of another model; "
+                "delete that folder, or run the stage with --fresh"
+            )
+    dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave; learning rates and the like stay as they are."""
-    whole = optimizer.state_dict()
-    entries: dict[int, dict[str, torch.Tensor]] = {}
-    for name, value in tensors.items():
-        index, key = name.split(".", 1)
-        entries.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": entries, "param_groups": whole["param_groups"]})
+def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state by name, not copies; before the first step, zeros to be filled."""
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    state = get_optimizer_state_dict(model, optimizer, options=flat)
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
-def _found(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of the checkpoints in `folder`, the newest first."""
-    if not folder.is_dir():
-        return []
-    named = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
-    return sorted(((int(m.group(1)), path) for m, path in named if m), reverse=True)
+def _facts(path: Path) -> dict[str, int]:
+    """Size and CRC-32 of a file."""
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(_READ_AT_ONCE):
+            checksum = zlib.crc32(block, checksum)
+    return {"size": path.stat().st_size, "crc32": checksum}
+
+
+def _reason(error: OSError | dcp.CheckpointException, draft: Path) -> BaseException:
+    """The OSError behind it, such as that of a full disk, with the name of the folder; or else itself."""
+    if isinstance(error, dcp.CheckpointException):
+        cause = next(iter(error.failures.values()))[0]
+        while not isinstance(cause, OSError):  # PyTorch's writer fails in turn when it closes the file
+            if (cause := cause.__context__) is None:
+                return error
+        error = cause
+    error.filename = error.filename or str(draft)  # which only `open` sets
+    return error

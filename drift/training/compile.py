@@ -1,40 +1,42 @@
 """torch.compile with a way back."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
-from typing import Generic, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 import torch._functorch.config
 import torch._inductor.config
+from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
 
+class Compiled(nn.Module):
+    """A module or function by torch.compile, for shapes that repeat, and as it is once compiling has failed.
 
-class Compiled(Generic[Arguments, Result]):
-    """`function` by torch.compile, for shapes that repeat; as it is once compiling has failed, which is told.
-
-    The backward pass is compiled with the forward pass, so that it fails where nothing has been computed
-    yet. `name` is what the message calls it. A compiled network rounds in another order.
+    A line on the screen then says so. The backward pass is compiled with the forward pass, so that it fails
+    before anything is computed; `torch._dynamo.config.suppress_errors` does not catch it otherwise, and goes
+    on to try every function inside. `name` is what the line calls it. Compiled networks round otherwise.
     """
 
-    def __init__(self, function: Callable[Arguments, Result], name: str):
-        self._function, self._name = function, name
-        self._fast: Callable[Arguments, Result] | None = torch.compile(function, dynamic=False)
+    def __init__(self, plain: Callable, name: str, *, dynamic: bool | None = False):
+        super().__init__()
+        self.plain, self._name = plain, name
+        # Not the module itself, which would be registered twice
+        function = plain.forward if isinstance(plain, nn.Module) else plain
+        self._fast: Callable | None = torch.compile(function, dynamic=dynamic)
 
-    def __call__(self, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._fast is None:
-            return self._function(*args, **kwargs)
+            return self.plain(*args, **kwargs)
         try:
-            with ExitStack() as stack:  # set here, as it belongs to a thread, and autograd has its own
-                stack.enter_context(torch._functorch.config.patch(force_non_lazy_backward_lowering=True))
-                if torch.are_deterministic_algorithms_enabled():
-                    stack.enter_context(torch._inductor.config.patch(deterministic=True))
+            # Set here, as settings of the compiler belong to a thread, and autograd has its own
+            with (
+                torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
+                torch._inductor.config.patch(deterministic=torch.are_deterministic_algorithms_enabled()),
+            ):
                 return self._fast(*args, **kwargs)
         except TorchDynamoException as error:
-            result = self._function(*args, **kwargs)  # if this fails as well, it was not for compiling
+            result = self.plain(*args, **kwargs)  # if this fails as well, compiling was not the reason
             self._fast = None
             reason = " ".join(str(error).split())[:200] or repr(error)
             print(

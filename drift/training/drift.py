@@ -7,28 +7,29 @@ the classes are taken some at a time, and the gradients of the parts add up to t
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from drift.data.bank import DirectSampling, SampleQueue, choose_classes
 from drift.data.latents import LatentReader, LatentStore, pinned
+from drift.features import Encoder
+from drift.field import couplings
 from drift.field.couplings import COUPLINGS
 from drift.field.settings import FieldSettings
 from drift.models.ema import EMA
 from drift.models.generator import Generator
-from drift.models.mae import LatentMAE
 from drift.runtime.errors import one_of
-from drift.runtime.processes import Ranks
 from drift.runtime.seeds import derive_seed, torch_generator
-from drift.settings import Drift, Hardware
+from drift.settings import Drift
 from drift.training.compile import Compiled
 from drift.training.log import Tree
-from drift.training.loop import Backward, autocast, parts, train
-from drift.training.objective import Samples, Statistics, drift_objective, mean_statistics, step_totals
+from drift.training.loop import Part, Run, Task, autocast, parts, train
+from drift.training.objective import Execution, Samples, drift_objective, step_totals
 from drift.training.schedule import draw_omega
 
 
@@ -61,177 +62,8 @@ def generator_config(options: Drift, store: LatentStore) -> dict[str, Any]:
     }
 
 
-def summarise(statistics: Mapping[str, Mapping[str, Tensor]], field: FieldSettings) -> dict[str, Tensor]:
-    """Statistics per feature set -> `[T]` per temperature and scalars, means over the feature sets.
-
-    `drift_rms_<tau>` is the RMS of the raw drift before each temperature's normalisation, in units of the
-    feature scale S, and `drift_rms` its mean over temperatures: the number that falls while the generator
-    learns. The normalised loss stays about one per temperature and feature set by construction.
-    """
-    summary = {}
-    for name in _by_temperature(field):
-        means = torch.stack([s[name] for s in statistics.values()]).mean(dim=0)  # [T]
-        summary[name] = means.mean()
-        summary |= {f"{name}_{tau:g}": mean for tau, mean in zip(field.temps, means, strict=True)}
-    return {**summary, "scale": torch.stack([s["scale"] for s in statistics.values()]).mean()}
-
-
-def train_generator(
-    store: LatentStore,
-    encoder: LatentMAE,
-    options: Drift,
-    field: FieldSettings,
-    *,
-    seed: int,
-    hardware: Hardware,
-    ranks: Ranks,
-    folder: Path,
-) -> tuple[Generator, list[EMA]]:
-    """Train a Generator on `store` in the features of `encoder`, going on from `folder` if it can.
-
-    Returns the generator and one EMA per decay of `options.ema_decays`. Raises `UserError` if the classes of
-    a step do not split over the processes, or a class has too few samples.
-    """
-    mine = ranks.share(options.classes_per_step, "drift.classes_per_step")  # of the Nc class slots
-    slots = range(mine.start, mine.stop)
-    torch.manual_seed(derive_seed(seed, "drift/init"))
-    model = Generator(**generator_config(options, store)).to(ranks.device)
-    config = model.config
-    model.activation_checkpointing = hardware.activation_checkpointing
-    network = Compiled(model, "generator") if hardware.compile else model
-    frozen = FrozenEncoder(encoder, ranks.device, compile=hardware.compile)
-    reader = LatentReader(store, ranks.device, on_device=hardware.latents_on_device)
-    real = RealSamples(store, options, seed)
-    reduce = ranks.sum if ranks.world_size > 1 else None
-    objective_options = {
-        "drop_duplicates": one_of("duplicate_features", options.duplicate_features, "keep", "drop") == "drop",
-        "feature_batch": hardware.feature_batch,
-        "feature_dtype": feature_dtype(options.precision),
-    }
-    n = options.generated
-    sample_shape = (config.in_channels, config.input_size, config.input_size)
-
-    drawn = ("drift/noise", "drift/negatives") if field.negatives == "second_batch" else ("drift/noise",)
-
-    def draw(what: str, step: int) -> tuple[Tensor, Tensor]:
-        """Noise `[Nc, N, C, H, W]` and style indices `[Nc, N, S]`; each slot has its own generator."""
-        noise, style = [], []
-        for slot in slots:
-            generator = torch_generator(seed, what, step, slot)
-            noise.append(torch.randn(n, *sample_shape, generator=generator))
-            style.append(
-                torch.randint(config.style_entries, (n, config.style_codebooks), generator=generator)
-            )
-        return pinned(torch.stack(noise), ranks.device), pinned(torch.stack(style), ranks.device)
-
-    def prepare(step: int) -> _Batch:
-        classes, of_class, of_any = real.draw(step, slots)
-        omega = draw_omega(
-            options.classes_per_step,
-            low=options.omega_min,
-            high=options.omega_max,
-            exponent=options.omega_exponent,
-            no_guidance_fraction=options.no_guidance_fraction,
-            generator=torch_generator(seed, "drift/omega", step),
-        )
-        return _Batch(
-            pinned(torch.as_tensor(classes[mine]), ranks.device),
-            pinned(omega[mine], ranks.device),
-            reader.fetch(of_class),
-            reader.fetch(of_any),
-            {what: draw(what, step) for what in drawn},
-        )
-
-    def place(drawn: Tensor) -> Tensor:
-        return drawn.to(ranks.device, non_blocking=True)
-
-    def generate(what: str, batch: _Batch, part: slice) -> Tensor:
-        """Samples of the classes of a part `[Nc, N, C, H, W]`."""
-        noise, style = (place(x[part].flatten(0, 1)) for x in batch.drawn[what])
-        labels, omega = (place(x[part]).repeat_interleave(n) for x in (batch.classes, batch.omega))
-        with autocast(ranks, options.precision):
-            return network(noise, labels, omega, style).unflatten(0, (-1, n))
-
-    def samples(batch: _Batch, part: slice) -> Samples:
-        negatives = None
-        if field.negatives == "second_batch":
-            with torch.no_grad():
-                negatives = generate("drift/negatives", batch, part)
-        return Samples(
-            generate("drift/noise", batch, part),
-            reader.place(batch.positives[part]),
-            reader.place(batch.unconditional[part]),
-            place(batch.omega[part]),
-            negatives,
-        )
-
-    def compute(step: int, batch: _Batch, backward: Backward) -> Tree:
-        passes = parts(len(slots), hardware.classes_per_pass)
-        totals = None
-        if len(passes) > 1 and field.normalization_scope == "batch":
-            with torch.no_grad():
-                given = [samples(batch, part) for part in passes]
-            with autocast(ranks, options.precision):
-                totals = step_totals(given, frozen, field, reduce=reduce, **objective_options)
-        gathered, shares = [], []
-        for part in passes:
-            *inputs, negatives = samples(batch, part)
-            with autocast(ranks, options.precision):
-                loss, statistics = drift_objective(
-                    *inputs,
-                    frozen,
-                    field,
-                    negatives=negatives,
-                    reduce=reduce,
-                    totals=totals,
-                    **objective_options,
-                )
-            classes = part.stop - part.start
-            backward(classes * loss, last=part.stop == len(slots))
-            gathered.append(statistics)
-            shares.append(classes / len(slots))
-        statistics = over_processes(mean_statistics(gathered, shares), ranks)
-        total = torch.stack([s["loss"] for s in statistics.values()]).sum()
-        return {"loss": total, **summarise(statistics, field), "feature_sets": statistics}
-
-    emas = train(
-        model,
-        prepare,
-        compute,
-        count=options.classes_per_step,
-        options=options,
-        ema_decays=options.ema_decays,
-        hardware=hardware,
-        ranks=ranks,
-        folder=folder,
-        what="drift",
-    )
-    return model, emas
-
-
-def over_processes(statistics: Statistics, ranks: Ranks) -> Statistics:
-    """Means over the processes, which have as many classes each; one collective for all of them."""
-    if ranks.world_size == 1:
-        return statistics
-    values = [value for of_set in statistics.values() for value in of_set.values()]
-    flat = ranks.sum(torch.cat([value.reshape(-1) for value in values])) / ranks.world_size
-    parts = iter(flat.split([value.numel() for value in values]))
-    return {
-        name: {key: next(parts).view_as(value) for key, value in of_set.items()}
-        for name, of_set in statistics.items()
-    }
-
-
-def feature_dtype(precision: str) -> torch.dtype:
-    """What features are held in: convolutions in bfloat16 have left no more digits in them than it has.
-
-    Not float16, whose range gradients of single features leave.
-    """
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float32}[precision]
-
-
-class _Batch(NamedTuple):
-    """What a step needs of the data; latents as they are fetched."""
+class Batch(NamedTuple):
+    """What a process needs of the data in a step; latents as they are fetched."""
 
     classes: Tensor
     """`[Nc]`"""
@@ -241,24 +73,165 @@ class _Batch(NamedTuple):
     """`[Nc, P, ...]`"""
     unconditional: Tensor
     """`[Nc, U, ...]`"""
-    drawn: Mapping[str, tuple[Tensor, Tensor]]
-    """By what it is for, noise `[Nc, N, C, H, W]` and style indices `[Nc, N, S]`."""
+    noise: Mapping[str, tuple[Tensor, Tensor]]
+    """For `generated` and `negatives`: noise `[Nc, N, C, H, W]` and style indices `[Nc, N, S]`."""
 
 
-class FrozenEncoder:
-    """A feature encoder that learns nothing, on a device, in the memory layout that suits it."""
+class GeneratorTraining(Task[Batch]):
+    """The drift stage: a generator that follows the drift field in the features of a frozen encoder."""
 
-    def __init__(self, encoder: LatentMAE, device: torch.device, *, compile: bool):
-        self._encoder = encoder.eval().requires_grad_(False)
-        encoder.encoder.to(device)  # not the decoder, which is as large
-        self._compiled = Compiled(encoder.encode, "encoder") if compile else None
-        if compile and device.type == "cuda":
-            # Uncompiled, every GroupNorm would copy its input back to the other layout
-            encoder.encoder.to(memory_format=torch.channels_last)
+    name = "drift"
 
-    def encode(self, latents: Tensor, drop_duplicates: bool = False) -> dict[str, Tensor]:
-        """As that of `LatentMAE`."""
-        return (self._compiled or self._encoder.encode)(latents, drop_duplicates=drop_duplicates)
+    def __init__(self, store: LatentStore, encoder: Encoder, options: Drift, field: FieldSettings, run: Run):
+        seed, hardware, ranks, _ = run
+        self.options, self.ema_decays, self._field = options, options.ema_decays, field
+        self._seed, self._ranks, self._classes_per_pass = seed, ranks, hardware.classes_per_pass
+        share = ranks.share(options.classes_per_step, "drift.classes_per_step")
+        self._slots = range(share.start, share.stop)  # of the Nc class slots, those of this process
+        torch.manual_seed(derive_seed(seed, "drift/init"))
+        self.model = Generator(**generator_config(options, store)).to(ranks.device)
+        self.model.activation_checkpointing = hardware.activation_checkpointing
+        self._encoder = encoder.to(ranks.device)
+        if hardware.compile:
+            if ranks.device.type == "cuda":  # where, uncompiled, every GroupNorm would copy its input back
+                encoder.to(memory_format=torch.channels_last)
+            self._encoder = CompiledEncoder(encoder)
+        self._reader = LatentReader(store, ranks.device, on_device=hardware.latents_on_device)
+        self._real = RealSamples(store, options, seed)
+        self._execution = Execution(
+            reduce=ranks.sum if ranks.world_size > 1 else None,
+            feature_batch=hardware.feature_batch,
+            feature_dtype=feature_dtype(options.precision),
+        )
+
+    def prepare(self, step: int) -> Batch:
+        """Draw classes, omega, real samples and noise; a function of (seed, step, slot)."""
+        count, device = self.options.classes_per_step, self._ranks.device
+        classes, of_class, of_any = self._real.draw(step, self._slots)
+        omega = draw_omega(count, self.options, torch_generator(self._seed, "drift/omega", step))
+        noise = {"generated": self._draw("drift/noise", step)}
+        if self._field.negatives == "second_batch":
+            noise["negatives"] = self._draw("drift/negatives", step)
+        mine = slice(self._slots.start, self._slots.stop)
+        return Batch(
+            pinned(torch.as_tensor(classes[mine]), device),
+            pinned(omega[mine], device),
+            self._reader.fetch(of_class),
+            self._reader.fetch(of_any),
+            noise,
+        )
+
+    def _draw(self, what: str, step: int) -> tuple[Tensor, Tensor]:
+        config, n = self.model.config, self.options.generated
+        noise, style = [], []
+        for slot in self._slots:
+            generator = torch_generator(self._seed, what, step, slot)
+            size = (n, config.in_channels, config.input_size, config.input_size)
+            noise.append(torch.randn(size, generator=generator))
+            entries = torch.randint(config.style_entries, (n, config.style_codebooks), generator=generator)
+            style.append(entries)
+        return pinned(torch.stack(noise), self._ranks.device), pinned(torch.stack(style), self._ranks.device)
+
+    def parts(self, network: nn.Module, step: int, batch: Batch) -> list[Part]:
+        """The classes of a step, `hardware.classes_per_pass` at a time, with S and lambda of all of them."""
+        passes, execution = parts(len(self._slots), self._classes_per_pass), self._execution
+        if len(passes) > 1 and self._field.normalization_scope == "batch":
+            with torch.no_grad():
+                samples = [self._samples(network, batch, part) for part in passes]
+            with autocast(self._ranks, self.options.precision):
+                totals = step_totals(samples, self._encoder, self._field, execution)
+            execution = replace(execution, totals=totals)
+        count = len(self._slots)
+        return [
+            Part((part.stop - part.start) / count, partial(self._loss, network, batch, part, execution))
+            for part in passes
+        ]
+
+    def _loss(
+        self, network: nn.Module, batch: Batch, part: slice, execution: Execution
+    ) -> tuple[Tensor, Tree]:
+        *samples, negatives = self._samples(network, batch, part)
+        of_whom = self._encoder, self._field
+        with autocast(self._ranks, self.options.precision):
+            loss, statistics = drift_objective(*samples, *of_whom, negatives=negatives, execution=execution)
+        for of_set in statistics.values():
+            of_set["drift_rms"] = of_set["drift_rms"].square()  # whose mean over parts has a meaning
+        return loss, {"loss": loss, "feature_sets": statistics}
+
+    def _samples(self, network: nn.Module, batch: Batch, part: slice) -> Samples:
+        """Generate the samples of some classes, and bring the real ones to the device."""
+        negatives = None
+        if self._field.negatives == "second_batch":
+            with torch.no_grad():
+                negatives = self._generate(network, batch, "negatives", part)
+        return Samples(
+            self._generate(network, batch, "generated", part),
+            self._reader.place(batch.positives[part]),
+            self._reader.place(batch.unconditional[part]),
+            self._place(batch.omega[part]),
+            negatives,
+        )
+
+    def _generate(self, network: nn.Module, batch: Batch, what: str, part: slice) -> Tensor:
+        n = self.options.generated
+        noise, style = (self._place(x[part].flatten(0, 1)) for x in batch.noise[what])
+        labels, omega = (self._place(x[part]).repeat_interleave(n) for x in (batch.classes, batch.omega))
+        # Of its own for each call: autocast would reuse weights that it has cast without a graph
+        with autocast(self._ranks, self.options.precision):
+            return network(noise, labels, omega, style).unflatten(0, (-1, n))  # [Nc, N, C, H, W]
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._ranks.device, non_blocking=True)
+
+    def summary(self, statistics: Tree) -> Tree:
+        """Means over the feature sets, of each temperature and of all; then the sets one by one.
+
+        `drift_rms_<tau>` is the RMS of the raw drift before each temperature's normalisation, in units of
+        S, and `drift_rms` its mean over temperatures: the number that falls while the generator learns. The
+        normalised loss stays about one per temperature and feature set by construction.
+        """
+        sets = statistics["feature_sets"]
+        sets = {name: {**of_set, "drift_rms": of_set["drift_rms"].sqrt()} for name, of_set in sets.items()}
+        summary = {"loss": statistics["loss"]}
+        for name in _by_temperature(self._field):
+            means = torch.stack([of_set[name] for of_set in sets.values()]).mean(dim=0)  # [T]
+            summary[name] = means.mean()
+            summary |= {f"{name}_{tau:g}": mean for tau, mean in zip(self._field.temps, means, strict=True)}
+        summary["scale"] = torch.stack([of_set["scale"] for of_set in sets.values()]).mean()
+        return {**summary, "feature_sets": sets}
+
+
+def train_generator(
+    store: LatentStore, encoder: Encoder, options: Drift, field: FieldSettings, run: Run
+) -> tuple[Generator, list[EMA]]:
+    """Train a Generator on `store` in the features of `encoder`, going on from a checkpoint if it can.
+
+    Returns the generator and one EMA per decay of `options.ema_decays`. Raises `UserError` if the classes of
+    a step do not split over the processes, or a class has too few samples.
+    """
+    if run.hardware.compile and run.ranks.device.type == "cuda":
+        couplings.fuse(partial(Compiled, name="scalings of a plan", dynamic=None))
+    training = GeneratorTraining(store, encoder, options, field, run)
+    return training.model, train(training, run)
+
+
+def feature_dtype(precision: str) -> torch.dtype:
+    """What features are held in: bfloat16, where convolutions in it have left no more digits.
+
+    Not float16: gradients of single features leave its range.
+    """
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float32}[precision]
+
+
+class CompiledEncoder(Encoder):
+    """An encoder by torch.compile."""
+
+    def __init__(self, encoder: Encoder):
+        super().__init__()
+        self._encode = Compiled(encoder.encode, "encoder")
+
+    def encode(self, latents: Tensor) -> dict[str, Tensor]:
+        return self._encode(latents)
 
 
 class RealSamples:

@@ -1,15 +1,14 @@
 """Images -> latents of one view: a loop that may be killed at any moment and shared by several processes.
 
 Consecutive images form a block. The rows of a block are on the disk before its images are marked as done, and
-the processes take in turns the blocks with images that are not, so whoever comes next goes on with what is
-left. The result depends neither on the blocks nor on the processes, except for the rounding of the VAE's
-convolutions in batches of another size.
-
-Decoding, network and disk work at the same time: a DataLoader's workers decode the blocks to come, and a
-block is stored while the device computes the next.
+the processes take in turns the blocks with images that are not: whoever comes next goes on with what is left.
+The result depends neither on the blocks nor on the processes, except for the rounding of the VAE's
+convolutions in batches of another size. Workers decode the blocks to come, and a block is stored while the
+device computes the next.
 """
 
 import math
+import multiprocessing
 import os
 import platform
 import shutil
@@ -25,7 +24,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
@@ -33,7 +31,7 @@ from torch.utils.data import Dataset as TorchDataset
 from tqdm import tqdm
 
 from drift.autoencoders.kl import VAE
-from drift.data.datasets import Dataset, first_few, refuse_or_leave_out
+from drift.data.datasets import Dataset, refuse_or_leave_out
 from drift.data.images import BadImage
 from drift.data.latents import file_facts, latent_files, pinned
 from drift.data.views import View
@@ -45,7 +43,6 @@ from drift.runtime.seeds import numpy_generator, torch_generator
 
 _TO_DO, _DONE, _UNDECODABLE = 0, 1, 2  # marks of an image
 _ROWS_COPIED_AT_ONCE = 4096
-_ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +55,7 @@ class EncodeOptions:
     """`mean`, or `sample` for one draw."""
     seed: int
     on_bad_image: str
-    """`error` or `skip`: what to do about images that do not decode, once all have been tried."""
+    """`error` or `skip`: what happens, after all have been tried, if images do not decode."""
 
     def __post_init__(self) -> None:
         one_of("posterior", self.posterior, "mean", "sample")
@@ -70,7 +67,7 @@ def encode_view(
     vae: VAE,
     folder: str | Path,
     options: EncodeOptions,
-    ranks: Ranks = _ALONE,
+    ranks: Ranks,
     *,
     batch_size: int,
     workers: int = 0,
@@ -87,7 +84,6 @@ def encode_view(
     cannot be read at all; `FloatingPointError` if float16 cannot hold a latent; and `Stopped` in all
     processes, after the blocks at hand, once one of them is asked to stop. The next call goes on from there.
     """
-    pictures = _Pictures(source, options, torch.full((workers, 2), -1).share_memory_())
     rows = _Rows(Path(folder), source, options.view.per_image)
     if ranks.first:
         rows.prepare(vae.latent_shape(options.image_size))
@@ -97,40 +93,38 @@ def encode_view(
     size = max(1, batch_size // options.view.per_image)
     blocks = [range(start, min(start + size, len(marks))) for start in range(0, len(marks), size)]
     blocks = [block for block in blocks if (marks[block.start : block.stop] == _TO_DO).any()]
-    decoded = _decode(pictures, blocks[ranks.rank :: ranks.world_size], vae.device, asked_to_stop)
     turns = math.ceil(len(blocks) / ranks.world_size)
-    what = f"encode {options.view.name}"
-    _store(_encode(vae, pictures, decoded, batch_size), rows, turns, ranks, asked_to_stop, what)
-    left_out = _to_leave_out(source, rows.marks.read(), options.on_bad_image, show=ranks.first)
+    pictures = _Pictures(source, options, torch.full((workers, 2), -1).share_memory_())
+    decoded = _decode(pictures, blocks[ranks.rank :: ranks.world_size], vae.device, asked_to_stop)
+    encoded = _encode(decoded, vae, source, options, batch_size)
+    _store(encoded, rows, turns, ranks, asked_to_stop, f"encode {options.view.name}")
+
+    left_out = np.flatnonzero(rows.marks.read() == _UNDECODABLE)
+    remark = "; the meta file lists all. fid leaves out those of other splits (drift fid-selftest names them)"
+    refuse_or_leave_out(source, left_out, options.on_bad_image, remark, show=ranks.first)
     export = Path(folder) / "export"
     if ranks.first:
         rows.export(export, left_out)
-        meta = _image_facts(source, left_out) | _option_facts(options) | _network_facts(vae)
-        write_json(latent_files(export)[2], meta | file_facts(export))
+        meta = _facts(source, vae, options, left_out) | file_facts(export)
+        write_json(latent_files(export)[2], meta)
     ranks.barrier()
     return export
 
 
-def _image_facts(source: Dataset, left_out: list[int]) -> dict[str, Any]:
+def _facts(source: Dataset, vae: VAE, options: EncodeOptions, left_out: np.ndarray) -> dict[str, Any]:
     """For the meta file; alike for both values of `on_bad_image` if no image is left out."""
+    names = [source.name_in_split(index) for index in left_out]
     return {
         "dataset": source.dataset,
         "dataset_split": source.split,
         "images": len(source),
         "images_sha256": source.digest,
-        "skipped_images": {"count": len(left_out), "names": [source.name_in_split(i) for i in left_out]},
+        "skipped_images": {"count": len(names), "names": names},
         "class_names": source.class_names,
         "num_classes": len(source.class_names),
-    }
-
-
-def _option_facts(options: EncodeOptions) -> dict[str, Any]:
-    facts = {name: getattr(options, name) for name in ("image_size", "seed", "posterior")}
-    return facts | {"view": options.view.name} | asdict(options.view)
-
-
-def _network_facts(vae: VAE) -> dict[str, Any]:
-    return {
+        "view": options.view.name,
+        **asdict(options.view),
+        **{key: getattr(options, key) for key in ("image_size", "posterior", "seed")},
         "vae": vae.id,
         "vae_revision": vae.revision,
         "vae_sha256": vae.digest,
@@ -146,7 +140,7 @@ def _network_facts(vae: VAE) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Files that the processes share: the latents and labels of all images, and the marks of those done."""
+    """Files that the processes share: the latents of all images, and the marks of those that are done."""
 
     folder: Path
     source: Dataset
@@ -164,10 +158,6 @@ class _Rows:
     def marks(self) -> RowFile:
         return RowFile(self._marks)
 
-    def done(self) -> int:
-        """How many images all processes are done with."""
-        return int(np.count_nonzero(self.marks.read() != _TO_DO))
-
     def prepare(self, latent_shape: tuple[int, ...]) -> None:
         """Create the files, or take over those of an earlier run."""
         if self._marks.exists():
@@ -176,23 +166,26 @@ class _Rows:
         else:
             if self.source.passed_over:
                 print(self.source.passed_over, flush=True)
-            latents_path, labels_path, _ = latent_files(self.folder / "latents")
-            shutil.rmtree(latents_path.parent, ignore_errors=True)  # not overwritten: a result may share them
-            latents_path.parent.mkdir(parents=True)
+            shutil.rmtree(self.folder / "latents", ignore_errors=True)  # a result may share its files
+            (self.folder / "latents").mkdir(parents=True)
             marks = np.full(len(self.source), _TO_DO, np.uint8)
-            self._create(latents_path, (len(marks) * self.per_image, *latent_shape))
-            _save(labels_path, np.repeat(self.source.labels, self.per_image))
-        _save(self._marks, marks)  # after the others, for which it vouches
+            self._create(self.folder / "latents", (len(marks) * self.per_image, *latent_shape))
+        with atomic_write(self._marks) as file:  # last, as it vouches for the latents
+            np.save(file, marks)
 
-    def _create(self, path: Path, shape: tuple[int, ...]) -> RowFile:
-        """A file for float16 numbers; raises `UserError` if the disk has no room for them."""
-        needed, free = 2 * math.prod(shape), shutil.disk_usage(self.folder).free
+    def _create(self, folder: Path, shape: tuple[int, ...]) -> RowFile:
+        """A file for latents; raises `UserError` if the disk has no room for them."""
+        needed, free = 2 * math.prod(shape), shutil.disk_usage(folder).free
         if needed > free:
             raise UserError(
-                f"{self.folder}: the latents need {needed / 2**30:.1f} GiB, the disk has {free / 2**30:.1f} "
-                "GiB free; make room or move the work folder (DRIFT_WORK_DIR)"
+                f"{folder}: the latents need {needed / 2**30:.1f} GiB, the disk has {free / 2**30:.1f} GiB "
+                "free; make room or move the work folder (DRIFT_WORK_DIR)"
             )
-        return RowFile.create(path, np.float16, shape)
+        return RowFile.create(latent_files(folder)[0], np.float16, shape)
+
+    def done(self) -> int:
+        """How many images all processes are done with."""
+        return int(np.count_nonzero(self.marks.read() != _TO_DO))
 
     def write(self, block: range, latents: np.ndarray, undecodable: list[int]) -> None:
         """Store the rows of a block, `[images * per_image, C, h, w]`, and mark its images."""
@@ -201,28 +194,23 @@ class _Rows:
         self.latents.write(block.start * self.per_image, latents)
         self.marks.write(block.start, marks)
 
-    def export(self, folder: Path, left_out: list[int]) -> None:
-        """Make a folder of the files by second names or, where images are left out, of copies without them.
+    def export(self, folder: Path, left_out: np.ndarray) -> None:
+        """Make a folder of latents, under a second name or copied without some images, and labels.
 
         So the rows stay where a run that is started again looks for them.
         """
-        if not left_out:
-            link_folder(self.folder / "latents", folder)
-            return
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        latents_path, labels_path, _ = latent_files(folder)
         images = np.delete(np.arange(len(self.source)), left_out)
-        kept = (images[:, None] * self.per_image + np.arange(self.per_image)).reshape(-1)
-        copy = self._create(latents_path, (len(kept), *self.latents.shape[1:]))
-        for start in range(0, len(kept), _ROWS_COPIED_AT_ONCE):
-            copy.write(start, self.latents.read(kept[start : start + _ROWS_COPIED_AT_ONCE]))
-        _save(labels_path, np.repeat(self.source.labels[images], self.per_image))
-
-
-def _save(path: Path, array: np.ndarray) -> None:
-    with atomic_write(path) as file:
-        np.save(file, array)
+        if len(left_out):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            kept = (images[:, None] * self.per_image + np.arange(self.per_image)).reshape(-1)
+            copy = self._create(folder, (len(kept), *self.latents.shape[1:]))
+            for start in range(0, len(kept), _ROWS_COPIED_AT_ONCE):
+                copy.write(start, self.latents.read(kept[start : start + _ROWS_COPIED_AT_ONCE]))
+        else:
+            link_folder(self.folder / "latents", folder)
+        with atomic_write(latent_files(folder)[1]) as file:
+            np.save(file, np.repeat(self.source.labels[images], self.per_image))
 
 
 class _Decoded(NamedTuple):
@@ -257,8 +245,8 @@ class _Pictures(TorchDataset):
             except UserError as error:
                 unreadable = str(error)
                 break
-            made = view.pictures(image, size, partial(numpy_generator, seed, "encode/crop", index))
-            for number, picture in enumerate(made):
+            generator_of = partial(numpy_generator, seed, "encode/crop", index)
+            for number, picture in enumerate(view.pictures(image, size, generator_of)):
                 stored[number] = picture
         self._note(-1)
         return pixels.flatten(0, 1), undecodable, unreadable
@@ -269,21 +257,10 @@ class _Pictures(TorchDataset):
 
     def in_dead_hands(self) -> str:
         """The images that workers had in hand when they died."""
-        for _ in range(50):  # the system closes the pipes of a process before it counts as dead
-            time.sleep(0.02)
-            held = [
-                self.source.name(i) for process, i in self.at_work.tolist() if i >= 0 and _is_dead(process)
-            ]
-            if held:
-                break
-        return ", ".join(held)
-
-
-def _is_dead(process: int) -> bool:
-    try:
-        return psutil.Process(process).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
+        time.sleep(0.5)  # the system closes the pipes of a process before it counts as dead
+        alive = {process.pid for process in multiprocessing.active_children()}
+        held = [index for process, index in self.at_work.tolist() if index >= 0 and process not in alive]
+        return ", ".join(map(self.source.name, held))
 
 
 def _decode(
@@ -325,9 +302,9 @@ def _ignore_ctrl_c(worker: int) -> None:
 
 
 def _encode(
-    vae: VAE, pictures: _Pictures, blocks: Iterator[_Decoded], batch_size: int
+    blocks: Iterator[_Decoded], vae: VAE, source: Dataset, options: EncodeOptions, batch_size: int
 ) -> Iterator[tuple[_Decoded, np.ndarray]]:
-    """Blocks and their latents, float16 `[rows, C, h, w]`; the device computes the next meanwhile.
+    """Blocks and their latents, float16 `[rows, C, h, w]`; the device computes the next block meanwhile.
 
     Rows that are not finite in bfloat16 are computed again in float32. Raises `UserError` if an image cannot
     be read, `FloatingPointError` if a latent is beyond float16.
@@ -335,16 +312,14 @@ def _encode(
 
     def finished(decoded: _Decoded, latents: Tensor) -> tuple[_Decoded, np.ndarray]:
         latents = latents.cpu()
-        finite = latents.isfinite().all(-1).all(-1).all(-1)[:, None, None, None]
-        if not finite.all() and vae.precision != "float32":
-            exact = _latents(vae.in_float32(), pictures.options, decoded, batch_size).cpu()
-            latents = torch.where(finite, latents, exact)
-            finite = latents.isfinite().all(-1).all(-1).all(-1)
+        if vae.precision != "float32" and not latents.isfinite().all():
+            exact = _latents(decoded, vae.in_float32(), options, batch_size).cpu()
+            latents = torch.where(latents.isfinite().flatten(1).all(1)[:, None, None, None], latents, exact)
+        finite = latents.isfinite().flatten(1).all(1)
         if not finite.all():
-            row = int(finite.flatten().int().argmin())
-            name = pictures.source.name(decoded.block[row // pictures.options.view.per_image])
+            index = decoded.block[int(finite.int().argmin()) // options.view.per_image]
             raise FloatingPointError(
-                f"{name}: its latents are not finite in float16; "
+                f"{source.name(index)}: its latents are not finite in float16; "
                 "are the weights of the VAE whole, and is it the VAE for these images?"
             )
         return decoded, latents.numpy()
@@ -353,15 +328,15 @@ def _encode(
     for decoded in blocks:
         if decoded.unreadable:
             raise UserError(f"{decoded.unreadable}, what is done is kept")
-        latents = _latents(vae, pictures.options, decoded, batch_size)
+        following = decoded, _latents(decoded, vae, options, batch_size)
         if before is not None:
             yield finished(*before)
-        before = decoded, latents
+        before = following
     if before is not None:
         yield finished(*before)
 
 
-def _latents(vae: VAE, options: EncodeOptions, decoded: _Decoded, batch_size: int) -> Tensor:
+def _latents(decoded: _Decoded, vae: VAE, options: EncodeOptions, batch_size: int) -> Tensor:
     """Float16 `[rows, C, h, w]`, which the VAE's device may still be computing."""
     parts = decoded.pixels.split(batch_size)
     if options.posterior == "mean":
@@ -399,21 +374,3 @@ def _store(
             if stop:
                 message = f"{what}: {signal.Signals(stop).name} after {done} of {images} images"
                 raise Stopped(f"{message}; run it again to go on" if ranks.first else "", stop)
-
-
-def _to_leave_out(source: Dataset, marks: np.ndarray, on_bad_image: str, show: bool) -> list[int]:
-    """The images that do not decode; raises `UserError` if they may not be left out or are all of a class."""
-    assert (marks != _TO_DO).all()
-    bad = np.flatnonzero(marks == _UNDECODABLE).tolist()
-    empty = np.setdiff1d(source.labels, source.labels[marks == _DONE])
-    if len(empty) and on_bad_image == "skip":
-        named = first_few([source.class_names[label] for label in empty], len(empty))
-        raise UserError(
-            f"{len(empty)} of {len(source.class_names)} classes have no image that decodes: {named}; "
-            "repair some, or remove the folders of these classes"
-        )
-    remark = (
-        "; the meta file lists all. fid leaves out those of other splits (drift fid-selftest names them now)"
-    )
-    refuse_or_leave_out(source, bad, on_bad_image, remark, show=show)
-    return bad

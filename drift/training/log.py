@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,8 @@ class RunLog:
         if self._log is None:
             return
         self._log.reached(step, values, force=True)
-        self._bar.set_postfix({k: f"{values[k]:.4g}" for k in list(values)[:2]}, refresh=False)
+        numbers = [f"{name}={value:.4g}" for name, value in values.items() if isinstance(value, float)]
+        self._bar.set_postfix_str(", ".join(numbers[:2]), refresh=False)
 
     def close(self) -> None:
         self._bar.close()
@@ -58,25 +58,40 @@ def write_plot(log: Path, destination: Path, columns: Sequence[str]) -> None:
 
 
 Tree = Mapping[str, "torch.Tensor | Tree"]
-"""Tensors by name, grouped at will."""
+"""Tensors by name, in groups of any depth."""
 
 
-def to_numbers(values: Tree) -> dict:
-    """Tensors of one device as numbers or lists of numbers, in one transfer; in groups to four digits."""
-    numbers = iter(torch.cat([leaf.detach().float().reshape(-1) for leaf in _leaves(values)]).tolist())
-
-    def read(value: torch.Tensor | Tree, grouped: bool) -> float | list | dict:
-        if isinstance(value, Mapping):
-            return {name: read(part, True) for name, part in value.items()}
-        taken = [float(f"{x:.4g}") if grouped else x for x in islice(numbers, value.numel())]
-        return taken if value.ndim else taken[0]
-
-    return {name: read(value, False) for name, value in values.items()}
-
-
-def _leaves(tree: Tree) -> Iterator[torch.Tensor]:
+def leaves(tree: Tree) -> Iterator[torch.Tensor]:
+    """The tensors of a tree, in order."""
     for value in tree.values():
-        if isinstance(value, Mapping):
-            yield from _leaves(value)
-        else:
-            yield value
+        yield from leaves(value) if isinstance(value, Mapping) else (value,)
+
+
+def rebuilt(tree: Tree, numbers: torch.Tensor) -> dict:
+    """A tree of the shape of `tree`, whose tensors are filled from `numbers`, one after the other."""
+    parts = iter(numbers.split([leaf.numel() for leaf in leaves(tree)]))
+
+    def fill(part: Tree) -> dict:
+        return {k: fill(v) if isinstance(v, Mapping) else next(parts).view(v.shape) for k, v in part.items()}
+
+    return fill(tree)
+
+
+def to_numbers(values: Mapping[str, Any]) -> dict:
+    """A tree on one device as numbers and lists of numbers, in one transfer; in groups to four digits.
+
+    Numbers at its top stay what they are.
+    """
+    tree = {name: value for name, value in values.items() if not isinstance(value, float)}
+    numbers = rebuilt(tree, torch.cat([leaf.detach().float().flatten() for leaf in leaves(tree)]).cpu())
+    return {name: _plain(numbers.get(name, value)) for name, value in values.items()}
+
+
+def _plain(value: Any, digits: int | None = None) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(part, 4) for name, part in value.items()}
+    if isinstance(value, torch.Tensor):
+        value = value.tolist()
+    if isinstance(value, list):
+        return [_plain(number, digits) for number in value]
+    return float(f"{value:.{digits}g}") if digits else value

@@ -1,58 +1,218 @@
 """The training loop that MAE and generator share: AdamW, clip, EMA, log, checkpoint, resume.
 
-Nothing in it remembers: every number that a step draws is a function of (seed, step), so a run that goes
-on from a checkpoint computes what the uninterrupted run would have: to the bit on a CPU, and on a GPU with
-`hardware.deterministic`; otherwise but for the rounding of sums whose order the GPU leaves open.
+The loop remembers nothing. Every number that a step draws is a function of (seed, step), so a resumed run
+computes what the uninterrupted run would have: to the bit on a CPU, and on a GPU with
+`hardware.deterministic`. Without it, a GPU leaves the order of sums open, and results differ by rounding.
 """
 
 import signal
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, closing
-from functools import partial
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from drift.models.ema import EMA
 from drift.runtime.errors import Stopped
 from drift.runtime.processes import Ranks
 from drift.runtime.signals import Asked, Signals
-from drift.runtime.sums import PairwiseSum
 from drift.settings import ROUNDING_KEYS, Hardware, Optimizer
-from drift.training.checkpoint import load_optimizer, optimizer_tensors, save_checkpoint, shared_checkpoint
-from drift.training.log import RunLog, Tree, to_numbers
-from drift.training.prefetch import Prefetch
+from drift.training.checkpoint import Checkpoints, Saved, load, optimizer_tensors
+from drift.training.compile import Compiled
+from drift.training.log import RunLog, Tree, leaves, rebuilt, to_numbers
 from drift.training.schedule import learning_rate
 
 LOG_FILE = "logs.jsonl"
-_BUCKET = 2**23
-"""Numbers that are sent together, 32 MB: little enough that the first are on their way soon, and that few are
-left to send after the backward pass. DDP takes 25 MB; other sizes have not been measured on GPUs."""
 Batch = TypeVar("Batch")
 
 
-class Stateful(Protocol):
-    """Something beside the model whose tensors belong into a checkpoint, such as the sample queue."""
+class Run(NamedTuple):
+    """Of what seed, how, by whom and where something is trained."""
 
-    def state_after(self, steps: int) -> dict[str, Tensor]:
-        """The state after so many steps; it may itself be ahead of them, as data are read in advance."""
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
-
-
-class Backward(Protocol):
-    """Takes the gradient of a part's loss, summed over what it consists of (latents, or classes)."""
-
-    def __call__(self, loss: Tensor, *, last: bool) -> None:
-        """`last`: no other part follows in this step, so gradients go to the other processes as they come."""
+    seed: int
+    hardware: Hardware
+    ranks: Ranks
+    folder: Path
+    """Of checkpoints and `logs.jsonl`; only the first process reads and writes it."""
 
 
-def autocast(ranks: Ranks, precision: str) -> AbstractContextManager:
-    """Mixed precision of the networks; `float32` is none."""
-    dtype = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
-    return torch.autocast(ranks.device.type, dtype, enabled=dtype is not None)
+class Part(NamedTuple):
+    """Some of what a process has in a step, computed at once."""
+
+    share: float
+    """Of what the process has; the shares of a step add up to 1."""
+    loss: Callable[[], tuple[Tensor, Tree]]
+    """Computes the mean loss of the part, and statistics that are means too."""
+
+
+class Task(ABC, Generic[Batch]):
+    """What is trained, and on what."""
+
+    name: str
+    model: nn.Module
+    options: Optimizer
+    ema_decays: Sequence[float]
+    evaluate_every: int | None = None
+    """Steps between two calls of `evaluate`; None is never."""
+
+    @abstractmethod
+    def prepare(self, step: int) -> Batch:
+        """Read and draw what a step needs. Another thread calls it, in the order of the steps."""
+
+    @abstractmethod
+    def parts(self, network: nn.Module, step: int, batch: Batch) -> Sequence[Part]:
+        """The parts of a step, for as many things in every process; `network` computes `model`."""
+
+    def summary(self, statistics: Tree) -> Tree:
+        """What is logged of the statistics, averaged over parts and processes. It has the `loss`."""
+        return statistics
+
+    def evaluate(self, weights: Mapping[str, Tensor]) -> Tree:
+        """Measure the weights of the first EMA. All processes call it."""
+        raise NotImplementedError
+
+
+class Learner:
+    """What training changes: the weights, AdamW's moments, the averages, the scale of float16's loss."""
+
+    def __init__(self, task: Task, ranks: Ranks):
+        options = task.options
+        self.model, self._options = task.model, options
+        self._parameters = [p for p in task.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self._parameters,
+            lr=options.lr,
+            betas=options.betas,
+            weight_decay=options.weight_decay,
+            fused=True,
+        )
+        self.emas = [EMA(task.model, decay) for decay in task.ema_decays]
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=options.precision == "float16")
+        self._first_bad = torch.full((), -1, dtype=torch.int64, device=ranks.device)
+
+    def update(self, step: int, loss: Tensor) -> dict[str, Any]:
+        """Follow the gradients, whose norm and learning rate it returns."""
+        rate = learning_rate(step, self._options)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self._parameters, self._options.grad_clip)
+        # Scaled gradients may overflow: the scaler leaves that step out and lowers its scale
+        bad = ~torch.isfinite(loss if self.scaler.is_enabled() else norm + loss)
+        self._first_bad = torch.where(bad & (self._first_bad < 0), step, self._first_bad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        for ema in self.emas:
+            ema.update(self.model)
+        return {"grad_norm": norm, "lr": rate}
+
+    def require_finite(self) -> None:
+        """Look at the losses and gradients so far, for which the host waits.
+
+        Raises FloatingPointError naming the first step that was not finite.
+        """
+        if (step := int(self._first_bad)) >= 0:
+            raise FloatingPointError(f"step {step}: the loss or its gradient is not finite")
+        if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
+            raise FloatingPointError("the gradient does not fit into float16 however small the loss is made")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state by name; not copies."""
+        optimizer = optimizer_tensors(self.model, self.optimizer)
+        parts = {"model": self.model.state_dict(), "optimizer": optimizer}
+        parts |= {f"ema_{i}": ema.state_dict() for i, ema in enumerate(self.emas)}
+        return {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
+
+    def resume(self, checkpoints: Checkpoints, ranks: Ranks) -> Saved | None:
+        """Go on from the newest checkpoint, which the first process reads for all."""
+        saved = ranks.from_first(checkpoints.newest() if ranks.first else None)
+        if saved is None:
+            return None
+        tensors = self.tensors()
+        if ranks.first:
+            load(saved, tensors)
+        if ranks.world_size > 1:
+            for tensor in tensors.values():
+                dist.broadcast(tensor, src=0)
+        if saved.state["scaler"]:  # empty if it was not in use
+            self.scaler.load_state_dict(saved.state["scaler"])
+        return saved
+
+
+def train(task: Task, run: Run) -> list[EMA]:
+    """Take the steps of `task` that are left; one EMA per decay.
+
+    Raises FloatingPointError naming the first step with a loss or gradient that is not finite; no checkpoint
+    is written after such a step. Raises Stopped after SIGTERM or SIGINT (see `drift.runtime.signals`), with a
+    checkpoint of the step that was being taken.
+    """
+    _, hardware, ranks, folder = run
+    learner, steps, rounding = Learner(task, ranks), task.options.steps, _what_rounds(hardware, ranks)
+    checkpoints = Checkpoints(folder, keep_every=hardware.checkpoint_keep_every, group=ranks.control)
+    saved = learner.resume(checkpoints, ranks)
+    start = saved.step if saved else 0
+    if saved and ranks.first:
+        print(f"{task.name}: going on from step {start} ({saved.path})", flush=True)
+        _say_what_rounds_otherwise(task.name, saved.state["rounding"], rounding)
+    network = _network(task, hardware, ranks)
+    log = RunLog(folder / LOG_FILE, what=task.name, steps=steps, start=start, active=ranks.first)
+    with (
+        closing(log),  # an error is told on a line of its own, not behind the bar
+        Signals() as signals,
+        checkpoints,
+        closing(batches(task.prepare, start, steps, hardware.prefetch)) as prepared,
+    ):
+        for step, batch in zip(range(start, steps), prepared, strict=True):
+            done, last = step + 1, step + 1 == steps
+            shown = task.summary(_gradients(task.parts(network, step, batch), network, learner, ranks))
+            shown = {**shown, **learner.update(step, shown["loss"])}
+            log.step()
+            every = task.evaluate_every
+            measured = (
+                task.evaluate(learner.emas[0].state_dict()) if every and (done % every == 0 or last) else {}
+            )
+            if step % hardware.log_every == 0 or last or measured:
+                learner.require_finite()
+                log.write(step, to_numbers({**shown, **measured}))
+            asked = Asked(*ranks.highest(signals.look()))
+            if done % hardware.checkpoint_every == 0 or last or asked.stop or asked.save:
+                learner.require_finite()
+                if ranks.first:
+                    rest = {"scaler": learner.scaler.state_dict(), "rounding": rounding}
+                    checkpoints.save(done, learner.tensors(), rest)
+            if asked.stop and not last:
+                checkpoints.wait()
+                ranks.barrier()
+                name = signal.Signals(asked.stop).name
+                line = f"{task.name}: {name} after step {done} of {steps}; saved, run it again to go on"
+                raise Stopped(line if ranks.first else "", asked.stop)
+        checkpoints.wait()
+    ranks.barrier()
+    return learner.emas
+
+
+def batches(prepare: Callable[[int], Batch], start: int, stop: int, ahead: int) -> Iterator[Batch]:
+    """`prepare(step)` of one step after the other, by a thread that is at most `ahead` steps ahead."""
+    if not ahead:
+        yield from map(prepare, range(start, stop))
+        return
+    thread, waiting = ThreadPoolExecutor(1, thread_name_prefix="prefetch"), deque[Future[Batch]]()
+    try:
+        for step in range(start, stop):
+            waiting.append(thread.submit(prepare, step))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        thread.shutdown(cancel_futures=True)
 
 
 def parts(count: int, size: int | None) -> list[slice]:
@@ -61,225 +221,45 @@ def parts(count: int, size: int | None) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def train(
-    model: nn.Module,
-    prepare: Callable[[int], Batch],
-    compute: Callable[[int, Batch, Backward], Tree],
-    *,
-    count: int,
-    options: Optimizer,
-    ema_decays: Sequence[float],
-    hardware: Hardware,
-    ranks: Ranks,
-    folder: Path,
-    what: str,
-    extra: Stateful | None = None,
-    evaluate: Callable[[Mapping[str, Tensor]], Tree] | None = None,
-    evaluate_every: int = 1,
-) -> list[EMA]:
-    """Take `options.steps` optimizer steps of `model`, or those that are left of them.
+def autocast(ranks: Ranks, precision: str) -> AbstractContextManager:
+    """Mixed precision of the networks; `float32` is none."""
+    dtype = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
+    return torch.autocast(ranks.device.type, dtype, enabled=dtype is not None)
 
-    `prepare(step)` reads the batch of `compute(step, batch, backward)`; it is called in the order of the
-    steps, ahead of them and in another thread where `hardware.prefetch` is not 0. `compute` hands the losses
-    of its parts to `backward`, each a sum; what they add up to in all processes, divided by `count`, is the
-    loss of the step. It returns statistics of the whole step to log, that `loss` among them. `evaluate` gets
-    the weights of the first EMA every `evaluate_every` steps and after the last, and returns more to log. All
-    processes call both.
 
-    Gradients of equal parts add up to the same bits however many processes have computed them, if the number
-    of parts in each is a power of two.
-
-    Checkpoints and `logs.jsonl` go to `folder`, which only the first process reads and writes. Returns one
-    EMA per decay. Raises FloatingPointError naming the first step with a loss or gradient that is not finite;
-    no checkpoint is written after such a step. Raises Stopped after SIGTERM or SIGINT (see `drift.runtime.signals`),
-    with a checkpoint of the step that was being taken.
-    """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay, fused=True
+def _network(task: Task, hardware: Hardware, ranks: Ranks) -> nn.Module:
+    """What computes the model: compiled, and with gradients averaged over the processes."""
+    name = type(task.model).__name__
+    network = Compiled(task.model, name) if hardware.compile else task.model
+    if ranks.world_size == 1:
+        return network
+    devices = [ranks.device] if ranks.device.type == "cuda" else None
+    return DistributedDataParallel(
+        network, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
     )
-    emas = [EMA(model, decay) for decay in ema_decays]
-    scaler = torch.amp.GradScaler(ranks.device.type, enabled=options.precision == "float16")
-    gradients = _Gradients(parameters, scaler, ranks)
-
-    def state(steps: int) -> dict[str, Tensor]:
-        parts = {"model": model.state_dict(), "optimizer": optimizer_tensors(optimizer)}
-        parts |= {f"ema_{i}": ema.state_dict() for i, ema in enumerate(emas)}
-        if extra is not None:
-            parts["extra"] = extra.state_after(steps)
-        return {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
-
-    def resume() -> int:
-        """Steps that were taken before; a function, as the whole checkpoint is let go of when it returns."""
-        checkpoint = shared_checkpoint(folder, ranks)
-        if checkpoint is None:
-            return 0
-        model.load_state_dict(checkpoint.require("model", model.state_dict()))
-        for i, ema in enumerate(emas):
-            ema.load_state_dict(checkpoint.require(f"ema_{i}", ema.state_dict()))
-        load_optimizer(optimizer, checkpoint.part("optimizer"))
-        if extra is not None:
-            extra.load_state_dict(checkpoint.require("extra", extra.state_after(checkpoint.step)))
-        if checkpoint.state["scaler"]:  # empty if it was not in use
-            scaler.load_state_dict(checkpoint.state["scaler"])
-        if ranks.first:
-            print(f"{what}: going on from step {checkpoint.step} ({checkpoint.path})", flush=True)
-            _tell_of_rounding(what, checkpoint.state.get("rounding", rounding), rounding)
-        return checkpoint.step
-
-    rounding = _what_rounds(hardware, ranks)
-    start = resume()
-    log = RunLog(folder / LOG_FILE, what=what, steps=options.steps, start=start, active=ranks.first)
-    first_bad = torch.full((), -1, dtype=torch.int64, device=ranks.device)
-    with (
-        closing(log),  # an error is told on a line of its own, not behind the bar
-        Signals() as signals,
-        Prefetch(prepare, start, options.steps, hardware.prefetch) as batches,
-    ):
-        for step in range(start, options.steps):
-            rate = learning_rate(
-                step,
-                steps=options.steps,
-                peak=options.lr,
-                warmup_steps=options.warmup_steps,
-                warmup_start=options.warmup_start_lr,
-                schedule=options.lr_schedule,
-                final_share=options.lr_final,
-            )
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            statistics = compute(step, batches.get(step), gradients.backward)
-            gradients.average(count)
-            scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(parameters, options.grad_clip)
-            # Scaled gradients may overflow: the scaler leaves that step out and lowers its scale
-            bad = ~torch.isfinite(statistics["loss"] if scaler.is_enabled() else norm + statistics["loss"])
-            first_bad = torch.where(bad & (first_bad < 0), step, first_bad)  # looked at only now and then
-            scaler.step(optimizer)
-            scaler.update()
-            for ema in emas:
-                ema.update(model)
-            log.step()
-            last = step + 1 == options.steps
-            measured = {}
-            if evaluate is not None and ((step + 1) % evaluate_every == 0 or last):
-                measured = evaluate(emas[0].state_dict())
-            if step % hardware.log_every == 0 or last or measured:
-                _require_finite(first_bad, scaler)
-                log.write(step, {**to_numbers({**statistics, "grad_norm": norm, **measured}), "lr": rate})
-            asked = Asked(*ranks.highest(signals.look()))
-            if (step + 1) % hardware.checkpoint_every == 0 or last or asked.stop or asked.save:
-                _require_finite(first_bad, scaler)
-                if ranks.first:
-                    save_checkpoint(
-                        folder,
-                        step + 1,
-                        state(step + 1),
-                        {"scaler": scaler.state_dict(), "rounding": rounding},
-                        keep_every=hardware.checkpoint_keep_every,
-                    )
-            if asked.stop and not last:
-                ranks.barrier()
-                name = signal.Signals(asked.stop).name
-                told = (
-                    f"{what}: {name} after step {step + 1} of {options.steps}; saved, run it again to go on"
-                )
-                raise Stopped(told if ranks.first else "", asked.stop)
-    ranks.barrier()
-    return emas
 
 
-class _Gradients:
-    """The gradient of a step from those of its parts, summed over processes during the last backward pass.
+def _gradients(todo: Sequence[Part], network: nn.Module, learner: Learner, ranks: Ranks) -> Tree:
+    """Accumulate the gradient of a step's mean loss over parts and processes; means of the statistics.
 
-    A bucket is sent as soon as its gradients are complete and the buckets before it are sent, on a GPU in a
-    stream of its own. All processes need the same order for that: as in DDP it is the one in which the first
-    process gets the gradients of the first step. It changes no bit of them.
+    DDP sends gradients while the last part goes backward. Every process has as much in a step.
     """
-
-    def __init__(self, parameters: Sequence[nn.Parameter], scaler: torch.amp.GradScaler, ranks: Ranks):
-        self._parameters, self._scaler, self._ranks = parameters, scaler, ranks
-        self._stream = torch.cuda.Stream(ranks.device) if ranks.device.type == "cuda" else None
-        self._buckets: list[list[int]] = []  # indices of parameters
-        if ranks.world_size > 1:
-            self._buckets = self._in_buckets(reversed(range(len(parameters))))
-        self._order_is_known = ranks.world_size == 1
-        self._start()
-
-    def _start(self) -> None:
-        self._sum = PairwiseSum()
-        self._complete: dict[int, Tensor] = {}  # by index, as they come
-        self._sent = 0  # buckets
-
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Take in the gradient of a part."""
-        for parameter in self._parameters:
-            parameter.grad = None
-        if not last:
-            self._scaler.scale(loss).backward()
-            self._sum.add([_gradient(parameter) for parameter in self._parameters])
-            return
-        hooks = [
-            parameter.register_post_accumulate_grad_hook(partial(self._finish, index))
-            for index, parameter in enumerate(self._parameters)
-        ]
-        try:
-            self._scaler.scale(loss).backward()
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for index, parameter in enumerate(self._parameters):
-            if index not in self._complete:  # the loss does not depend on it
-                self._finish(index, parameter)
-        if self._stream is not None:
-            torch.cuda.current_stream().wait_stream(self._stream)
-
-    def _finish(self, index: int, parameter: nn.Parameter) -> None:
-        """Complete the sum over parts for one parameter, and send what can be sent."""
-        self._complete[index] = self._sum.finish(index, _gradient(parameter))
-        parameter.grad = None
-        while self._sent < len(self._buckets) and self._complete.keys() >= set(self._buckets[self._sent]):
-            self._send([self._complete[i] for i in self._buckets[self._sent]])
-            self._sent += 1
-
-    def _send(self, bucket: Sequence[Tensor]) -> None:
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream())
-        # Tensors are held until `backward` has waited for the stream: no memory is reused too early
-        with torch.cuda.stream(self._stream):
-            flat = self._ranks.sum(torch.cat([gradient.reshape(-1) for gradient in bucket]))
-            sums = flat.split([gradient.numel() for gradient in bucket])
-            for gradient, part in zip(bucket, sums, strict=True):
-                gradient.copy_(part.view_as(gradient))
-
-    def average(self, count: int) -> None:
-        """Set every parameter's gradient, summed over parts and processes and divided by `count`."""
-        assert self._complete, "no part was the last"
-        total = [self._complete[index] for index in range(len(self._parameters))]
-        torch._foreach_div_(total, count)
-        for parameter, gradient in zip(self._parameters, total, strict=True):
-            parameter.grad = gradient
-        if not self._order_is_known:
-            self._buckets = self._in_buckets(self._ranks.from_first(list(self._complete)))
-            self._order_is_known = True
-        self._start()
-
-    def _in_buckets(self, order: Iterable[int]) -> list[list[int]]:
-        """Parameters in groups of at most `_BUCKET` numbers, but for a parameter that has more."""
-        buckets: list[list[int]] = []
-        room = 0
-        for index in order:
-            size = self._parameters[index].numel()
-            if not buckets or size > room:
-                buckets.append([])
-                room = _BUCKET
-            buckets[-1].append(index)
-            room -= size
-        return buckets
+    learner.optimizer.zero_grad(set_to_none=True)
+    gathered = []
+    for part in todo:
+        alone = part is todo[-1] or ranks.world_size == 1
+        with nullcontext() if alone else network.no_sync():
+            loss, statistics = part.loss()
+            learner.scaler.scale(part.share * loss).backward()
+        gathered.append(
+            part.share * torch.cat([leaf.detach().float().flatten() for leaf in leaves(statistics)])
+        )
+    means = ranks.sum(torch.stack(gathered).sum(dim=0)) / ranks.world_size
+    return rebuilt(statistics, means)
 
 
 def _what_rounds(hardware: Hardware, ranks: Ranks) -> dict[str, Any]:
-    """By name, what decides how the numbers of a step are rounded, and nothing else of them."""
+    """What the rounding of a step depends on, by name."""
     settings = {f"hardware.{key}": getattr(hardware, key) for key in ROUNDING_KEYS}
     return {
         **settings,
@@ -289,23 +269,12 @@ def _what_rounds(hardware: Hardware, ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def _tell_of_rounding(what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Tell rather than start over: a result of other rounding is as good, and the change may be wanted."""
+def _say_what_rounds_otherwise(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """No reason to start over: a result of other rounding is as good, and the change may be wanted."""
     changes = [f"{key} was {before.get(key)} and is {now[key]}" for key in now if before.get(key) != now[key]]
     if changes:
         print(
-            f"{what}: {', '.join(changes)}: the result will differ by rounding from that of a run without a "
+            f"{name}: {', '.join(changes)}: the result will differ by rounding from that of a run without a "
             "change",
             flush=True,
         )
-
-
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    return parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-
-
-def _require_finite(first_bad: Tensor, scaler: torch.amp.GradScaler) -> None:
-    if (step := int(first_bad)) >= 0:
-        raise FloatingPointError(f"step {step}: the loss or its gradient is not finite")
-    if scaler.is_enabled() and scaler.get_scale() < 1:
-        raise FloatingPointError("the gradient does not fit into float16 however small the loss is made")

@@ -6,19 +6,20 @@ variance one has an error of C.
 
 Golden numbers hold this loss and the drifting loss. None holds `negatives: second_batch` (literal loops in
 float64 do), a step taken in parts (it must agree with the whole), the optimizer and the EMA (tested against
-PyTorch and a closed form), and the losses of `drift.training.standins`, which are this project's own.
+PyTorch and a closed form), and the losses of `pretrained/train.py`, which are this project's own.
 """
 
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from drift.data.bank import batch_rows, held_out_rows
@@ -30,12 +31,10 @@ from drift.runtime.errors import UserError
 from drift.runtime.processes import Ranks
 from drift.runtime.progress import read_log
 from drift.runtime.seeds import derive_seed, torch_generator
-from drift.runtime.sums import PairwiseSum
 from drift.runtime.work import SETTINGS_FILE
 from drift.settings import Hardware, Mae
-from drift.training.compile import Compiled
 from drift.training.log import Tree, write_plot
-from drift.training.loop import LOG_FILE, Backward, autocast, parts, train
+from drift.training.loop import LOG_FILE, Part, Run, Task, autocast, parts, train
 
 PLOT_COLUMNS = ("loss", "reconstruction", "accuracy", "grad_norm", "lr")
 HELD_OUT_COLUMNS = ("held_out",)
@@ -82,73 +81,77 @@ def mae_loss(
     return loss, reconstruction, logits
 
 
-def train_mae(
-    store: LatentStore, options: Mae, *, seed: int, hardware: Hardware, ranks: Ranks, folder: Path
-) -> tuple[LatentMAE, list[EMA]]:
-    """Train a LatentMAE on `store`, going on from the checkpoint in `folder` if there is one.
+class Batch(NamedTuple):
+    """This process's share of a batch; latents as they are fetched."""
 
-    Each step minimises `mae_loss` with the share of `class_share`. The statistics are of the whole batch:
-    `loss`, `reconstruction` (the masked error) and `accuracy` of the class head, which learns nothing while
-    that share is 0. With `options.held_out`, `held_out` is the reconstruction of images that are
-    never trained on, by the EMA weights. Raises `UserError` if the batch does not split over the processes,
-    or nothing is left to train on.
+    latents: Tensor
+    labels: Tensor
+    """`[B]`"""
+    masks: Tensor
+    """`[B, h, w]`"""
+
+
+class MAETraining(Task[Batch]):
+    """The mae stage. With `options.held_out`, some images are kept out of training to measure it on."""
+
+    name = "mae"
+
+    def __init__(self, store: LatentStore, options: Mae, run: Run):
+        self.options, self.ema_decays, self._store, self._run = options, [options.ema_decay], store, run
+        self._mine = run.ranks.share(options.batch_size, "mae.batch_size")
+        self._reader = LatentReader(store, run.ranks.device, on_device=run.hardware.latents_on_device)
+        self._held_out = held_out_rows(len(store), store.per_image, options.held_out, run.seed)
+        self._rows = np.setdiff1d(np.arange(len(store)), self._held_out, assume_unique=True)
+        self.evaluate_every = options.evaluate_every if len(self._held_out) else None
+        torch.manual_seed(derive_seed(run.seed, "mae/init"))
+        self.model = LatentMAE(**mae_config(options, store)).to(run.ranks.device)
+
+    def prepare(self, step: int) -> Batch:
+        """Read latents, and draw the masks of the whole batch; a function of (seed, step)."""
+        options, device = self.options, self._run.ranks.device
+        rows = batch_rows(step, options.batch_size, len(self._rows), self._run.seed)
+        rows = self._rows[rows[self._mine]]
+        grid = self.model.mask_grid(*self._store.shape[2:])
+        generator = torch_generator(self._run.seed, "mae/mask", step)
+        masks = draw_mask((options.batch_size, *grid), options.mask_ratio, generator)[self._mine]
+        labels = torch.from_numpy(self._store.labels[rows])
+        return Batch(self._reader.fetch(rows), pinned(labels, device), pinned(masks, device))
+
+    def parts(self, network: nn.Module, step: int, batch: Batch) -> list[Part]:
+        """The latents of a step, `hardware.mae_micro_batch` at a time."""
+        count = len(batch.labels)
+        return [
+            Part((part.stop - part.start) / count, partial(self._loss, network, step, batch, part))
+            for part in parts(count, self._run.hardware.mae_micro_batch)
+        ]
+
+    def _loss(self, network: nn.Module, step: int, batch: Batch, part: slice) -> tuple[Tensor, Tree]:
+        ranks, share = self._run.ranks, class_share(step, self.options)
+        labels, masks = (x[part].to(ranks.device, non_blocking=True) for x in (batch.labels, batch.masks))
+        latents = self._reader.place(batch.latents[part])
+        with autocast(ranks, self.options.precision):
+            loss, reconstruction, logits = mae_loss(network, latents, masks, labels, share)
+        accuracy = (logits.argmax(1) == labels).float().mean()
+        return loss, {"loss": loss, "reconstruction": reconstruction, "accuracy": accuracy}
+
+    def evaluate(self, weights: Mapping[str, Tensor]) -> Tree:
+        """The masked error of images that are never trained on."""
+        seed, hardware, ranks, _ = self._run
+        of_whom = self.model, weights, self._reader, self._held_out, self.options
+        return {"held_out": masked_error(*of_whom, seed=seed, hardware=hardware, ranks=ranks)}
+
+
+def train_mae(store: LatentStore, options: Mae, run: Run) -> tuple[LatentMAE, list[EMA]]:
+    """Train a LatentMAE on `store`, going on from a checkpoint if it can.
+
+    Each step minimises `mae_loss` with the share of `class_share`. The log has the mean `loss`,
+    `reconstruction` (the masked error) and `accuracy` of the class head, which learns nothing while that
+    share is 0. With `options.held_out`, `held_out` is the masked error of images that are never trained on,
+    by the EMA weights. Raises `UserError` if the batch does not split over the processes, or nothing is left
+    to train on.
     """
-    mine = ranks.share(options.batch_size, "mae.batch_size")
-    reader = LatentReader(store, ranks.device, on_device=hardware.latents_on_device)
-    held_out = held_out_rows(len(store), store.per_image, options.held_out, seed)
-    training = np.setdiff1d(np.arange(len(store)), held_out, assume_unique=True)
-    torch.manual_seed(derive_seed(seed, "mae/init"))
-    model = LatentMAE(**mae_config(options, store)).to(ranks.device)
-    network = Compiled(model, "MAE") if hardware.compile else model
-    grid = model.mask_grid(*store.shape[2:])
-
-    def masks(*what: int | str, count: int) -> Tensor:
-        return draw_mask((count, *grid), options.mask_ratio, torch_generator(seed, *what))
-
-    def prepare(step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents as they are fetched, labels and masks of this process's share of a batch."""
-        rows = training[batch_rows(step, options.batch_size, len(training), seed)[mine]]
-        mask = masks("mae/mask", step, count=options.batch_size)[mine]
-        labels = torch.from_numpy(store.labels[rows])
-        return reader.fetch(rows), pinned(labels, ranks.device), pinned(mask, ranks.device)
-
-    def compute(step: int, batch: tuple[Tensor, Tensor, Tensor], backward: Backward) -> Tree:
-        latents, labels, mask = batch
-        share = class_share(step, options)
-        sums = PairwiseSum()
-        for part in parts(len(labels), hardware.mae_micro_batch):
-            wanted, hidden = (x[part].to(ranks.device, non_blocking=True) for x in (labels, mask))
-            with autocast(ranks, options.precision):
-                loss, reconstruction, logits = mae_loss(
-                    network, reader.place(latents[part]), hidden, wanted, share
-                )
-            backward(len(wanted) * loss, last=part.stop == len(labels))
-            correct = (logits.argmax(1) == wanted).float().mean()
-            sums.add([len(wanted) * torch.stack([loss.detach(), reconstruction.detach(), correct])])
-        means = ranks.sum(*sums.total()) / options.batch_size
-        return dict(zip(("loss", "reconstruction", "accuracy"), means, strict=True))
-
-    def evaluate(weights: Mapping[str, Tensor]) -> Tree:
-        error = masked_error(
-            model, weights, reader, held_out, options, seed=seed, hardware=hardware, ranks=ranks
-        )
-        return {"held_out": error}
-
-    emas = train(
-        model,
-        prepare,
-        compute,
-        count=options.batch_size,
-        options=options,
-        ema_decays=[options.ema_decay],
-        hardware=hardware,
-        ranks=ranks,
-        folder=folder,
-        what="mae",
-        evaluate=evaluate if len(held_out) else None,
-        evaluate_every=options.evaluate_every,
-    )
-    return model, emas
+    training = MAETraining(store, options, run)
+    return training.model, train(training, run)
 
 
 @torch.no_grad()
@@ -176,10 +179,9 @@ def masked_error(
             draw_mask((1, *grid), options.mask_ratio, torch_generator(seed, "mae/held_out", int(row)))
             for row in mine[part]
         ]
+        inputs = latents, torch.cat(masks).to(ranks.device)
         with autocast(ranks, options.precision):
-            per_sample, _ = functional_call(
-                model, dict(weights), (latents, torch.cat(masks).to(ranks.device))
-            )
+            per_sample, _ = functional_call(model, dict(weights), inputs)
         total += per_sample.sum()
     return ranks.sum(total) / len(rows)
 
@@ -209,18 +211,15 @@ def adopt_encoder(
     store: LatentStore,
     options: Mae,
     plots: Mapping[Path, Sequence[str]],
-    *,
-    seed: int,
-    hardware: Hardware,
-    ranks: Ranks,
-    folder: Path,
+    run: Run,
 ) -> Path | None:
-    """Write `folder/export` as `export_run` does, with `model` from `source` in the place of a trained one.
+    """Write `run.folder/export` as `export_run` does, with `model` from `source` instead of a trained one.
 
     The log is that of the source with one line more: the error on held-out images (on `SOURCE_IMAGES`, where
     the settings hold none out), which tells whether the encoder knows such latents. What the source says of
     its making is kept in `source.yaml`. Returns the folder; None on every process but the first.
     """
+    seed, hardware, ranks, folder = run
     count = min(options.held_out or SOURCE_IMAGES, len(store) // store.per_image - 1)
     rows = held_out_rows(len(store), store.per_image, count, seed)
     model = model.to(ranks.device)

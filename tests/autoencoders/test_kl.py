@@ -158,9 +158,11 @@ def test_latents_are_normalised_per_channel_as_in_stable_diffusion_xl(network, f
 def test_a_scale_that_cannot_be_is_refused(folder, changes):
     edit_config(folder, **changes)
     for load in (VAE.from_pretrained, known_scaling_factor):
-        told = complaint(lambda load=load: load(folder))
+        message = complaint(lambda load=load: load(folder))
         name, value = list(changes.items())[-1]
-        assert str(folder) in told and CONFIG_FILE in told and f"{name} = {json.dumps(value)}" in told
+        assert (
+            str(folder) in message and CONFIG_FILE in message and f"{name} = {json.dumps(value)}" in message
+        )
 
 
 def test_the_number_of_threads_changes_no_bit():
@@ -264,8 +266,8 @@ def cut(path, share):
 def test_a_damaged_folder_is_named(folder, damage, said, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     damage(folder)
-    told = complaint(lambda: VAE.from_pretrained(folder))
-    assert said in told and str(folder) in told
+    message = complaint(lambda: VAE.from_pretrained(folder))
+    assert said in message and str(folder) in message
 
 
 def test_hub_ids_go_through_the_hub_and_folders_do_not(folder, monkeypatch):

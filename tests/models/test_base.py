@@ -82,8 +82,8 @@ def test_copies_of_the_weights_share_a_folder(model, folder):
         assert [path.name for path in model_files(folder, variant)] == [
             CONFIG_FILE, "diffusion_pytorch_model.ema_09995.safetensors"
         ]  # fmt: skip
-    told = complaint(lambda: type(model).from_pretrained(folder, variant="ema_05"))
-    assert "diffusion_pytorch_model.ema_05.safetensors: is missing" in told and "ema_09995" in told
+    message = complaint(lambda: type(model).from_pretrained(folder, variant="ema_05"))
+    assert "diffusion_pytorch_model.ema_05.safetensors: is missing" in message and "ema_09995" in message
 
 
 @pytest.mark.parametrize("variant", [None, "half"])
@@ -166,8 +166,8 @@ def test_truncated_weights(model, folder, share):
 )
 def test_weights_that_do_not_fit(model, folder, change, named):
     save_file(change(load_file(folder / WEIGHTS_FILE)), folder / WEIGHTS_FILE)
-    told = complaint(lambda: type(model).from_pretrained(folder))
-    assert named in told and str(folder / WEIGHTS_FILE) in told
+    message = complaint(lambda: type(model).from_pretrained(folder))
+    assert named in message and str(folder / WEIGHTS_FILE) in message
 
 
 @pytest.mark.parametrize(
@@ -184,8 +184,8 @@ def test_weights_that_do_not_fit(model, folder, change, named):
 )
 def test_configs_that_do_not_fit(model, folder, change, named):
     edit(folder, change)
-    told = complaint(lambda: type(model).from_pretrained(folder))
-    assert named in told and str(folder / CONFIG_FILE) in told
+    message = complaint(lambda: type(model).from_pretrained(folder))
+    assert named in message and str(folder / CONFIG_FILE) in message
 
 
 def test_missing_and_damaged_files(model, folder):

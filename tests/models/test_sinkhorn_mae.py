@@ -110,8 +110,8 @@ REFUSED = {
 def test_a_checkpoint_that_does_not_fit_is_refused_by_name(what, tmp_path, capsys):
     change, named = REFUSED[what]
     path = changed(tmp_path, change)
-    told = complaint(lambda: import_sinkhorn_mae(path, tmp_path / "out"))
-    assert str(path) in told and named in told
+    message = complaint(lambda: import_sinkhorn_mae(path, tmp_path / "out"))
+    assert str(path) in message and named in message
     assert not list((tmp_path / "out").glob("*")) and "executed" not in capsys.readouterr().out
 
 

@@ -117,6 +117,13 @@ def test_replace_folder(tmp_path, monkeypatch, work, output, present, other_file
     assert not work.exists() and names(output.parent) == ["latents"] and outside.exists()
 
 
+def test_a_source_beside_the_destination_may_have_any_usual_name(work, output):
+    for name in (".latents.new", ".latents.old", ".latents.tmp"):
+        shutil.copytree(work, source := output.with_name(name))
+        files.replace_folder(source, output)
+        assert names(output) == ["sub"] and names(output.parent) == ["latents"]
+
+
 @pytest.mark.parametrize("number", [errno.EBUSY, errno.EXDEV])
 def test_a_folder_that_stays_where_it_is_gets_new_contents(monkeypatch, work, output, number):
     refuse_to_rename(monkeypatch, number, lambda a, b: a == output)
@@ -130,7 +137,7 @@ def test_a_folder_that_stays_where_it_is_gets_new_contents(monkeypatch, work, ou
 def test_replacing_that_fails_keeps_both_and_leaves_nothing(monkeypatch, work, output, failure):
     between_filesystems(monkeypatch)
     if failure == "swap":
-        refuse_to_rename(monkeypatch, errno.EPERM, lambda a, b: a.name == ".latents.new")
+        refuse_to_rename(monkeypatch, errno.EPERM, lambda a, b: a.name == ".latents.replacing")
     else:
         monkeypatch.setattr(shutil, "copyfile", refuse_with(errno.ENOSPC))
     with pytest.raises(OSError) as caught:

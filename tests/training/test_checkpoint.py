@@ -1,162 +1,184 @@
-"""Checkpoints: whole or absent, the newest good one is used, and a model of another shape is refused."""
+"""Checkpoints: whole or absent, the newest whole one is used, and a model of another shape is refused."""
 
 import errno
 import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
-import drift.training.checkpoint
 from drift.runtime.errors import UserError
-from drift.training.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
+from drift.training.checkpoint import Checkpoints, load, optimizer_tensors
 
 
 def tensors(value: float) -> dict[str, torch.Tensor]:
-    return {"model.weight": torch.full((2, 3), value), "queue.rows": torch.arange(4)}
+    return {"model.weight": torch.full((40, 30), value), "model.steps": torch.arange(4)}
+
+
+def save(folder: Path, *steps: int, keep_every: int = 0) -> None:
+    with Checkpoints(folder, keep_every=keep_every) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, tensors(step), {"note": f"after {step}"})
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def test_the_newest_is_loaded_and_two_are_kept(tmp_path):
-    for step in (10, 20, 30):
-        save_checkpoint(tmp_path, step, tensors(step), {"note": f"after {step}"})
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000020", "step-00000030"]
-    checkpoint = load_checkpoint(tmp_path)
-    assert checkpoint.step == 30 and checkpoint.state["note"] == "after 30"
-    assert torch.equal(checkpoint.part("model")["weight"], torch.full((2, 3), 30.0))
-    assert checkpoint.part("queue")["rows"].dtype == torch.int64
+    assert Checkpoints(tmp_path / "absent").newest() is None
+    save(tmp_path, 10, 20, 30)
+    assert names(tmp_path) == ["step-00000020", "step-00000030"]
+    saved, found = Checkpoints(tmp_path).newest(), tensors(0)
+    assert saved.step == 30 and saved.state == {"note": "after 30"}
+    before = found["model.weight"].data_ptr()
+    load(saved, found)
+    assert (found["model.weight"] == 30).all() and found["model.weight"].data_ptr() == before
+    assert found["model.steps"].dtype == torch.int64 and found["model.steps"].tolist() == [0, 1, 2, 3]
 
 
 def test_every_so_many_steps_one_is_kept(tmp_path):
-    for step in range(10, 90, 10):
-        save_checkpoint(tmp_path, step, tensors(step), keep_every=30)
-    assert sorted(int(p.name[5:]) for p in tmp_path.iterdir()) == [30, 60, 70, 80]
-    assert load_checkpoint(tmp_path).step == 80
+    save(tmp_path, *range(10, 90, 10), keep_every=30)
+    assert [int(name[5:]) for name in names(tmp_path)] == [30, 60, 70, 80]
 
 
-def test_no_checkpoint(tmp_path):
-    assert load_checkpoint(tmp_path) is None
-    assert load_checkpoint(tmp_path / "absent") is None
+def test_what_changes_after_the_call_is_not_in_it(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        state = tensors(1)
+        checkpoints.save(1, state, {})
+        state["model.weight"].fill_(2)
+    found = tensors(0)
+    load(Checkpoints(tmp_path).newest(), found)
+    assert (found["model.weight"] == 1).all()
 
 
-@pytest.mark.parametrize("damage", ["truncate", "empty", "missing", "state", "bit"])
-def test_a_damaged_one_is_reported_and_passed_over(tmp_path, capsys, damage):
-    save_checkpoint(tmp_path, 10, tensors(10), {})
-    newest = save_checkpoint(tmp_path, 20, tensors(20), {})
-    file = newest / "tensors.safetensors"
-    if damage == "truncate":
-        os.truncate(file, file.stat().st_size - 5)
-    elif damage == "empty":
-        os.truncate(file, 0)
-    elif damage == "missing":
-        file.unlink()
-    elif damage == "bit":  # of a weight: the file is as long and its header as before
-        content = bytearray(file.read_bytes())
-        content[-50] ^= 1
-        file.write_bytes(content)
-    else:
-        (newest / "state.json").write_text('{"step"')
-    assert load_checkpoint(tmp_path).step == 10
-    assert f"{newest}: damaged (" in capsys.readouterr().out
+def damage_bit(path: Path) -> None:
+    """Of a weight: the file is as long as before."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
-def test_damaged_ones_are_not_kept_in_the_place_of_whole_ones(tmp_path, capsys):
-    for step in (10, 20, 30, 40):
-        save_checkpoint(tmp_path, step, tensors(step), keep_every=10)
+DAMAGE = {
+    "truncated": lambda path: os.truncate(path, path.stat().st_size - 5),
+    "empty": lambda path: os.truncate(path, 0),
+    "missing": lambda path: path.unlink(),
+    "bit": damage_bit,
+    "files": lambda path: (path.parent / "files.json").write_text('{"files"'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_one_is_reported_and_the_one_before_is_used(tmp_path, capsys, damage):
+    save(tmp_path, 10, 20, 30, 40, keep_every=10)
     for step in (30, 40):
-        os.truncate(tmp_path / f"step-{step:08d}" / "tensors.safetensors", 100)
-    assert load_checkpoint(tmp_path).step == 20
-    save_checkpoint(tmp_path, 25, tensors(25))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000020", "step-00000025"]
+        damage(max((tmp_path / f"step-{step:08d}").glob("*.distcp"), key=lambda path: path.stat().st_size))
+    assert Checkpoints(tmp_path).newest().step == 20
+    assert f"{tmp_path / 'step-00000040'}: damaged (" in capsys.readouterr().out
+    save(tmp_path, 25)  # damaged ones are not kept in the place of whole ones
+    assert names(tmp_path) == ["step-00000020", "step-00000025"]
     for path in tmp_path.iterdir():
-        (path / "state.json").unlink()
-    assert load_checkpoint(tmp_path) is None
+        (path / "files.json").unlink()
+    assert Checkpoints(tmp_path).newest() is None
     assert "no checkpoint there is whole; starting from step 0" in capsys.readouterr().out
 
 
-def test_a_write_that_was_cut_off_is_not_a_checkpoint(tmp_path):
-    save_checkpoint(tmp_path, 10, tensors(10), {})
-    draft = tmp_path / "tmp-00000020"
-    draft.mkdir()
-    (draft / "tensors.safetensors").write_bytes(b"half")
-    assert load_checkpoint(tmp_path).step == 10
-    save_checkpoint(tmp_path, 20, tensors(20), {})
-    assert load_checkpoint(tmp_path).step == 20 and not draft.exists()
+def test_those_of_an_earlier_version_are_refused(tmp_path):
+    old = tmp_path / "step-00000010"
+    old.mkdir()
+    (old / "state.json").write_text("{}")
+    with pytest.raises(UserError, match="step-00000010: a checkpoint of an earlier version"):
+        Checkpoints(tmp_path).newest()
 
 
 @pytest.mark.parametrize(
-    "expected",
+    "change",
     [
-        {"weight": torch.zeros(3, 2)},
-        {"weight": torch.zeros(2, 3), "bias": torch.zeros(3)},
-        {},
+        {"model.weight": torch.zeros(30, 40)},
+        {"model.bias": torch.zeros(3)},
+        {"model.weight": None},
     ],
+    ids=["shape", "more", "fewer"],
 )
-def test_another_shape_is_refused_with_file_name_and_way_out(tmp_path, expected):
-    save_checkpoint(tmp_path, 10, tensors(10), {})
-    with pytest.raises(UserError) as caught:
-        load_checkpoint(tmp_path).require("model", expected)
-    message = str(caught.value)
-    assert "step-00000010" in message and "model." in message and "--fresh" in message
-    assert "\n" not in message
+def test_another_model_is_refused_with_file_name_and_way_out(tmp_path, change):
+    save(tmp_path, 10)
+    expected = {name: tensor for name, tensor in {**tensors(0), **change}.items() if tensor is not None}
+    with pytest.raises(UserError, match=r"step-00000010: model\.\w+ is .* --fresh$"):
+        load(Checkpoints(tmp_path).newest(), expected)
 
 
-def test_optimizer_goes_on_with_the_same_bits(tmp_path):
+def test_the_optimizer_goes_on_with_the_same_bits(tmp_path):
+    def fresh():
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+
     def run(model, optimizer, steps):
         for step in steps:
             optimizer.zero_grad()
             model(torch.full((4, 3), float(step))).square().sum().backward()
             optimizer.step()
 
-    def fresh():
-        torch.manual_seed(0)
-        model = nn.Linear(3, 2)
-        return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+    def state(model, optimizer):
+        return {**model.state_dict(), **optimizer_tensors(model, optimizer)}
 
-    whole, optimizer = fresh()
-    run(whole, optimizer, range(6))
-    half, optimizer = fresh()
-    run(half, optimizer, range(3))
-    saved = {f"optimizer.{k}": v for k, v in optimizer_tensors(optimizer).items()}
-    saved |= {f"model.{k}": v for k, v in half.state_dict().items()}
-    save_checkpoint(tmp_path, 3, saved, {})
-
-    resumed, optimizer = fresh()
-    checkpoint = load_checkpoint(tmp_path)
-    resumed.load_state_dict(checkpoint.part("model"))
-    load_optimizer(optimizer, checkpoint.part("optimizer"))
-    run(resumed, optimizer, range(3, 6))
-    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(a, b)
+    whole, half, resumed = fresh(), fresh(), fresh()
+    run(*whole, range(6))
+    run(*half, range(3))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, state(*half), {})
+    load(Checkpoints(tmp_path).newest(), state(*resumed))
+    run(*resumed, range(3, 6))
+    assert torch.equal(whole[0].weight, resumed[0].weight)
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
-        OSError(errno.ENOSPC, "No space left on device"),
-    ],
-    ids=["safetensors", "system"],
-)
-def test_a_full_disk_leaves_the_last_checkpoint_and_no_half_one(tmp_path, monkeypatch, error):
-    save_checkpoint(tmp_path, 1, {"a": torch.ones(2)})
-
-    def fail(tensors, path):
-        path.write_bytes(b"half")
-        raise error
-
-    monkeypatch.setattr(drift.training.checkpoint, "save_file", fail)
-    with pytest.raises(OSError, match="No space left") as caught:
-        save_checkpoint(tmp_path, 2, {"a": torch.zeros(2)})
-    assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(tmp_path / "tmp-00000002")
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
-    assert load_checkpoint(tmp_path).step == 1
+def test_a_full_disk_leaves_the_last_checkpoint_and_no_half_one(tmp_path):
+    save(tmp_path, 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    checkpoints = Checkpoints(tmp_path)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # as a full disk, but for the number
+    try:
+        checkpoints.save(2, tensors(2), {})
+        with pytest.raises(OSError) as caught:
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.errno == errno.EFBIG and caught.value.filename == str(tmp_path / "tmp-00000002")
+    assert names(tmp_path) == ["step-00000001"]
+    assert checkpoints.newest().step == 1
 
 
-def test_other_errors_of_safetensors_stay_what_they_are(tmp_path, monkeypatch):
-    def fail(tensors, path):
-        raise SafetensorError("something else")
+KILLED = """
+import sys, torch
+from pathlib import Path
+from drift.training.checkpoint import Checkpoints
+checkpoints = Checkpoints(Path(sys.argv[1]))
+state = {str(i): torch.zeros(300_000) for i in range(20)}
+for step in range(1, 10_000):
+    for tensor in state.values():
+        tensor.fill_(step)
+    checkpoints.save(step, state, {})
+"""
 
-    monkeypatch.setattr(drift.training.checkpoint, "save_file", fail)
-    with pytest.raises(SafetensorError, match="something else"):
-        save_checkpoint(tmp_path, 2, {"a": torch.zeros(2)})
+
+@pytest.mark.slow
+def test_kills_leave_a_whole_checkpoint_of_one_step(tmp_path):
+    reached = 0
+    for kill in range(6):
+        process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)])
+        while not list(tmp_path.glob("step-*")) or (kill == 0 and len(list(tmp_path.glob("step-*"))) < 2):
+            time.sleep(0.05)
+        time.sleep(0.3 + 0.07 * kill)
+        process.kill()
+        process.wait()
+        saved = Checkpoints(tmp_path).newest()
+        found = {str(i): torch.zeros(300_000) for i in range(20)}
+        load(saved, found)
+        assert all((tensor == saved.step).all() for tensor in found.values())
+        reached = max(reached, saved.step)
+    assert reached > 1

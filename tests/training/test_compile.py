@@ -8,10 +8,10 @@ from torch._functorch.aot_autograd import make_boxed_func
 from drift.training.compile import Compiled
 
 
-def compile_by(monkeypatch, backend):
+def compile_by(monkeypatch, forward, backward=None):
     """Let torch.compile take a backend that needs no C++ compiler."""
     torch.compiler.reset()
-    compile = torch.compile
+    compile, backend = torch.compile, aot_autograd(fw_compiler=forward, bw_compiler=backward or forward)
     monkeypatch.setattr(torch, "compile", lambda function, **how: compile(function, backend=backend, **how))
 
 
@@ -23,10 +23,6 @@ def broken(graph, inputs):
     raise RuntimeError("no such compiler")
 
 
-FAILING = {
-    "forward": aot_autograd(fw_compiler=broken, bw_compiler=working),
-    "backward": aot_autograd(fw_compiler=working, bw_compiler=broken),
-}
 WEIGHT = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
 
 
@@ -45,28 +41,20 @@ def values_and_gradients(call):
     return results
 
 
-@pytest.mark.parametrize("failing", FAILING)
-def test_compiling_that_fails_in_either_pass_is_told_once_and_goes_on_uncompiled(
-    monkeypatch, capsys, failing
+@pytest.mark.parametrize(("forward", "backward"), [(broken, working), (working, broken)])
+def test_compiling_that_fails_in_either_pass_is_said_once_and_goes_on_uncompiled(
+    monkeypatch, capsys, forward, backward
 ):
     expected = values_and_gradients(network)
-    compile_by(monkeypatch, FAILING[failing])
+    compile_by(monkeypatch, forward, backward)
     found = values_and_gradients(Compiled(network, "network"))
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
     out = capsys.readouterr().out
     assert out.count("torch.compile of the network has failed") == 1 and "no such compiler" in out
 
 
-def test_a_network_without_gradients_needs_no_backward_pass(monkeypatch, capsys):
-    compile_by(monkeypatch, FAILING["backward"])
-    compiled = Compiled(network, "network")
-    with torch.no_grad():
-        assert torch.equal(compiled(torch.ones(3, 5)), network(torch.ones(3, 5)))
-    assert capsys.readouterr().out == ""
-
-
 def test_an_error_of_the_network_itself_is_not_taken_for_one_of_compiling(monkeypatch, capsys):
-    compile_by(monkeypatch, "aot_eager")
+    compile_by(monkeypatch, working)
     compiled = Compiled(lambda a, b: a @ b, "network")
     with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
         compiled(torch.ones(2, 3), torch.ones(2, 3))
@@ -74,10 +62,12 @@ def test_an_error_of_the_network_itself_is_not_taken_for_one_of_compiling(monkey
     assert torch.equal(compiled(torch.ones(2, 3), torch.ones(3, 2)), torch.full((2, 2), 3.0))
 
 
-def test_a_compiled_function_has_the_same_values_and_gradients(monkeypatch, capsys):
-    passes = []
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_compiled_functions_have_the_same_values_and_gradients(monkeypatch, capsys, deterministic):
+    passes, seen = [], []
 
     def counting(graph, inputs):
+        seen.append(torch._inductor.config.deterministic)
         compiled = working(graph, inputs)
 
         def run(arguments):
@@ -88,27 +78,20 @@ def test_a_compiled_function_has_the_same_values_and_gradients(monkeypatch, caps
         return run
 
     expected = values_and_gradients(network)
-    compile_by(monkeypatch, aot_autograd(fw_compiler=counting))
-    found = values_and_gradients(Compiled(network, "network"))
+    compile_by(monkeypatch, counting)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        found = values_and_gradients(Compiled(network, "network"))
+    finally:
+        torch.use_deterministic_algorithms(False)
     torch.testing.assert_close(found, expected)
     assert len(passes) == 6 and len(set(passes)) == 2  # three times forward and backward, not as they are
-    assert capsys.readouterr().out == ""
+    assert seen == [deterministic, deterministic] and capsys.readouterr().out == ""
 
 
-@pytest.fixture(params=[False, True])
-def deterministic(request):
-    torch.use_deterministic_algorithms(request.param)
-    yield request.param
-    torch.use_deterministic_algorithms(False)
-
-
-def test_what_compiles_is_told_of_deterministic_algorithms(monkeypatch, deterministic):
-    told = []
-
-    def telling(graph, inputs):
-        told.append(torch._inductor.config.deterministic)
-        return working(graph, inputs)
-
-    compile_by(monkeypatch, aot_autograd(fw_compiler=telling))
-    values_and_gradients(Compiled(network, "network"))
-    assert told == [deterministic, deterministic]
+def test_parameters_of_a_compiled_module_are_its_own_once(monkeypatch):
+    compile_by(monkeypatch, working)
+    plain = torch.nn.Linear(3, 2)
+    compiled = Compiled(plain, "layer")
+    assert [id(p) for p in compiled.parameters()] == [id(p) for p in plain.parameters()]
+    assert torch.equal(compiled(torch.ones(1, 3)), plain(torch.ones(1, 3)))

@@ -36,6 +36,7 @@ CENTER = EncodeOptions(
     view=Center(mirror=True), image_size=SIZE, posterior="mean", seed=0, on_bad_image="error"
 )
 AUGMENTED = replace(CENTER, view=CROPS, posterior="sample")
+ALONE = Ranks(0, 1, torch.device("cpu"))
 SKIP = {"on_bad_image": "skip"}
 
 
@@ -91,13 +92,13 @@ def damaged(copy):
     return copy
 
 
-def encode(root: Path, folder: Path, options: EncodeOptions, vae=None, ranks=(), **how) -> LatentStore:
+def encode(root: Path, folder: Path, options: EncodeOptions, vae=None, ranks=ALONE, **how) -> LatentStore:
     """`how` are changed options, or arguments of `encode_view`."""
     changes = {key: how.pop(key) for key in set(how) & set(vars(CENTER))}
     source = open_images("folder", str(root), "train", 2)
     how = {"batch_size": 6, **how}
     return LatentStore(
-        encode_view(source, vae or PoolingVAE(), folder, replace(options, **changes), *ranks, **how)
+        encode_view(source, vae or PoolingVAE(), folder, replace(options, **changes), ranks, **how)
     )
 
 
@@ -239,7 +240,7 @@ def encode_in_threads(root, folder, world_size, options, of_rank=lambda rank: {}
 
     def run(rank):
         ranks = Thread(rank, world_size, torch.device("cpu"), control)
-        return encode(root, folder, options, **{"ranks": [ranks], **how, **of_rank(rank)})
+        return encode(root, folder, options, **{"ranks": ranks, **how, **of_rank(rank)})
 
     with ThreadPoolExecutor(world_size) as pool:
         return [pool.submit(run, rank) for rank in range(world_size)]
@@ -284,8 +285,8 @@ def test_a_run_killed_after_any_write_goes_on_with_the_blocks_that_are_missing(r
         vae = PoolingVAE()
         assert contents(encode(root, folder, AUGMENTED, vae)) == expected
         passes.append(len(vae.batches))
-    # labels and marks; then latents and marks of each of six blocks; then the meta file
-    assert passes == [6, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0]
+    # marks; then latents and marks of each of six blocks; then labels and the meta file
+    assert passes == [6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0, 0]
 
 
 def test_a_killed_run_shares_what_is_left_evenly_among_other_ranks_and_batches(root, tmp_path):

@@ -1,10 +1,11 @@
-"""The training loop: the same bits after a cut, gradients averaged over processes, no step after a NaN."""
+"""The training loop: the same bits after a cut, one step by two processes, no step after a NaN."""
 
 import gc
 import os
 import signal
+import threading
 from collections.abc import Callable
-from itertools import pairwise
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,121 +14,94 @@ from processes import in_processes
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-import drift.training.loop
 from drift.models.ema import EMA
 from drift.runtime.errors import Stopped
 from drift.runtime.processes import Ranks
 from drift.runtime.seeds import torch_generator
-from drift.runtime.sums import PairwiseSum, pairwise_sum
-from drift.settings import Optimizer, load_settings
-from drift.training.checkpoint import load_checkpoint
+from drift.settings import Hardware, Optimizer
+from drift.training.checkpoint import Checkpoints
 from drift.training.log import read_log
-from drift.training.loop import train
+from drift.training.loop import Part, Run, Task, batches, parts, train
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
-
-
-def options(steps: int) -> Optimizer:
-    return Optimizer(
-        steps=steps,
-        lr=0.1,
-        lr_schedule="constant",
-        lr_final=1.0,
-        warmup_steps=0,
-        warmup_start_lr=0.0,
-        betas=(0.9, 0.95),
-        weight_decay=0.01,
-        grad_clip=1.0,
-        precision="float32",
-    )
-
-
-HARDWARE = load_settings(Path(__file__).parents[2] / "presets" / "digits.yaml").hardware.model_copy(
-    update={"log_every": 1, "checkpoint_every": 3}
-)
-
-
-class Counter:
-    """Stands for the sample queue: something with a state that the steps change and read."""
-
-    def __init__(self):
-        self.total = torch.zeros(1)
-
-    def state_after(self, steps):
-        return {"total": torch.tensor([steps * (steps - 1) / 2])}
-
-    def load_state_dict(self, state):
-        self.total = state["total"].clone()
+HARDWARE = Hardware(log_every=1, checkpoint_every=3)
 
 
 class Cut(Exception):
     pass
 
 
-def run(
-    folder: Path,
-    steps: int = 8,
-    cut_at: int | None = None,
-    bad_at: int | None = None,
-    signals: dict[int, signal.Signals] | None = None,
-    look: Callable[[int], None] = lambda step: None,
-    **hardware,
-):
-    """`look` is called at every step."""
-    torch.manual_seed(0)
-    model, counter = nn.Linear(3, 2), Counter()
+class Toy(Task):
+    """Eight numbers in three columns; `look` is called at every step, and may stop the run."""
 
-    def prepare(step):
-        return torch.randn(4, 3, generator=torch_generator(0, "x", step))
+    name, ema_decays = "toy", (0.5, 0.9)
 
-    def compute(step, x, backward):
-        look(step)
-        if step == cut_at:
-            raise Cut
-        counter.total += step
-        if signals and step in signals:
-            os.kill(os.getpid(), signals[step])
-        loss = (model(x) - 0.01 * counter.total).square().mean()
-        if step == bad_at:
-            loss = loss * float("nan")
-        backward(loss, last=True)
-        return {"loss": loss.detach(), "total": counter.total[0]}
+    def __init__(
+        self, steps: int, look: Callable[[int], None], ranks: Ranks = ALONE, at_once: int | None = None
+    ):
+        self.options = Optimizer(
+            steps=steps, lr=0.1, lr_schedule="constant", warmup_steps=0, betas=(0.9, 0.95), grad_clip=1.0
+        )
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+        self.look, self.mine, self.at_once = look, ranks.share(8, "rows"), at_once
 
-    emas = train(
-        model,
-        prepare,
-        compute,
-        count=1,
-        options=options(steps),
-        ema_decays=[0.5, 0.9],
-        hardware=HARDWARE.model_copy(update=hardware),
-        ranks=ALONE,
-        folder=folder,
-        what="test",
-        extra=counter,
-    )
-    return model, emas
+    def prepare(self, step):
+        return torch.randn(8, 3, generator=torch_generator(0, "x", step))[self.mine]
+
+    def parts(self, network, step, batch):
+        bad = self.look(step)
+
+        def loss(part):
+            value = network(batch[part]).square().mean() * (float("nan") if bad else 1)
+            return value, {"loss": value, "of": {"mean": batch[part].mean(dim=0)}}
+
+        cut = parts(len(batch), self.at_once)
+        return [Part((p.stop - p.start) / len(batch), lambda p=p: loss(p)) for p in cut]
+
+
+def run(folder, steps=8, look=lambda step: None, ranks=ALONE, at_once=None, **hardware):
+    task = Toy(steps, look, ranks, at_once)
+    emas = train(task, Run(0, HARDWARE.model_copy(update=hardware), ranks, folder))
+    return task.model, emas
+
+
+def at(wanted: int, action: Callable[[], object]) -> Callable[[int], object]:
+    return lambda step: action() if step == wanted else None
+
+
+def cut():
+    raise Cut
+
+
+def send(number: signal.Signals) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+def saved_step(folder: Path) -> int:
+    return Checkpoints(folder).newest().step
+
+
+def same_bits(one, other) -> bool:
+    return all(torch.equal(one[name], value) for name, value in other.items())
+
+
+def log_of(folder: Path) -> list[dict]:
+    without = ("steps_per_s", "time")
+    return [{k: v for k, v in line.items() if k not in without} for line in read_log(folder / "logs.jsonl")]
 
 
 def test_a_run_that_was_cut_goes_on_to_the_same_bits(tmp_path):
     model, emas = run(tmp_path / "whole")
     with pytest.raises(Cut):
-        run(tmp_path / "cut", cut_at=5)
-    assert load_checkpoint(tmp_path / "cut").step == 3
+        run(tmp_path / "cut", look=at(5, cut))
+    assert saved_step(tmp_path / "cut") == 3
     resumed, resumed_emas = run(tmp_path / "cut")
-    for one, other in zip(model.parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(one, other)
-    for one, other in zip(emas, resumed_emas, strict=True):
-        assert all(torch.equal(one.state_dict()[k], v) for k, v in other.state_dict().items())
-    without_time = [
-        [
-            {k: v for k, v in line.items() if k not in ("steps_per_s", "time")}
-            for line in read_log(tmp_path / n / "logs.jsonl")
-        ]
-        for n in ("whole", "cut")
-    ]
-    assert without_time[0] == without_time[1]
-    assert [line["step"] for line in without_time[0]] == list(range(8))
+    assert same_bits(model.state_dict(), resumed.state_dict())
+    assert all(same_bits(a.state_dict(), b.state_dict()) for a, b in zip(emas, resumed_emas, strict=True))
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
+    assert [line["step"] for line in log_of(tmp_path / "cut")] == list(range(8))
+    run(tmp_path / "cut", look=lambda step: cut())  # finished: takes no more steps
 
 
 def tensor_bytes() -> int:
@@ -141,197 +115,149 @@ def tensor_bytes() -> int:
 
 
 def test_a_resumed_run_holds_no_more_than_a_fresh_one(tmp_path):
-    """Neither tensors of the checkpoint nor its file, which is mapped while it is read."""
-    held, mapped = {}, {}
+    held = {}
 
     def look(step):
         held[step] = tensor_bytes()
-        mapped[step] = "tensors.safetensors" in Path("/proc/self/maps").read_text()
 
-    run(tmp_path / "whole", look=look, prefetch=0)  # batches that are read ahead come when they will
+    # Batches that are read ahead, and copies on their way to the disk, come and go when they will
+    quiet = {"prefetch": 0, "checkpoint_every": 100}
+    run(tmp_path / "whole", look=look, **quiet)
     whole = dict(held)
     with pytest.raises(Cut):
-        run(tmp_path / "cut", cut_at=5)
-    held.clear(), mapped.clear()
-    run(tmp_path / "cut", look=look, prefetch=0)
+        run(tmp_path / "cut", look=at(5, cut))
+    held.clear()
+    run(tmp_path / "cut", look=look, **quiet)
     assert held.keys() == {3, 4, 5, 6, 7}
     assert all(held[step] <= whole[step] for step in held), (held, whole)
-    assert not any(mapped.values())
 
 
 def test_a_run_that_goes_on_in_another_rounding_says_so(tmp_path, capsys):
     with pytest.raises(Cut):
-        run(tmp_path, cut_at=5)
+        run(tmp_path, look=at(5, cut))
     with pytest.raises(Cut):
-        run(tmp_path, cut_at=4, checkpoint_every=5, prefetch=0)  # which change no bit
+        run(tmp_path, look=at(4, cut), checkpoint_every=5, prefetch=0)  # which change no bit
     assert "rounding" not in capsys.readouterr().out
-    run(tmp_path, compile=True, mae_micro_batch=8)
-    told = "hardware.compile was False and is True, hardware.mae_micro_batch was None and is 8: "
-    assert f"test: {told}the result will differ by rounding" in capsys.readouterr().out
+    run(tmp_path, deterministic=True, mae_micro_batch=8)
+    said = "hardware.deterministic was False and is True, hardware.mae_micro_batch was None and is 8: "
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_run_that_is_told_to_stop_saves_the_step_and_goes_on_to_the_same_bits(tmp_path, number, code):
+def test_a_run_that_is_stopped_saves_the_step_and_goes_on_to_the_same_bits(tmp_path, number, code):
     model, _ = run(tmp_path / "whole")
     before = signal.getsignal(number)
     with pytest.raises(Stopped, match=f"{number.name} after step 5 of 8; saved") as caught:
-        run(tmp_path / "stopped", signals={4: number})
-    assert caught.value.code == code
-    assert signal.getsignal(number) == before
-    assert load_checkpoint(tmp_path / "stopped").step == 5
+        run(tmp_path / "stopped", look=at(4, send(number)))
+    assert caught.value.code == code and signal.getsignal(number) == before
+    assert saved_step(tmp_path / "stopped") == 5
     resumed, _ = run(tmp_path / "stopped")
-    for one, other in zip(model.parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(one, other)
+    assert same_bits(model.state_dict(), resumed.state_dict())
 
 
-def test_a_run_that_is_told_to_stop_at_its_last_step_is_finished(tmp_path):
-    run(tmp_path, signals={7: signal.SIGTERM})
-    assert load_checkpoint(tmp_path).step == 8
+def test_a_stop_at_the_last_step_finishes_and_a_request_to_save_goes_on(tmp_path):
+    run(tmp_path / "last", look=at(7, send(signal.SIGTERM)))
+    assert saved_step(tmp_path / "last") == 8
 
+    def look(step):
+        at(3, send(signal.SIGUSR1))(step)
+        at(5, cut)(step)
 
-def test_a_run_that_is_told_to_save_does_so_and_goes_on(tmp_path):
     with pytest.raises(Cut):
-        run(tmp_path, signals={3: signal.SIGUSR1}, cut_at=5)  # the checkpoint before is of step 3
-    assert load_checkpoint(tmp_path).step == 4
-
-
-def test_a_finished_run_takes_no_more_steps(tmp_path):
-    run(tmp_path)
-    run(tmp_path, cut_at=0)
+        run(tmp_path / "save", look=look)  # the checkpoint before is of step 3
+    assert saved_step(tmp_path / "save") == 4
 
 
 def test_each_ema_follows_its_decay(tmp_path):
     _, emas = run(tmp_path, steps=3)
-    torch.manual_seed(0)
-    expected = EMA(nn.Linear(3, 2), 0.9)
+    expected = EMA(Toy(1, cut).model, 0.9)
     for steps in (1, 2, 3):
-        model, _ = run(tmp_path / str(steps), steps=steps)
-        expected.update(model)
+        expected.update(run(tmp_path / str(steps), steps=steps)[0])
     for name, value in expected.state_dict().items():
         torch.testing.assert_close(emas[1].state_dict()[name], value)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_next_checkpoint(tmp_path, capsys):
     with pytest.raises(FloatingPointError, match="step 4") as caught:
-        run(tmp_path, bad_at=4)
+        run(tmp_path, look=at(4, lambda: True))
     assert caught.tb  # which keeps the progress bar alive
     assert capsys.readouterr().err.endswith("\n")  # what is told of it does not stand behind the bar
-    checkpoint = load_checkpoint(tmp_path)
-    assert checkpoint.step == 3
-    assert all(tensor.isfinite().all() for tensor in checkpoint.tensors.values())
+    assert saved_step(tmp_path) == 3
 
 
-def gradients_of(parameters, ranks=ALONE):
-    return drift.training.loop._Gradients(parameters, torch.amp.GradScaler("cpu", enabled=False), ranks)
+def test_parts_of_a_step_add_up_to_the_whole(tmp_path):
+    whole, _ = run(tmp_path / "whole")
+    for at_once in (1, 3):  # equal parts, and one that is smaller
+        model, _ = run(tmp_path / str(at_once), at_once=at_once)
+        torch.testing.assert_close(model.state_dict(), whole.state_dict(), rtol=1e-5, atol=1e-6)
+        of, expected = (log_of(tmp_path / folder)[-1]["of"]["mean"] for folder in (str(at_once), "whole"))
+        assert of == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("sizes", [[3], [1, 2, 3], [7, 1, 1], [2, 9, 2, 2], [5, 5]])
-def test_gradients_are_sent_in_buckets(sizes, monkeypatch):
-    monkeypatch.setattr(drift.training.loop, "_BUCKET", 4)
-    gradients = gradients_of([nn.Parameter(torch.zeros(size)) for size in sizes])
-    found = gradients._in_buckets(range(len(sizes)))
-    buckets = [[sizes[index] for index in bucket] for bucket in found]
-    assert [size for bucket in buckets for size in bucket] == sizes
-    assert all(sum(bucket) <= 4 or len(bucket) == 1 for bucket in buckets)
-    assert all(sum(one) + other[0] > 4 for one, other in pairwise(buckets))  # as few as can be
+# Several processes
 
 
-class Branches(nn.Module):
-    """Gradients that come in another order than that of the parameters, reversed; or not at all."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.left, self.right, self.last = nn.Linear(3, 5), nn.Linear(3, 5), nn.Linear(5, 2)
-        self.unused, self.of_the_first = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
-        self.stem = nn.Linear(3, 3)
-
-    def forward(self, x, rank):
-        x = self.stem(x)
-        branches = (self.left, self.right) if rank % 2 else (self.right, self.left)
-        one, other = (branch(x).tanh() for branch in branches)
-        return self.last(one * other) * (self.of_the_first if rank == 0 else 1)
-
-
-def losses_of(model, rank, step, count):
-    """Of sizes so far apart that the order of additions shows."""
-    for part in range(count):
-        x = torch.randn(4, 3, generator=torch_generator(0, "x", rank, step, part))
-        yield 10.0 ** (3 * part % 5 - rank) * model(x, rank).square().sum()
-
-
-PARTS = (1, 3, 4, 7)
-
-
-def average_while_they_come(ranks, folder):
-    drift.training.loop._BUCKET = 12
-    model, results = Branches(), []
-    for count in PARTS:
-        gradients = gradients_of(list(model.parameters()), ranks)
-        for step in range(3):  # after the first, buckets are in another order
-            for part, loss in enumerate(losses_of(model, ranks.rank, step, count)):
-                gradients.backward(loss, last=part == count - 1)
-            gradients.average(count * ranks.world_size)
-            results.append([parameter.grad.clone() for parameter in model.parameters()])
-    torch.save(results, folder / f"{ranks.rank}.pt")
-
-
-@pytest.mark.parametrize("world_size", [2])
-def test_gradients_sent_during_the_backward_pass_have_the_bits_of_those_sent_after_it(tmp_path, world_size):
-    assert in_processes(average_while_they_come, world_size, tmp_path) == [0] * world_size
-    model, expected = Branches(), []
-    parameters = list(model.parameters())
-    for count in PARTS:
-        for step in range(3):
-            of_processes = []
-            for rank in range(world_size):
-                total = PairwiseSum()
-                for loss in losses_of(model, rank, step, count):
-                    total.add(torch.autograd.grad(loss, parameters, materialize_grads=True))
-                of_processes.append(total.total())
-            sums = (pairwise_sum([g.clone() for g in those]) for those in zip(*of_processes, strict=True))
-            expected.append([gradient / (count * world_size) for gradient in sums])
-    for rank in range(world_size):
-        results = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        for result, wanted in zip(results, expected, strict=True):
-            assert all(torch.equal(one, other) for one, other in zip(result, wanted, strict=True))
-
-
-def test_buckets_are_sent_before_the_backward_pass_has_ended(monkeypatch):
-    """Of two processes with the same parts: twice the sum, over twice as many; only the last pass sends."""
-    monkeypatch.setattr(drift.training.loop, "_BUCKET", 12)  # a layer
-    events = []
-    monkeypatch.setattr(Ranks, "sum", lambda self, t: (events.append(t.numel()), t.mul_(2))[1])
-    monkeypatch.setattr(Ranks, "from_first", lambda self, value: value)
-    stem, *layers = (nn.Linear(3, 3) for _ in range(3))
-    model = nn.Sequential(stem, *layers)
-    parameters = [*layers[0].parameters(), *layers[1].parameters(), *stem.parameters()]  # the stem comes late
-    for name, layer in zip("abc", (stem, *layers), strict=True):
-        layer.weight.register_hook(lambda gradient, name=name: events.append(name))
-    x = torch.randn(6, 3, generator=torch_generator(0, "x"))
-    gradients = gradients_of(parameters, Ranks(0, 2, torch.device("cpu")))
-    expected = torch.autograd.grad(model(x).square().sum() / 6, parameters)
-    for order in ([*"cba", 12, 12, 12], ["c", 12, "b", 12, "a", 12]):
-        events.clear()
-        for part in range(3):
-            gradients.backward(model(x[2 * part : 2 * part + 2]).square().sum(), last=part == 2)
-        gradients.average(12)
-        assert events == [*"cba", *"cba", *order]
-        for parameter, gradient in zip(parameters, expected, strict=True):
-            torch.testing.assert_close(parameter.grad, gradient)
-
-
-def die_during_the_backward_pass(ranks, folder):
-    drift.training.loop._BUCKET = 1
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    loss = model(torch.ones(1, 3)).sum()
-    if ranks.rank == 1:
-        model[0].weight.register_hook(lambda gradient: os._exit(7))
-    with pytest.raises(RuntimeError, match="gloo"):
-        gradients_of(list(model.parameters()), ranks).backward(loss, last=True)
-    assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+def share_the_steps(ranks, folder):
+    model, emas = run(folder / "run", ranks=ranks, at_once=3)
+    torch.save([model.state_dict(), emas[1].state_dict()], folder / f"{ranks.rank}.pt")
+    with pytest.raises(RuntimeError):  # which `run_stage` knows
+        run(folder / "lost", look=at(2, lambda: os._exit(7) if ranks.rank else None), ranks=ranks)
     os._exit(0)  # what is left of the group need not be waited for
 
 
-def test_a_process_that_is_lost_during_the_backward_pass_is_told_as_ever(tmp_path):
-    assert in_processes(die_during_the_backward_pass, 2, tmp_path) == [0, 7]
+def test_two_processes_take_the_steps_of_one_and_notice_that_the_other_is_lost(tmp_path):
+    whole, emas = run(tmp_path / "whole")
+    with pytest.raises(Cut):
+        run(tmp_path / "run", look=at(4, cut))  # so that both go on from what the first can read
+    assert in_processes(share_the_steps, 2, tmp_path) == [0, 7]
+    (one, ema), other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert same_bits(one, other[0]) and same_bits(ema, other[1])
+    torch.testing.assert_close(one, dict(whole.state_dict()), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ema, emas[1].state_dict(), rtol=1e-5, atol=1e-6)
+    for line, expected in zip(log_of(tmp_path / "run"), log_of(tmp_path / "whole"), strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert line["of"]["mean"] == pytest.approx(expected["of"]["mean"], rel=1e-3)
+
+
+# What is read ahead
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3, 100])
+def test_batches_come_in_order_and_not_too_early(ahead):
+    made, makers = [], set()
+
+    def prepare(step):
+        made.append(step)
+        makers.add(threading.current_thread())
+        return step**2
+
+    for step, batch in enumerate(batches(prepare, 2, 8, ahead), start=2):
+        assert batch == step**2 and len(made) <= step - 1 + ahead
+    assert step == 7 and made == list(range(2, 8))
+    assert len(makers) == 1 and (threading.main_thread() in makers) == (ahead == 0)
+    assert list(batches(prepare, 8, 8, ahead)) == []
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+def test_an_error_reaches_the_step_it_belongs_to(ahead):
+    found = batches(lambda step: 1 // (step - 4), 0, 8, ahead)
+    assert [next(found) for _ in range(4)] == [-1, -1, -1, -1]
+    with pytest.raises(ZeroDivisionError):
+        next(found)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+def test_leaving_early_waits_for_one_call_and_makes_no_more():
+    made, begun, go_on = [], threading.Event(), threading.Event()
+
+    def prepare(step):
+        if step == 1:
+            begun.set()
+            assert go_on.wait(10)
+        made.append(step)
+
+    with closing(batches(prepare, 0, 20, 3)) as found:
+        next(found)
+        assert begun.wait(10)
+        threading.Timer(0.05, go_on.set).start()
+    assert made == [0, 1]

@@ -17,11 +17,14 @@ import drift.training.drift
 import drift.training.loop
 import drift.training.mae
 from drift.data.latents import LatentStore, write_latents
+from drift.features import MAEEncoder
 from drift.field import FieldSettings
 from drift.models import LatentMAE
 from drift.runtime.processes import Ranks
 from drift.settings import load_settings
+from drift.training.checkpoint import Checkpoints
 from drift.training.drift import train_generator
+from drift.training.loop import Learner, Run
 from drift.training.mae import train_mae
 
 SETTINGS = load_settings(Path(__file__).parents[2] / "presets" / "digits.yaml")
@@ -87,9 +90,9 @@ def device(monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
     # What looks at numbers, now and then
     monkeypatch.setattr(drift.training.loop, "to_numbers", lambda values: {})
-    monkeypatch.setattr(drift.training.loop, "_require_finite", lambda *args: None)
-    monkeypatch.setattr(drift.training.loop, "optimizer_tensors", lambda optimizer: {})
-    monkeypatch.setattr(drift.training.loop, "save_checkpoint", lambda *args, **kwargs: None)
+    monkeypatch.setattr(Learner, "require_finite", lambda self: None)
+    monkeypatch.setattr(Learner, "tensors", lambda self: {})
+    monkeypatch.setattr(Checkpoints, "save", lambda *args: None)
     monkeypatch.setattr(drift.training.loop.RunLog, "write", lambda *args: None)
     return mode
 
@@ -104,7 +107,8 @@ def store(tmp_path) -> LatentStore:
 def train(store, folder, field, **changes):
     encoder = LatentMAE(in_channels=2, base_channels=8, layers=(1, 1, 1, 1), num_classes=4, norm_groups=2)
     hardware = SETTINGS.hardware.model_copy(update=changes)
-    train_generator(store, encoder, DRIFT, field, seed=0, hardware=hardware, ranks=META, folder=folder)
+    encoder = MAEEncoder(encoder).requires_grad_(False)
+    train_generator(store, encoder, DRIFT, field, Run(0, hardware, META, folder))
 
 
 @pytest.mark.parametrize(
@@ -127,7 +131,7 @@ def test_a_step_of_the_generator_waits_for_nothing(store, tmp_path, device, fiel
 def test_a_step_of_the_mae_waits_for_nothing(store, tmp_path, device):
     hardware = SETTINGS.hardware.model_copy(update={"mae_micro_batch": 4})
     with device:
-        train_mae(store, MAE, seed=0, hardware=hardware, ranks=META, folder=tmp_path / "run")
+        train_mae(store, MAE, Run(0, hardware, META, tmp_path / "run"))
     assert device.copies == MAE.steps * 2 * 3  # latents, labels, mask
 
 

@@ -1,6 +1,7 @@
 """The whole objective against the release's numbers, and what it asks of an encoder."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from drift.field import FieldSettings, drifting_loss
 from drift.interop.release import convert_mae
 from drift.models.mae import LatentMAE
 from drift.training import objective as module
-from drift.training.objective import Samples, drift_objective, mean_statistics, step_totals
+from drift.training.objective import Execution, Samples, drift_objective, step_totals
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RELEASE = FieldSettings()
@@ -43,7 +44,7 @@ class Encoder:
         self.calls = []
 
     def encode(self, latents: Tensor, drop_duplicates: bool = False) -> dict[str, Tensor]:
-        self.calls.append((len(latents), torch.is_grad_enabled(), drop_duplicates))
+        self.calls.append((len(latents), torch.is_grad_enabled()))
         return self.function(latents)
 
 
@@ -152,8 +153,8 @@ def test_is_the_sum_over_feature_sets_and_the_whole_latent():
 
 def test_real_samples_are_encoded_together_and_without_a_graph():
     encoder = Encoder(pixels_and_mean)
-    drift_objective(*draw(), encoder, RELEASE, drop_duplicates=True)
-    assert encoder.calls == [(2 * (5 + 2), False, True), (2 * 4, True, True)]
+    drift_objective(*draw(), encoder, RELEASE)
+    assert encoder.calls == [(2 * (5 + 2), False), (2 * 4, True)]
 
 
 def test_without_unconditional_samples():
@@ -172,7 +173,7 @@ def test_a_second_batch_repels_and_is_only_looked_at():
         generated, positives, unconditional, omega, encoder, second, negatives=negatives
     )
     loss.backward()
-    assert encoder.calls == [(2 * (5 + 2 + 3), False, False), (2 * 4, True, False)]
+    assert encoder.calls == [(2 * (5 + 2 + 3), False), (2 * 4, True)]
     assert negatives.grad is None
 
     total = 0
@@ -196,7 +197,10 @@ def test_every_feature_set_is_reduced():
         counts.append(len(sums))
         return 2 * sums
 
-    shared, shared_statistics = drift_objective(*draw(), Encoder(pixels_and_mean), RELEASE, reduce=double)
+    execution = Execution(reduce=double)
+    shared, shared_statistics = drift_objective(
+        *draw(), Encoder(pixels_and_mean), RELEASE, execution=execution
+    )
     assert len(counts) == 2 * 3  # S and lambda of three feature sets
     torch.testing.assert_close(shared, alone)
     torch.testing.assert_close(shared_statistics, statistics)
@@ -234,18 +238,17 @@ def test_a_step_in_parts_equals_the_whole(settings, feature_batch):
     loss, statistics = drift_objective(*inputs, mae, settings, negatives=negatives)
     (grad,) = torch.autograd.grad(loss, inputs[0])
 
-    options = {"feature_batch": feature_batch}
+    execution = Execution(feature_batch=feature_batch)
     cut = [slice(0, 2), slice(2, 4), slice(4, 5)]
     samples = [
         Samples(*(t[part] for t in inputs), None if negatives is None else negatives[part]) for part in cut
     ]
-    totals = (
-        step_totals(samples, mae, settings, **options) if settings.normalization_scope == "batch" else None
-    )
+    if settings.normalization_scope == "batch":
+        execution = replace(execution, totals=step_totals(samples, mae, settings, execution))
     shares, losses, gathered = [2 / 5, 2 / 5, 1 / 5], [], []
     for *given, repelling in samples:
         part_loss, part_statistics = drift_objective(
-            *given, mae, settings, negatives=repelling, totals=totals, **options
+            *given, mae, settings, negatives=repelling, execution=execution
         )
         losses.append(part_loss)
         gathered.append(part_statistics)
@@ -256,19 +259,21 @@ def test_a_step_in_parts_equals_the_whole(settings, feature_batch):
         relative_error(in_parts, grad) < 1e-4
     )  # features of other batches differ by rounding, near pairs amplify it
     assert losses[0] != losses[1]
-    of_step = gathered[0] if totals is not None else mean_statistics(gathered, shares)
-    torch.testing.assert_close(of_step, statistics, rtol=1e-4, atol=1e-5)
+    for name, expected in statistics.items():
+        for key in expected:
+            power = 2 if key == "drift_rms" else 1
+            means = sum(s * of[name][key] ** power for s, of in zip(shares, gathered, strict=True))
+            torch.testing.assert_close(means, expected[key] ** power, rtol=1e-3, atol=1e-5)
 
 
 def test_the_encoder_keeps_the_activations_of_one_batch_at_a_time():
     generated, *rest, _ = draw_classes()
     encoder = Encoder(pixels_and_mean)
-    loss, _ = drift_objective(generated, *rest, encoder, RELEASE, feature_batch=8)
-    seen = [(count, with_graph) for count, with_graph, _ in encoder.calls]
-    assert seen == [(8, False)] * 4 + [(3, False)] + [(8, True)] * 2 + [(4, True)]
+    loss, _ = drift_objective(generated, *rest, encoder, RELEASE, execution=Execution(feature_batch=8))
+    assert encoder.calls == [(8, False)] * 4 + [(3, False)] + [(8, True)] * 2 + [(4, True)]
     encoder.calls.clear()
     loss.backward()  # computes them again, the last batch first
-    assert [count for count, _, _ in encoder.calls] == [4, 8, 8]
+    assert [count for count, _ in encoder.calls] == [4, 8, 8]
     whole = generated.grad.clone()
     generated.grad = None
     drift_objective(generated, *rest, Encoder(pixels_and_mean), RELEASE)[0].backward()
@@ -280,18 +285,17 @@ def test_features_held_in_half_precision(monkeypatch, feature_batch):
     """Those of several vectors alone; the gradient is that of rounded features, near the exact one."""
     seen = {}
 
-    class Passes(module.FieldPasses):
-        def __init__(self, x, pos, uncond, *arguments, **options):
-            seen.setdefault(x.shape[2] > 1, set()).update(t.dtype for t in (x, pos, uncond))
-            super().__init__(x, pos, uncond, *arguments, **options)
+    def noting(x, pos, uncond, *arguments, **options):
+        seen.setdefault(x.shape[2] > 1, set()).update(t.dtype for t in (x, pos, uncond))
+        return drifting_loss(x, pos, uncond, *arguments, **options)
 
     def run(**options):
         generated, *rest, _ = draw_classes()
-        drift_objective(generated, *rest, small_mae(), RELEASE, **options)[0].backward()
+        drift_objective(generated, *rest, small_mae(), RELEASE, execution=Execution(**options))[0].backward()
         return generated.grad
 
     exact = run()
-    monkeypatch.setattr(module, "FieldPasses", Passes)
+    monkeypatch.setattr(module, "drifting_loss", noting)
     held = run(feature_batch=feature_batch, feature_dtype=torch.bfloat16)
     assert seen == {True: {torch.bfloat16}, False: {torch.float32}}
     assert held.dtype == torch.float32
@@ -304,7 +308,8 @@ def test_features_in_half_precision_cost_less_than_convolutions_in_it():
 
     def gradient(precision, **options):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-            loss, _ = drift_objective(generated, *rest, small_mae(), RELEASE, **options)
+            execution = Execution(**options)
+            loss, _ = drift_objective(generated, *rest, small_mae(), RELEASE, execution=execution)
         return torch.autograd.grad(loss, generated)[0]
 
     exact = gradient("float32")

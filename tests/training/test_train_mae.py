@@ -17,6 +17,7 @@ from drift.runtime.processes import Ranks
 from drift.runtime.seeds import torch_generator
 from drift.settings import load_settings
 from drift.training.log import read_log, write_plot
+from drift.training.loop import Run
 from drift.training.mae import HELD_OUT_COLUMNS, PLOT_COLUMNS, class_share, mae_loss, train_mae
 
 SETTINGS = load_settings(Path(__file__).parents[2] / "presets" / "digits.yaml")
@@ -40,14 +41,8 @@ def store(tmp_path) -> LatentStore:
 
 
 def train(store, folder, options=OPTIONS, **hardware):
-    model, (ema,) = train_mae(
-        store,
-        options,
-        seed=0,
-        hardware=HARDWARE.model_copy(update=hardware),
-        ranks=Ranks(0, 1, torch.device("cpu")),
-        folder=folder,
-    )
+    hardware = HARDWARE.model_copy(update=hardware)
+    model, (ema,) = train_mae(store, options, Run(0, hardware, Ranks(0, 1, torch.device("cpu")), folder))
     return model, ema
 
 

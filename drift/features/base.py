@@ -1,0 +1,67 @@
+"""What a feature encoder is, and the registry of them.
+
+To add one, write a file in this folder: a `FeatureEncoder` under `@register`, whose fields are its options
+and whose `load` gives an `Encoder`; import it in `__init__.py`. Settings, stages and tests read `ENCODERS`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+
+class Encoder(nn.Module, ABC):
+    """A frozen network from latents to feature sets."""
+
+    @abstractmethod
+    def encode(self, latents: Tensor) -> dict[str, Tensor]:
+        """Latents `[B, C, H, W]` -> feature sets `[B, L_j, C_j]` by name."""
+
+
+class FeatureEncoder(BaseModel):
+    """Options of an encoder. A subclass narrows `encoder` to its name, which is its default as well."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    needs_mae: ClassVar[bool] = False
+    """The mae stage trains only where some encoder says True."""
+    needs_decoder: ClassVar[bool] = False
+    """It sees images, decoded from latents with gradients."""
+    encoder: str
+
+    def load(self, *, mae: Path | None = None, autoencoder: Any = None) -> Encoder:
+        """Build it from the folder of an MAE, or on an autoencoder; only what it needs is looked at.
+
+        Raises `UserError` if weights are missing or damaged.
+        """
+        raise NotImplementedError
+
+
+ENCODERS: dict[str, type[FeatureEncoder]] = {}
+
+
+def register(options: type[FeatureEncoder]) -> type[FeatureEncoder]:
+    """Add an encoder under its name."""
+    ENCODERS[options.model_fields["encoder"].default] = options
+    return options
+
+
+class Joined(Encoder):
+    """The feature sets of several encoders; sets of one name are one and the same."""
+
+    def __init__(self, encoders: Sequence[Encoder]):
+        super().__init__()
+        self.encoders = nn.ModuleList(encoders)
+
+    def encode(self, latents: Tensor) -> dict[str, Tensor]:
+        return {name: x for encoder in self.encoders for name, x in encoder.encode(latents).items()}
+
+
+def load_encoders(
+    options: Sequence[FeatureEncoder], *, mae: Path | None = None, autoencoder: Any = None
+) -> Encoder:
+    """The encoders of some options as one, frozen and in evaluation mode; see `FeatureEncoder.load`."""
+    joined = Joined([one.load(mae=mae, autoencoder=autoencoder) for one in options])
+    return joined.eval().requires_grad_(False)

@@ -1,0 +1,28 @@
+"""The latent itself, without a network."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from drift.features.base import Encoder, FeatureEncoder, register
+
+
+def whole_latent(latents: Tensor) -> dict[str, Tensor]:
+    """The set `global` (release): `[B, C, H, W]` as one vector per sample, `[B, 1, C*H*W]`."""
+    return {"global": latents.flatten(1)[:, None]}
+
+
+class LatentEncoder(Encoder):
+    def encode(self, latents: Tensor) -> dict[str, Tensor]:
+        return whole_latent(latents)
+
+
+@register
+class LatentFeatures(FeatureEncoder):
+    """One feature set, `global`: the whole latent as one vector."""
+
+    encoder: Literal["latent"] = "latent"
+
+    def load(self, *, mae: Path | None = None, autoencoder: Any = None) -> Encoder:
+        return LatentEncoder()

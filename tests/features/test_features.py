@@ -1,0 +1,55 @@
+"""The registry of feature encoders, and what each of them gives."""
+
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from drift.features import ENCODERS, Encoder, FeatureEncoder, LatentFeatures, MAEFeatures, load_encoders
+from drift.models.mae import LatentMAE, MAEConfig
+from drift.runtime.errors import UserError
+
+LATENTS = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def mae(tmp_path):
+    torch.manual_seed(0)
+    config = MAEConfig(in_channels=4, base_channels=8, layers=(1, 1, 1, 1), num_classes=2, norm_groups=2)
+    LatentMAE(config).save_pretrained(tmp_path / "mae")
+    return tmp_path / "mae"
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_encoder_gives_vectors_with_gradients_and_learns_nothing(name, mae):
+    options = TypeAdapter(ENCODERS[name]).validate_python({"encoder": name})
+    encoder = load_encoders([options], mae=mae)
+    assert isinstance(options, FeatureEncoder) and isinstance(encoder, Encoder)
+    latents = LATENTS.clone().requires_grad_()
+    sets = encoder.encode(latents)
+    assert all(x.ndim == 3 and len(x) == 3 for x in sets.values())
+    sum(x.square().sum() for x in sets.values()).backward()
+    assert latents.grad.abs().sum() > 0
+    assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
+
+
+def test_the_mae_gives_its_sets_and_the_whole_latent(mae):
+    network = LatentMAE.from_pretrained(mae)
+    for duplicates in ("keep", "drop"):
+        sets = load_encoders([MAEFeatures(duplicates=duplicates)], mae=mae).encode(LATENTS)
+        expected = network.encode(LATENTS, drop_duplicates=duplicates == "drop")
+        assert [*sets] == [*expected, "global"]
+        assert all(torch.equal(sets[name], x) for name, x in expected.items())
+
+
+def test_the_whole_latent_is_one_set_and_never_twice(mae):
+    alone = load_encoders([LatentFeatures()]).encode(LATENTS)
+    assert [*alone] == ["global"] and torch.equal(alone["global"], LATENTS.reshape(3, 1, -1))
+    both = load_encoders([MAEFeatures(), LatentFeatures()], mae=mae).encode(LATENTS)
+    assert both.keys() == load_encoders([MAEFeatures()], mae=mae).encode(LATENTS).keys()
+
+
+def test_what_does_not_exist_is_refused(tmp_path):
+    with pytest.raises(ValidationError):
+        MAEFeatures(duplicates="unheard-of")
+    with pytest.raises(UserError, match="nowhere"):
+        load_encoders([MAEFeatures()], mae=tmp_path / "nowhere")
