@@ -11,40 +11,14 @@ import pytest
 import torch
 from complaints import complaint
 from imports import ROOT
-from PIL import Image
-from ruamel.yaml import YAML
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from small_generator import SIZES, VAE_FOLDER, write_generator
 
-from drift import cli
 from drift.autoencoders.kl import VAE
-from drift.evaluation.pictures import VISIBLE_SIDE
 from drift.evaluation.sample import ImageDecoder, Samples
-from drift.interop.card import export_pipeline
+from drift.interop.card import Card, export_pipeline
 from drift.interop.pipeline import DriftPipeline
 from drift.models.generator import Generator
-from drift.runtime.files import sha256
-
-VAE_FOLDER = str(ROOT / "pretrained/digits_vae")
-SIZES = {
-    "in_channels": 4, "input_size": 4, "num_classes": 3, "hidden_size": 32, "depth": 2, "num_heads": 2,
-    "patch_size": 2, "mlp_ratio": 2.0, "context_tokens": 2, "style_codebooks": 3, "style_entries": 8,
-}  # fmt: skip
-NAMES = ["tench, Tinca tinca", "cat", "7"]
-
-
-def write_generator(folder, seed=0, names=NAMES, vae=VAE_FOLDER):
-    """A folder as the drift stage writes it."""
-    torch.manual_seed(seed)
-    model = Generator(**SIZES).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # the last layer starts at zero
-            parameter.normal_(0, 0.2)
-    model.save_pretrained(folder)
-    (folder / "classes.json").write_text(json.dumps(names))
-    settings = {"stage": "drift", "decides": {"vae": vae, "vae_revision": None, "drift": {"steps": 3}}}
-    with (folder / "settings.yaml").open("w") as file:
-        YAML(typ="safe", pure=True).dump(settings | {"how": {"torch": "x"}}, file)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +47,7 @@ def test_pixels_are_those_of_the_fid_stage_and_do_not_depend_on_company(folder, 
 @pytest.mark.slow
 def test_the_same_pixels_in_a_fresh_process_after_export(folder, pipe, tmp_path):
     """With nothing of the original in reach."""
-    export_pipeline(folder, tmp_path / "exported", name="x")
+    export_pipeline(folder, tmp_path / "exported", Card("x"))
     program = (
         "import sys, numpy as np; from drift.interop import DriftPipeline\n"
         "pipe = DriftPipeline.from_pretrained(sys.argv[1])\n"
@@ -366,206 +340,3 @@ def test_damaged_files_of_a_stage_are_refused_by_name(folder, tmp_path, name):
     copy = shutil.copytree(folder, tmp_path / "g")
     (copy / name).write_text('["a", ')
     assert name in complaint(lambda: DriftPipeline.from_pretrained(copy))
-
-
-def metrics_of(folder, file):
-    entry = {"omega": 2.0, "ema_decay": None, "fid": 3.14159, "inception_score": 9.5}
-    protocol = {"features": "inception", "reference_images": 50, "floor_images": 9, "mode": "clean"}
-    digests = [sha256(folder / name) for name in ("config.json", "diffusion_pytorch_model.safetensors")]
-    result = {
-        "best": entry, "sweep": [entry], "floor": 1.0, "training": None, "images": 100,
-        "classifier_accuracy_real": None, "protocol": protocol | {"generator_sha256": digests},
-    }  # fmt: skip
-    file.write_text(json.dumps(result))
-    return file
-
-
-def test_the_model_card_tells_what_was_measured(folder, tmp_path):
-    metrics = metrics_of(folder, tmp_path / "fid.json")
-    Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
-    options = {"metrics": metrics, "picture": tmp_path / "picture.png", "license": "mit", "dataset": "a/b"}
-    files = dict(export_pipeline(folder, tmp_path / "out", name="fish", **options))
-    card = (tmp_path / "out/README.md").read_text()
-    assert files.keys() >= {"README.md", "samples.png", "model_index.json", "settings.yaml"}
-    _, front, body = card.split("---\n", 2)
-    head = YAML(typ="safe", pure=True).load(front)
-    assert (head["license"], head["datasets"], head["library_name"]) == ("mit", ["a/b"], "drift")
-    assert head["model-index"][0]["results"][0]["metrics"][0] == {
-        "type": "fid",
-        "name": "FID",
-        "value": 3.1416,
-    }
-    for told in (
-        "# fish",
-        "| 2 (best) | 3.14 | 9.50 |",
-        "| drift.steps | 3 |",
-        "| mode | clean |",
-        "omega=2,",
-    ):
-        assert told in body
-    # The program on the card runs
-    program = (
-        body.split("```python\n")[1].split("```")[0].replace('"cuda"', '"cpu"').replace('"fish"', '"out"')
-    )
-    subprocess.run(
-        [sys.executable, "-c", program + "assert image.size == (16, 16)"],
-        cwd=tmp_path,
-        check=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-    )
-
-
-def test_metrics_of_another_generator_do_not_get_into_a_card(folder, tmp_path):
-    other = write_generator(tmp_path / "other", seed=1)
-    metrics = metrics_of(other, tmp_path / "fid.json")
-    told = complaint(lambda: export_pipeline(folder, tmp_path / "out", name="x", metrics=metrics))
-    assert str(metrics) in told and "another generator" in told
-    own = metrics_of(folder, tmp_path / "own.json")
-    export_pipeline(folder, tmp_path / "pipeline", name="x")
-    for source in (tmp_path / "pipeline", "someone/generator"):  # of a pipeline; on the hub
-        told = complaint(lambda: export_pipeline(source, tmp_path / "out", name="x", metrics=metrics))  # noqa: B023
-        assert str(metrics) in told and "--no-metrics" in told
-    export_pipeline(tmp_path / "pipeline", tmp_path / "again", name="x", metrics=own)
-    assert "3.14" in (tmp_path / "again/README.md").read_text()
-    metrics.write_text("{}")
-    assert str(metrics) in complaint(
-        lambda: export_pipeline(folder, tmp_path / "out", name="x", metrics=metrics)
-    )
-    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
-
-
-def test_export_replaces_nothing_unasked_and_names_no_private_vae(folder, tmp_path):
-    (tmp_path / "out").mkdir()
-    assert "--force" in complaint(lambda: export_pipeline(folder, tmp_path / "out", name="x"))
-    assert "local folder" in complaint(
-        lambda: export_pipeline(folder, tmp_path / "new", name="x", include_vae=False)
-    )
-    export_pipeline(folder, tmp_path / "out", name="x", force=True)
-    assert "None are given" in (tmp_path / "out/README.md").read_text()
-
-
-def test_sample_makes_the_grid(folder, pipe, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    arguments = ["sample", str(folder), "--classes", "cat", "0", "7", "--count", "3", "--omega", "2"]
-    assert cli.main([*arguments, "--seed", "5", "--device", "cpu", "--out", "a/grid.png"]) == 0
-    out = capsys.readouterr().out
-    assert "cat (1), tench (0), 7 (2)" in out and "wrote a/grid.png" in out
-    grid = np.asarray(Image.open("a/grid.png"))
-    side = VISIBLE_SIDE // 16 * 16
-    expected = pipe([1] * 3, 2.0, pipe.sample_generators(5, range(3))).images
-    right = grid[2 : 2 + side, -(side + 2) : -2]  # the last sample of the first row
-    assert np.array_equal(right[::4, ::4], np.asarray(expected[2]))
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
-def test_sample_tells_of_a_class_whose_name_the_terminal_cannot_show(tmp_path, encoding):
-    """`\\udcff` is how Python reads the byte 0xff in the name of a folder."""
-    source = write_generator(tmp_path / "generator", names=["a\udcff", "\u732b", "7"])
-    done = subprocess.run(
-        [sys.executable, "-m", "drift.cli", "sample", str(source), "--count", "1", "--device", "cpu"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding},
-        capture_output=True,
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    assert b"a\\udcff (0), " in done.stdout and b"wrote outputs/samples.png" in done.stdout
-    assert Image.open(tmp_path / "outputs/samples.png").height > 3 * VISIBLE_SIDE - 64
-
-
-def test_sample_writes_files(folder, pipe, tmp_path):
-    assert cli.main(["sample", str(folder), "--classes", "1", "--count", "2", "--files", "--device", "cpu",
-                     "--out", str(tmp_path / "png")]) == 0  # fmt: skip
-    expected = pipe([1] * 2, 1.0, pipe.sample_generators(0, range(2))).images
-    files = sorted((tmp_path / "png").rglob("*.png"))
-    assert [file.relative_to(tmp_path).as_posix() for file in files] == [
-        "png/1/000000.png", "png/1/000001.png"
-    ]  # fmt: skip
-    for file, image in zip(files, expected, strict=True):
-        assert np.array_equal(np.asarray(Image.open(file)), np.asarray(image))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        (["nowhere"], "nowhere"),
-        (["--classes", "dog"], "'dog'"),
-        (["--classes", "3"], "the classes are 0 to 2"),
-        (["--count", "0"], "--count 0"),
-        (["--omega", "0"], "--omega 0"),
-        (["--omega", "nan"], "--omega nan"),
-        (["--out", "grid.jpg"], "grid.jpg"),
-        (["--weights", "ema_05"], "ema_05"),
-        (["--device", "abacus"], "abacus"),
-        (["--vae", "no-vae"], "no-vae"),
-    ],
-)
-def test_sample_refuses_in_one_line(folder, tmp_path, monkeypatch, capsys, arguments, told):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    source = [] if arguments[0] == "nowhere" else [str(folder)]
-    assert cli.main(["sample", *source, *arguments]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ") and told in error
-    assert not list(tmp_path.rglob("*.png"))
-
-
-def test_samples_of_a_revision(tmp_path, monkeypatch, capsys):
-    """The generator that was committed, not the one that lies there now."""
-    monkeypatch.chdir(tmp_path)
-    binaries = os.path.dirname(sys.executable)
-    monkeypatch.setenv("PATH", os.pathsep.join([binaries, os.environ["PATH"]]))
-    for who in ("AUTHOR", "COMMITTER"):
-        monkeypatch.setenv(f"GIT_{who}_NAME", "drift")
-        monkeypatch.setenv(f"GIT_{who}_EMAIL", "drift@example.org")
-
-    def run(*command):
-        subprocess.run(command, check=True, capture_output=True)
-
-    run("git", "init", "--quiet")
-    run("dvc", "init", "--quiet")
-    write_generator(tmp_path / "artifacts/generator", seed=0)
-    run("dvc", "add", "--quiet", "artifacts/generator")
-    run("git", "add", "--all")
-    run("git", "commit", "--quiet", "--message", "one")
-    run("git", "tag", "one")
-    first = load_file("artifacts/generator/diffusion_pytorch_model.safetensors")
-    shutil.rmtree("artifacts/generator")
-    write_generator(tmp_path / "artifacts/generator", seed=1)
-    run("dvc", "add", "--quiet", "artifacts/generator")
-    run("git", "commit", "--quiet", "--all", "--message", "two")
-
-    common = ["sample", "--classes", "0", "--count", "2", "--device", "cpu"]
-    assert cli.main([*common, "--out", "now.png"]) == 0
-    for _ in "ab":  # the second time from the work folder
-        assert cli.main([*common, "--rev", "one", "--out", "before.png"]) == 0
-    now, before = (np.asarray(Image.open(f"{name}.png")) for name in ("now", "before"))
-    assert not np.array_equal(now, before)
-    [kept] = (tmp_path / ".work/revisions").glob("*/artifacts/generator")
-    assert all(
-        torch.equal(load_file(kept / "diffusion_pytorch_model.safetensors")[name], first[name])
-        for name in first
-    )
-    absolute = str(tmp_path / "artifacts/generator")
-    assert cli.main([*common, absolute, "--rev", "one", "--out", "absolute.png"]) == 0
-    assert np.array_equal(np.asarray(Image.open("absolute.png")), before)
-    capsys.readouterr()
-    for outside in ("../generator", str(tmp_path.parent), "."):
-        assert cli.main([*common, outside, "--rev", "one", "--out", "x.png"]) == 2
-        assert f"{outside} as of one: is not below {tmp_path}" in capsys.readouterr().err
-    assert cli.main([*common, "--rev", "three", "--out", "x.png"]) == 2
-    assert "three" in capsys.readouterr().err
-    assert cli.main([*common, "other", "--rev", "one", "--out", "x.png"]) == 2
-    assert "other as of one" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("command", [["sample"], ["export", "out"]])
-def test_the_hub_is_not_asked_for_a_generator_that_is_not_trained_yet(tmp_path, monkeypatch, capsys, command):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("drift.interop.pipeline.download", lambda *_, **__: pytest.fail("asked the hub"))
-    assert cli.main([*command, *(["--no-metrics"] if command[0] == "export" else [])]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith(
-        "error: artifacts/generator: there is none; dvc repro trains it, dvc pull fetches it"
-    )
-    assert not list(tmp_path.glob("out*/*"))
