@@ -31,12 +31,14 @@ import drift.training.objective
 from benchmarks import timing
 from benchmarks.timing import Split
 from drift.data.latents import LatentReader, LatentStore, write_latents
+from drift.features import MAEEncoder
 from drift.models import Generator, LatentMAE
 from drift.models.ema import EMA
 from drift.runtime.processes import Ranks
 from drift.settings import Settings, load_settings
-from drift.training.drift import FrozenEncoder, train_generator
+from drift.training.drift import train_generator
 from drift.training.log import RunLog
+from drift.training.loop import Run
 from drift.training.mae import mae_config, train_mae
 
 WARM_UP = 3  # steps before those that count
@@ -66,15 +68,17 @@ def run(settings: Settings, stage: str, device: torch.device, split: Split, on_s
         stack.enter_context(patch.object(RunLog, "step", step))
         instrument(stack, split, stage)
         stack.enter_context(suppress(Enough))
-        shared = {"seed": 0, "hardware": hardware, "ranks": Ranks(0, 1, device), "folder": folder}
+        run = Run(0, hardware, Ranks(0, 1, device), folder)
         if stage == "mae":
             changes |= {"finetune_steps": 0, "held_out": 0}
-            train_mae(store, settings.mae.model_copy(update=changes), **shared)
+            train_mae(store, settings.mae.model_copy(update=changes), run)
         else:
             torch.manual_seed(0)
-            encoder = LatentMAE(**mae_config(settings.mae, store))
+            drop = settings.drift.duplicate_features == "drop"
+            encoder = MAEEncoder(LatentMAE(**mae_config(settings.mae, store)), drop_duplicates=drop)
+            encoder.eval().requires_grad_(False)
             options = settings.drift.model_copy(update=changes)
-            train_generator(store, encoder, options, settings.field(), **shared)
+            train_generator(store, encoder, options, settings.field_settings(), run)
 
 
 def latents(settings: Settings, stage: str, folder: Path) -> LatentStore:
@@ -122,7 +126,7 @@ def instrument(stack: ExitStack, split: Split, stage: str) -> None:
 
     for kind in (Generator, LatentMAE, OptimizedModule):
         part(kind, "__call__", network)
-    part(FrozenEncoder, "encode", encoder)
+    part(MAEEncoder, "encode", encoder)
     for owner, name, title in (
         (drift.training.objective, "drifting_loss", "field"),
         (drift.training.drift, "step_totals", "field"),

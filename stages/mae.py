@@ -8,6 +8,7 @@ last checkpoint. With `mae.source`, nothing is trained: the encoder there become
 latents is measured.
 """
 
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from drift.models.base import model_files, uninitialized
 from drift.models.mae import LatentMAE
 from drift.runtime.files import check_output, sha256
 from drift.runtime.processes import join, run_stage, spawn, stage_parser, wanted_processes
-from drift.runtime.work import Work
+from drift.runtime.work import SETTINGS_FILE, Work
 from drift.settings import load_settings
 from drift.training.export import export_run
 from drift.training.inputs import check_latents
@@ -71,10 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = Run(settings.seed, hardware, ranks, work.folder)
         if source is None:
             model, emas = train_mae(store, settings.mae, run)
-            export = export_run(model, emas, work.folder, plots) if ranks.first else None
         else:
-            export = adopt_encoder(encoder, Path(source), store, settings.mae, plots, run)
-        if export is not None:
+            model, emas = adopt_encoder(encoder, Path(source), store, settings.mae, run)
+        if ranks.first:
+            export = export_run(model, emas, work.folder, plots)
+            if source is not None and (made_by := Path(source, SETTINGS_FILE)).exists():
+                shutil.copyfile(made_by, export / "source.yaml")
             work.publish(export, args.out)
     return 0
 

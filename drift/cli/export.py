@@ -14,13 +14,15 @@ from pathlib import Path
 
 from drift.cli.options import add_source, find_source
 
+METRICS = Path("reports/protocol.json")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("destination", metavar="FOLDER", type=Path, help="where to write")
     parser.add_argument("--force", action="store_true", help="replace FOLDER if it exists")
     add_source(parser, "--generator")
     parser.add_argument("--vae-by-reference", action="store_true", help="only name the VAE, by its hub id")
-    parser.add_argument("--metrics", type=Path, default=Path("metrics/fid.json"), help="(metrics/fid.json)")
+    parser.add_argument("--metrics", type=Path, default=METRICS, help=f"({METRICS})")
     parser.add_argument("--no-metrics", action="store_true", help="leave them out")
     parser.add_argument("--picture", type=Path, default=Path("plots/samples.png"), help="(plots/samples.png)")
     parser.add_argument("--name", help="of the model, in the card (the folder's name)")

@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from drift.evaluation.networks import load_feature_network
-    from drift.evaluation.reference import load_statistics, measure_images, open_reference, self_test
+    from drift.evaluation.reference import Reading, load_statistics, measure_images, open_reference, self_test
     from drift.runtime.work import work_root
     from drift.settings import load_settings
 
@@ -33,16 +33,7 @@ def run(args: argparse.Namespace) -> None:
     if images is None:
         reference = load_statistics(fid.reference, network.dimension, network.digest)
     else:
-        reference = measure_images(
-            images,
-            network,
-            work_root() / "reference",
-            image_size=data.image_size,
-            batch_size=hardware.sample_batch,
-            seed=settings.seed,
-            on_bad_image=settings.encode.on_bad_image,
-            workers=hardware.workers,
-        )
+        reference = measure_images(images, network, work_root() / "reference", Reading.of(settings))
     found = self_test(reference, settings.seed)
     count, floor = reference.statistics.count, found["halves"]
     print(f"reference:  {reference.name}, {count if count else 'unknown number of'} images")

@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from drift.cli.options import add_inspection, add_params, count, inspection, show_inspection
+from drift.cli.options import add_inspection, add_params, count, look, show_inspection
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,9 +34,8 @@ def run(args: argparse.Namespace) -> None:
             args.folder or Path("artifacts/latents", view),
             load_settings(args.params),
             args.out or Path(f"outputs/latents-{view or args.folder.resolve().name}"),
+            look(args),
             view=view,
-            count=args.count,
             progress=sys.stderr.isatty(),
-            **inspection(args),
         )
     )

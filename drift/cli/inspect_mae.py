@@ -14,7 +14,7 @@ examples:
 import argparse
 from pathlib import Path
 
-from drift.cli.options import add_inspection, add_params, count, inspection, show_inspection
+from drift.cli.options import add_inspection, add_params, count, look, show_inspection
 
 MAE, LATENTS = Path("artifacts/mae"), Path("artifacts/latents/center")
 
@@ -41,9 +41,8 @@ def run(args: argparse.Namespace) -> None:
             args.latents,
             load_settings(args.params),
             args.out or Path("outputs/mae"),
-            count=args.count,
+            look(args),
             rows=args.rows,
             feature_sets=args.check_feature_sets,
-            **inspection(args),
         )
     )

@@ -84,16 +84,14 @@ def add_inspection(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help=f"where to write ({out})")
 
 
-def inspection(args: argparse.Namespace) -> dict:
-    """Arguments of both inspections, as `inspect_latents` and `inspect_mae` call them."""
+def look(args: argparse.Namespace):
+    """How both inspections look."""
     import torch
 
-    return {
-        "seed": args.seed,
-        "compare": args.compare_images is not None,
-        "root": args.compare_images or None,
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
-    }
+    from drift.evaluation.inspection import Look
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Look(args.count, args.seed, args.compare_images is not None, args.compare_images or None, device)
 
 
 def show_inspection(found) -> None:

@@ -33,7 +33,7 @@ class Card:
     dataset: str | None = None
     """The hub's id of what it was trained on."""
     metrics: Path | None = None
-    """The `metrics/fid.json` of this generator."""
+    """The `reports/protocol.json` of this generator."""
     picture: Path | None = None
     """A PNG; left out if there is none."""
 
@@ -140,7 +140,7 @@ def _read_metrics(path: Path, source: Path, weights: str) -> dict[str, Any]:
         measured["best"]["fid"] + 0  # a number
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
-            f"{path}: missing, damaged, or not of the stage fid; run fid, or add --no-metrics"
+            f"{path}: missing, damaged, or no protocol.json of fid; run fid, or add --no-metrics"
         ) from None
     folder = source / "generator" if (source / INDEX_FILE).is_file() else source
     if not set(map(sha256, model_files(folder, weights))) <= digests:

@@ -34,13 +34,13 @@ Batch = TypeVar("Batch")
 
 
 class Run(NamedTuple):
-    """Of what seed, how, by whom and where something is trained."""
+    """Seed, ways and place of a training run."""
 
     seed: int
     hardware: Hardware
     ranks: Ranks
     folder: Path
-    """Of checkpoints and `logs.jsonl`; only the first process reads and writes it."""
+    """Of checkpoints and `logs.jsonl`; the first process alone reads and writes it."""
 
 
 class Part(NamedTuple):
@@ -60,7 +60,6 @@ class Task(ABC, Generic[Batch]):
     options: Optimizer
     ema_decays: Sequence[float]
     evaluate_every: int | None = None
-    """Steps between two calls of `evaluate`; None is never."""
 
     @abstractmethod
     def prepare(self, step: int) -> Batch:
@@ -68,15 +67,15 @@ class Task(ABC, Generic[Batch]):
 
     @abstractmethod
     def parts(self, network: nn.Module, step: int, batch: Batch) -> Sequence[Part]:
-        """The parts of a step, for as many things in every process; `network` computes `model`."""
+        """The parts of a step; `network` computes `model`. Every process has as much."""
 
     def summary(self, statistics: Tree) -> Tree:
-        """What is logged of the statistics, averaged over parts and processes. It has the `loss`."""
+        """What is logged of the statistics, averaged over parts and processes; the `loss` among it."""
         return statistics
 
     def evaluate(self, weights: Mapping[str, Tensor]) -> Tree:
-        """Measure the weights of the first EMA. All processes call it."""
-        raise NotImplementedError
+        """What is measured of the first EMA's weights, every `evaluate_every` steps and after the last."""
+        return {}
 
 
 class Learner:
@@ -154,13 +153,18 @@ def train(task: Task, run: Run) -> list[EMA]:
     checkpoint of the step that was being taken.
     """
     _, hardware, ranks, folder = run
-    learner, steps, rounding = Learner(task, ranks), task.options.steps, _what_rounds(hardware, ranks)
+    learner, steps, rounding = Learner(task, ranks), task.options.steps, _what_rounds(run)
     checkpoints = Checkpoints(folder, keep_every=hardware.checkpoint_keep_every, group=ranks.control)
-    saved = learner.resume(checkpoints, ranks)
-    start = saved.step if saved else 0
-    if saved and ranks.first:
-        print(f"{task.name}: going on from step {start} ({saved.path})", flush=True)
-        _say_what_rounds_otherwise(task.name, saved.state["rounding"], rounding)
+    start = 0
+    if saved := learner.resume(checkpoints, ranks):
+        start, before = saved.step, saved.state["rounding"]
+        changes = [
+            f"{k} was {before.get(k)} and is {now}" for k, now in rounding.items() if before.get(k) != now
+        ]
+        if ranks.first:
+            print(f"{task.name}: going on from step {start} ({saved.path})", flush=True)
+        if ranks.first and changes:  # no reason to start over: such a result is as good
+            print(f"{task.name}: {', '.join(changes)}: the result will differ by rounding", flush=True)
     network = _network(task, hardware, ranks)
     log = RunLog(folder / LOG_FILE, what=task.name, steps=steps, start=start, active=ranks.first)
     with (
@@ -174,10 +178,9 @@ def train(task: Task, run: Run) -> list[EMA]:
             shown = task.summary(_gradients(task.parts(network, step, batch), network, learner, ranks))
             shown = {**shown, **learner.update(step, shown["loss"])}
             log.step()
-            every = task.evaluate_every
-            measured = (
-                task.evaluate(learner.emas[0].state_dict()) if every and (done % every == 0 or last) else {}
-            )
+            measured = {}
+            if task.evaluate_every and (done % task.evaluate_every == 0 or last):
+                measured = task.evaluate(learner.emas[0].state_dict())
             if step % hardware.log_every == 0 or last or measured:
                 learner.require_finite()
                 log.write(step, to_numbers({**shown, **measured}))
@@ -258,23 +261,8 @@ def _gradients(todo: Sequence[Part], network: nn.Module, learner: Learner, ranks
     return rebuilt(statistics, means)
 
 
-def _what_rounds(hardware: Hardware, ranks: Ranks) -> dict[str, Any]:
-    """What the rounding of a step depends on, by name."""
-    settings = {f"hardware.{key}": getattr(hardware, key) for key in ROUNDING_KEYS}
-    return {
-        **settings,
-        "processes": ranks.world_size,
-        "device": ranks.device.type,
-        "torch": torch.__version__,
-    }
-
-
-def _say_what_rounds_otherwise(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """No reason to start over: a result of other rounding is as good, and the change may be wanted."""
-    changes = [f"{key} was {before.get(key)} and is {now[key]}" for key in now if before.get(key) != now[key]]
-    if changes:
-        print(
-            f"{name}: {', '.join(changes)}: the result will differ by rounding from that of a run without a "
-            "change",
-            flush=True,
-        )
+def _what_rounds(run: Run) -> dict[str, Any]:
+    """What the rounding of a step depends on."""
+    settings = {f"hardware.{key}": getattr(run.hardware, key) for key in ROUNDING_KEYS}
+    of_machine = {"processes": run.ranks.world_size, "device": run.ranks.device.type}
+    return {**settings, **of_machine, "torch": torch.__version__}

@@ -10,8 +10,7 @@ PyTorch and a closed form), and the losses of `pretrained/train.py`, which are t
 """
 
 import json
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,9 +30,8 @@ from drift.runtime.errors import UserError
 from drift.runtime.processes import Ranks
 from drift.runtime.progress import read_log
 from drift.runtime.seeds import derive_seed, torch_generator
-from drift.runtime.work import SETTINGS_FILE
 from drift.settings import Hardware, Mae
-from drift.training.log import Tree, write_plot
+from drift.training.log import Tree
 from drift.training.loop import LOG_FILE, Part, Run, Task, autocast, parts, train
 
 PLOT_COLUMNS = ("loss", "reconstruction", "accuracy", "grad_norm", "lr")
@@ -187,9 +185,9 @@ def masked_error(
 
 
 def open_encoder(source: str, store: LatentStore) -> LatentMAE:
-    """The encoder in the folder `source`, which must be one for the latents of `store`.
+    """The encoder in the folder `source`.
 
-    Raises `UserError` if it is not there, damaged, or one for other latents.
+    Raises `UserError` if it is not there, damaged, or for latents of other channels than those of `store`.
     """
     if not Path(source, CONFIG_FILE).is_file():
         raise UserError(
@@ -206,37 +204,22 @@ def open_encoder(source: str, store: LatentStore) -> LatentMAE:
 
 
 def adopt_encoder(
-    model: LatentMAE,
-    source: Path,
-    store: LatentStore,
-    options: Mae,
-    plots: Mapping[Path, Sequence[str]],
-    run: Run,
-) -> Path | None:
-    """Write `run.folder/export` as `export_run` does, with `model` from `source` instead of a trained one.
+    model: LatentMAE, source: Path, store: LatentStore, options: Mae, run: Run
+) -> tuple[LatentMAE, list[EMA]]:
+    """In the place of `train_mae`: the model from `source`, after a look at how well it knows the latents.
 
-    The log is that of the source with one line more: the error on held-out images (on `SOURCE_IMAGES`, where
-    the settings hold none out), which tells whether the encoder knows such latents. What the source says of
-    its making is kept in `source.yaml`. Returns the folder; None on every process but the first.
+    The log is that of the source with one line more, the error on held-out images, or on `SOURCE_IMAGES`
+    where the settings hold none out.
     """
     seed, hardware, ranks, folder = run
+    model = model.to(ranks.device)
     count = min(options.held_out or SOURCE_IMAGES, len(store) // store.per_image - 1)
     rows = held_out_rows(len(store), store.per_image, count, seed)
-    model = model.to(ranks.device)
-    reader = LatentReader(store, ranks.device, on_device=False)
-    weights = model.state_dict()
-    error = masked_error(model, weights, reader, rows, options, seed=seed, hardware=hardware, ranks=ranks)
-    if not ranks.first:
-        return None
-    print(f"mae: masked error of {source} on {len(rows)} latents: {float(error):.4g}", flush=True)
-    export = folder / "export"
-    shutil.rmtree(export, ignore_errors=True)
-    model.save_pretrained(export)
-    if (made_by := source / SETTINGS_FILE).exists():
-        shutil.copyfile(made_by, export / "source.yaml")
-    log = read_log(source / LOG_FILE) if (source / LOG_FILE).exists() else []
-    lines = [*log, {"step": log[-1]["step"] if log else 0, "held_out": float(error)}]
-    (export / LOG_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for plot, columns in plots.items():
-        write_plot(export / LOG_FILE, plot, columns)
-    return export
+    inputs = model.state_dict(), LatentReader(store, ranks.device, on_device=False), rows, options
+    error = float(masked_error(model, *inputs, seed=seed, hardware=hardware, ranks=ranks))
+    if ranks.first:
+        print(f"mae: masked error of {source} on {len(rows)} latents: {error:.4g}", flush=True)
+        log = read_log(source / LOG_FILE)
+        lines = [*log, {"step": log[-1]["step"] if log else 0, "held_out": error}]
+        (folder / LOG_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return model, [EMA(model, 0.0)]

@@ -136,13 +136,13 @@ def test_a_changed_comment_in_an_imported_module_changes_no_digest(tmp_path):
     def digest_after(name, line):
         with (copy / name).open("a") as file:
             file.write(line)
-        program = "import drift.data.listing, drift.runtime.work as w; print(w.code_digest())"
+        program = "import drift.data.images, drift.runtime.work as w; print(w.code_digest())"
         environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
         return subprocess.check_output([sys.executable, "-c", program], cwd=tmp_path, env=environment)
 
-    before = digest_after("data/listing.py", "# a comment\n")
+    before = digest_after("data/images.py", "# a comment\n")
     assert digest_after("runtime/files.py", "PLUMBING = True\n") == before
-    assert digest_after("data/listing.py", "ANOTHER = True\n") != before
+    assert digest_after("data/images.py", "ANOTHER = True\n") != before
 
 
 def test_settings_beside_the_artifact_have_the_same_bytes_each_time(tmp_path):

@@ -19,6 +19,7 @@ from drift.training.objective import Execution, Samples, drift_objective, step_t
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RELEASE = FieldSettings()
+SECOND_BATCH = FieldSettings(negatives="second_batch")
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:
@@ -127,65 +128,35 @@ def test_equals_literal_loop_in_float64():
     assert relative_error(grad, expected_grad) < 1e-4
 
 
-def test_is_the_sum_over_feature_sets_and_the_whole_latent():
-    generated, positives, unconditional, omega = inputs = draw()
-    loss, statistics = drift_objective(*inputs, Encoder(pixels_and_mean), RELEASE)
+@pytest.mark.parametrize("unconditional", [2, 0])
+@pytest.mark.parametrize(
+    "settings", [RELEASE, SECOND_BATCH, FieldSettings.wflow()], ids=["release", "second", "wflow"]
+)
+def test_is_the_sum_or_mean_over_feature_sets_and_the_whole_latent(settings, unconditional):
+    """Real samples and a second batch are encoded together and without a graph."""
+    generated, *real, omega = draw(unconditional)
+    second = torch.randn(2, 3, 3, 4, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    negatives = second if settings.negatives == "second_batch" else None
+    encoder = Encoder(pixels_and_mean)
+    loss, statistics = drift_objective(generated, *real, omega, encoder, settings, negatives=negatives)
     loss.backward()
+    fixed = 2 * (5 + unconditional + (3 if negatives is not None else 0))
+    assert encoder.calls == [(fixed, False), (2 * 4, True)] and second.grad is None
 
-    x = generated.detach().clone().requires_grad_()
-    total = 0
+    def sets(latents):
+        return pixels_and_mean(latents) | {"global": latents.flatten(1)[:, None]}
+
+    x, losses = generated.detach().clone().requires_grad_(), []
     for name in ("pixels", "mean", "global"):
-        sets = [
-            (
-                t.flatten(2)[:, :, None]
-                if name == "global"
-                else torch.stack([pixels_and_mean(c)[name] for c in t])
-            )
-            for t in (x, positives, unconditional)
-        ]
-        part, expected = drifting_loss(*sets, omega, RELEASE)
+        vectors = [torch.stack([sets(of_class)[name] for of_class in t]) for t in (x, *real, second.detach())]
+        repelling = vectors.pop() if negatives is not None else (vectors.pop(), None)[1]
+        part, expected = drifting_loss(*vectors, omega, settings, negatives=repelling)
         torch.testing.assert_close(statistics[name], expected)
-        total += part
+        losses.append(part)
+    total = torch.stack(losses).sum() / (3 if settings.feature_sets == "mean" else 1)
     total.backward()
     torch.testing.assert_close(loss, total)
     torch.testing.assert_close(generated.grad, x.grad)
-
-
-def test_real_samples_are_encoded_together_and_without_a_graph():
-    encoder = Encoder(pixels_and_mean)
-    drift_objective(*draw(), encoder, RELEASE)
-    assert encoder.calls == [(2 * (5 + 2), False), (2 * 4, True)]
-
-
-def test_without_unconditional_samples():
-    inputs = draw(u=0)
-    loss, _ = drift_objective(*inputs, Encoder(pixels_and_mean), RELEASE)
-    loss.backward()
-    assert inputs[0].grad.isfinite().all()
-
-
-def test_a_second_batch_repels_and_is_only_looked_at():
-    generated, positives, unconditional, omega = draw()
-    negatives = torch.randn(2, 3, 3, 4, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    encoder = Encoder(pixels_and_mean)
-    second = FieldSettings(negatives="second_batch")
-    loss, _ = drift_objective(
-        generated, positives, unconditional, omega, encoder, second, negatives=negatives
-    )
-    loss.backward()
-    assert encoder.calls == [(2 * (5 + 2 + 3), False), (2 * 4, True)]
-    assert negatives.grad is None
-
-    total = 0
-    for name in ("pixels", "mean", "global"):
-        x, pos, uncond, repelling = (
-            t.flatten(2)[:, :, None]
-            if name == "global"
-            else torch.stack([pixels_and_mean(c)[name] for c in t])
-            for t in (generated.detach(), positives, unconditional, negatives.detach())
-        )
-        total += drifting_loss(x, pos, uncond, omega, second, negatives=repelling)[0]
-    torch.testing.assert_close(loss, total)
 
 
 def test_every_feature_set_is_reduced():
@@ -223,12 +194,9 @@ def draw_classes(classes: int = 5) -> tuple[Tensor, ...]:
     return generated.requires_grad_(), positives, unconditional, 1 + torch.arange(classes) / 2, negatives
 
 
-SECOND_BATCH = FieldSettings(negatives="second_batch")
-
-
 @pytest.mark.parametrize("feature_batch", [None, 3])
 @pytest.mark.parametrize(
-    "settings", [RELEASE, SECOND_BATCH, FieldSettings.sinkhorn()], ids=["release", "second", "prior"]
+    "settings", [RELEASE, SECOND_BATCH, FieldSettings.sinkhorn()], ids=["release", "second", "sinkhorn"]
 )
 def test_a_step_in_parts_equals_the_whole(settings, feature_batch):
     *inputs, negatives = draw_classes()
