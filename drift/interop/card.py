@@ -33,7 +33,7 @@ class Card:
     dataset: str | None = None
     """The hub's id of what it was trained on."""
     metrics: Path | None = None
-    """The `metrics/fid.json` of this generator."""
+    """The `reports/protocol.json` of this generator."""
     picture: Path | None = None
     """A PNG; left out if there is none."""
 

@@ -16,6 +16,7 @@ from drift import cli
 from drift.autoencoders.kl import VAE, to_uint8
 from drift.data.datasets import DigitImages, open_images
 from drift.data.latents import LatentStore, latent_files, write_latents
+from drift.data.views import Augmented, Center
 from drift.evaluation import inspect_latents as inspection_of_latents
 from drift.evaluation.inspect_features import Masked, check_feature_sets, inspect_mae
 from drift.evaluation.inspect_latents import (
@@ -26,9 +27,10 @@ from drift.evaluation.inspect_latents import (
 )
 from drift.evaluation.inspection import Look, SourceImages, bands
 from drift.models.mae import LatentMAE, draw_mask
+from drift.runtime.processes import Ranks
 from drift.runtime.seeds import torch_generator
 from drift.settings import load_settings
-from drift.training.encode import encode_view
+from drift.training.encode import EncodeOptions, encode_view
 from stages import mae as mae_stage
 
 VAE_FOLDER = "pretrained/digits_vae"
@@ -67,10 +69,9 @@ def world(tmp_path_factory):
 
     text = (ROOT / "presets" / "digits.yaml").read_text()
     for before, after in {
-        "dataset: digits": "dataset: folder",
-        "root: null": f"root: {folder / 'images'}",
+        "dataset: digits": f"dataset: folder\n  root: {folder / 'images'}",
         "classes: 10": f"classes: {CLASSES}",
-        "crops: 4": "crops: 2",
+        "  posterior: mean": "  posterior: mean\n  crops: 2",
         "mirror: false": "mirror: true",
         "  held_out: 64": "  held_out: 3",
         "  steps: 510": "  steps: 4",
@@ -90,23 +91,13 @@ def world(tmp_path_factory):
         settings = load_settings(folder / "params.yaml")
         source = open_images("folder", settings.data.root, "train", CLASSES)
         for view in ("center", "augmented"):
-            encoded = encode_view(
-                source,
-                VAE.from_pretrained(VAE_FOLDER),
-                folder / "work" / view,
-                dataset="folder",
-                view=view,
-                image_size=32,
-                crops=2,
-                crop_scale=(0.9, 1.0),
-                crop_ratio=(1.0, 1.0),
-                flip=False,
-                mirror=True,
-                posterior="mean",
-                seed=0,
-                on_bad_image="skip",
-                batch_size=8,
+            crops = Augmented(crops=2, crop_scale=(0.9, 1.0), crop_ratio=(1.0, 1.0), flip=False)
+            of_view = Center(mirror=True) if view == "center" else crops
+            options = EncodeOptions(
+                view=of_view, image_size=32, posterior="mean", seed=0, on_bad_image="skip"
             )
+            vae, alone = VAE.from_pretrained(VAE_FOLDER), Ranks(0, 1, torch.device("cpu"))
+            encoded = encode_view(source, vae, folder / "work" / view, options, alone, batch_size=8)
             shutil.copytree(encoded, folder / view)
     return folder
 
