@@ -1,21 +1,36 @@
 # make repro   set up, run the pipeline of params.yaml, show the metrics and where the pictures are
-# make test    set up, run the tests
+# make test    set up, check the style, run the fast tests: minutes on two cores
+# make test-all    every test there is, which takes most of an hour
+# make types   check the types of drift/ (pip install --editable '.[dev]')
 
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: repro test setup git
+.PHONY: repro test test-all lint types setup git
 
 repro: git setup
 	dvc repro
 	@python -m drift.evaluation.report
 
-test: setup
+# One thread for each of two workers: with more they only stand in each other's way
+PYTEST := OMP_NUM_THREADS=1 pytest -n 2 --dist worksteal
+
+test: lint
+	$(PYTEST) -m "not slow and not large and not gpu"
+
+# Large tests one after the other, as each may take most of the memory
+test-all: lint
+	$(PYTEST) -m "not large and not gpu"
+	pytest -m "large or gpu"
+
+lint: setup
 	ruff check .
 	ruff format --check .
-	pytest
+
+types:
+	pyright
 
 setup: $(VENV)/installed
 

@@ -1,66 +1,40 @@
-"""How fast images become latents: decoding alone, the VAE alone, and both at once.
+"""How fast images become latents, beside the autoencoder alone.
 
-    python -m benchmarks.encode [--images ROOT] [--vae FOLDER] [--device cuda] [--json benchmarks/encode.json]
+    python -m benchmarks.encode [--images ROOT] [--vae FOLDER] [--json benchmarks/encode.json]
 
-"both" is `encode_view` from start to finish, files included; "decode" is the same with a network that does
-nothing; "VAE" is the network on pictures that lie in its device's memory, after a first batch whose extra
-time is the warm-up. "of VAE" is the ratio of "both" to the network alone; "of slower" that to the slower of
-the two: 1 where they overlap fully, less where they compete for cores or the run is too short for its start.
-Images are the first of ROOT/train, or without --images synthetic ones of ImageNet's usual size.
+"stage" is the stage encode from start to finish, files included; "VAE" is the network on pictures that lie in
+its device's memory. Their ratio is 1 where reading and decoding images hides behind the network, and less
+where they compete for cores or the run is too short for its start. Images are the first of ROOT/train, or
+without --images synthetic ones of ImageNet's usual size.
 """
 
 import argparse
-import json
+import contextlib
+import itertools
 import os
 import statistics
 import tempfile
 import time
-from contextlib import ExitStack
 from pathlib import Path
-from typing import get_args
+from unittest.mock import patch
 
 import numpy as np
 import torch
+import yaml
 from PIL import Image
-from torch import Tensor
 
-from benchmarks.timing import call_seconds, machine
-from drift.autoencoders.kl import VAE, VAEPrecision
-from drift.data.images import FolderImages
-from drift.training.compile import Compiled
-from drift.training.encode import encode_view
+import stages.encode
+from benchmarks.timing import GPU_OR_CPU, machine, parser, seconds_of, write
+from drift.autoencoders.kl import VAE
+from drift.settings import load_settings
 
+PRESET = "presets/imagenet256_ablation.yaml"
 WIDTH, HEIGHT = 500, 375  # the most frequent size in ImageNet
-VAE_BATCHES = 5
 
 
-class Images(FolderImages):
-    """The first so many images of `root`/train, or all that there are."""
-
-    def __init__(self, root: str, count: int):
-        super().__init__(root, "train")
-        self.labels = self.labels[:count]
-
-
-class NoNetwork:
-    """A VAE whose moments are zeros, at once."""
-
-    def __init__(self, vae: VAE):
-        self._vae = vae
-
-    def __getattr__(self, name: str):
-        return getattr(self._vae, name)
-
-    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        zeros = torch.zeros(len(images), *self.latent_shape(images.shape[1]), device=self.device)
-        return zeros, zeros
-
-
-def write_images(root: Path, count: int) -> None:
+def write_images(folder: Path, count: int) -> None:
     """JPEGs of about 100 KB, as ImageNet's are: smooth shapes under a little noise."""
     rng = np.random.default_rng(0)
-    folder = root / "train" / "synthetic"
-    folder.mkdir(parents=True)
     for number in range(count):
         shapes = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8))
         shapes = np.asarray(shapes.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC), np.float32)
@@ -68,105 +42,67 @@ def write_images(root: Path, count: int) -> None:
         Image.fromarray(pixels).save(folder / f"{number:06}.JPEG", quality=92)
 
 
-def encode_rate(source: Images, vae: VAE | NoNetwork, workers: int, args: argparse.Namespace) -> float:
+def write_settings(path: Path, root: Path, workers: int, args: argparse.Namespace) -> None:
+    content = load_settings(PRESET).model_dump(mode="json", exclude_unset=True)
+    content["data"] |= {"dataset": "folder", "root": str(root), "image_size": args.image_size, "classes": 1}
+    content["encode"] |= {"vae": args.vae, "precision": args.precision}
+    content["drift"]["classes_per_step"] = content["fid"]["picture_classes"] = 1
+    hardware = {"encode_batch": args.batch, "workers": workers, "compile": args.compile, "processes": 1}
+    content["hardware"] |= hardware
+    path.write_text(yaml.safe_dump(content))
+
+
+def stage_rate(folder: Path, workers: int, args: argparse.Namespace) -> float:
     """Images per second of one whole run."""
-    with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        encode_view(
-            source,
-            vae,
-            folder,
-            dataset="folder",
-            view=args.view,
-            image_size=args.image_size,
-            crops=args.crops,
-            crop_scale=(0.2, 1.0),
-            crop_ratio=(3 / 4, 4 / 3),
-            flip=True,
-            mirror=False,
-            posterior="sample",
-            seed=0,
-            on_bad_image="error",
-            batch_size=args.batch,
-            workers=workers,
-        )
-        return len(source) / (time.perf_counter() - start)
+    write_settings(folder / "params.yaml", folder / "images", workers, args)
+    out = ["--params", str(folder / "params.yaml"), "--out", str(folder / f"latents-{workers}"), "--fresh"]
+    began = time.perf_counter()
+    with patch.dict(os.environ, DRIFT_WORK_DIR=str(folder / "work")), contextlib.redirect_stdout(None):
+        stages.encode.main(["--view", "center", *out])
+    return args.count / (time.perf_counter() - began)
 
 
-def vae_rate(vae: VAE, per_image: int, args: argparse.Namespace) -> tuple[float, float]:
-    """Images per second of the network, and the seconds that the first batch takes longer than others."""
+def vae_rate(args: argparse.Namespace, device: torch.device) -> float:
+    """Images per second of the network, uncompiled."""
+    vae = VAE.from_pretrained(args.vae, device=device, precision=args.precision)
     shape = (args.batch, args.image_size, args.image_size, 3)
-    pictures = torch.randint(256, shape, dtype=torch.uint8, device=vae.device)
-    seconds = call_seconds(lambda: vae.moments(pictures), vae.device, 1 + VAE_BATCHES)
-    steady = statistics.median(seconds[1:])
-    return args.batch / per_image / steady, seconds[0] - steady
+    pictures = torch.randint(256, shape, dtype=torch.uint8, device=device)
+    return args.batch / statistics.median(seconds_of(lambda: vae.moments(pictures), device, 6)[1:])
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    options = parser(__doc__)
+    add = options.add_argument
+    add("--images", type=Path, help="folder with train/<class>/<file>")
+    add("--count", type=int, default=512, help="how many of the images (512)")
+    add("--vae", default="pretrained/digits_vae", help="folder or hub id")
+    add("--precision", default="float32", help="of the VAE: float32 or bfloat16")
+    add("--compile", action="store_true", help="the VAE in the stage, on a GPU")
+    add("--image-size", type=int, default=256)
+    add("--batch", type=int, default=64, help="hardware.encode_batch")
+    add("--workers", type=int, nargs="+", default=[0, os.cpu_count() or 1], help="hardware.workers")
+    args = options.parse_args(argv)
+    device = torch.device(GPU_OR_CPU)  # as the stage chooses
+    facts, network, rows = machine(device), vae_rate(args, device), []
+    print(
+        f"{facts['device']}, {facts['cores']} cores, torch {facts['torch']}; VAE alone {network:.1f} images/s"
     )
-    parser.add_argument("--images", help="folder with train/<class>/<file>")
-    parser.add_argument("--count", type=int, default=512, help="how many of the images (512)")
-    parser.add_argument("--vae", default="pretrained/digits_vae", help="folder or hub id")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--vae-precision", choices=get_args(VAEPrecision), default="float32")
-    parser.add_argument("--compile", action="store_true", help="the VAE, by torch.compile")
-    parser.add_argument("--view", choices=("center", "augmented"), default="center")
-    parser.add_argument("--crops", type=int, default=4, help="per image, in the augmented view")
-    parser.add_argument("--image-size", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=64, help="hardware.encode_batch")
-    parser.add_argument("--workers", type=int, nargs="+", help="counts (0, 1, 2, 4 ... up to the cores)")
-    parser.add_argument("--json", type=Path, help="where to write all figures")
-    args = parser.parse_args(argv)
-
-    cores = os.cpu_count() or 1
-    workers = args.workers or [0, *(2**n for n in range(cores.bit_length()) if 2**n <= cores)]
-    facts = machine(torch.device(args.device))
-    vae = VAE.from_pretrained(args.vae, device=args.device, precision=args.vae_precision)
-    if args.compile:
-        vae.compile_with(Compiled)
-    with ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as name:
+        images = Path(name, "images", "train", "all")
+        images.mkdir(parents=True)
         if args.images is None:
-            args.images = stack.enter_context(tempfile.TemporaryDirectory())
-            write_images(Path(args.images), args.count)
-        source = Images(args.images, args.count)
-        sizes = [Path(source.name(index)).stat().st_size for index in range(len(source))]
-        print(
-            f"{facts['device']}, {cores} cores, torch {facts['torch']}; {len(source)} files of "
-            f"{statistics.mean(sizes) / 1000:.0f} KB, {args.view} at {args.image_size}, batch {args.batch}"
-        )
-        network, warm_up = vae_rate(vae, args.crops if args.view == "augmented" else 1, args)
-        how = args.vae_precision + (", compiled" if args.compile else "")
-        print(f"VAE ({how}) alone {network:.1f} images/s; its first batch takes {warm_up:.2f} s longer")
-        print(f"{'workers':>7} {'decode':>13} {'both':>12} {'of VAE':>7} {'of slower':>9}")
-        rows = []
-        for count in workers:
-            decode = encode_rate(source, NoNetwork(vae), count, args)
-            both = encode_rate(source, vae, count, args)
-            row = {"workers": count, "decode": decode, "both": both}
-            row |= {"of_vae": both / network, "share": both / min(decode, network)}
-            rows.append(row)
-            print(f"{count:7} {decode:8.1f} im/s {both:7.1f} im/s {row['of_vae']:7.2f} {row['share']:9.2f}",
-                  flush=True)  # fmt: skip
-    if args.json:
-        content = {
-            **facts,
-            "vae": args.vae,
-            "vae_precision": args.vae_precision,
-            "compile": args.compile,
-            "images": len(source),
-            "mean_bytes": statistics.mean(sizes),
-            "view": args.view,
-            "image_size": args.image_size,
-            "batch": args.batch,
-            "vae_images_per_s": network,
-            "vae_warm_up_s": warm_up,
-            "rows": rows,
-        }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(content, indent=1) + "\n")
-        print(f"wrote {args.json}")
+            write_images(images, args.count)
+        else:
+            files = (path for path in sorted((args.images / "train").glob("*/*")) if path.is_file())
+            for path in itertools.islice(files, args.count):
+                (images / f"{path.parent.name}-{path.name}").symlink_to(path.resolve())
+        args.count = len(list(images.iterdir()))
+        for workers in args.workers:
+            rate = stage_rate(Path(name), workers, args)
+            rows.append({"workers": workers, "images_per_s": rate, "of_vae": rate / network})
+            print(f"{workers:3} workers: {rate:8.1f} images/s, {rate / network:.2f} of the VAE", flush=True)
+    how = {"vae": args.vae, "precision": args.precision, "compile": args.compile, "images": args.count}
+    write(args.json, {**facts, **how, "batch": args.batch, "vae_images_per_s": network, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,32 +1,19 @@
-"""What the benchmarks measure with: time and FLOPs by part, the rate of matrix products, peak memory."""
+"""What the benchmarks measure with: time by part, the rate of matrix products, memory, the machine."""
 
-import functools
-import gc
-import multiprocessing
+import argparse
+import json
 import os
 import platform
-import resource
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import psutil
 import torch
-from torch.utils.flop_counter import FlopCounterMode
-
-Result = TypeVar("Result")
-Meter = tuple[Callable[[], Any], Callable[[Any, Any], float]]
-"""What takes a reading, and the difference of two readings."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MATMUL_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192, 16384)}
-MATMUL_SECONDS = 0.2
-"""How long one measurement of a product lasts, about."""
-MATMUL_MEASUREMENTS = 5
 
 
 def synchronize(device: torch.device) -> None:
@@ -35,11 +22,8 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def time_meter(device: torch.device) -> Meter:
-    """Seconds of the device: by its own events, which wait for nothing, and on a CPU by the clock.
-
-    Synchronise before differences of events are taken.
-    """
+def clock(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:
+    """What takes a reading, and the seconds between two: on a GPU events; synchronise before the latter."""
     if device.type != "cuda":
         return time.perf_counter, lambda start, end: end - start
 
@@ -51,102 +35,44 @@ def time_meter(device: torch.device) -> Meter:
     return record, lambda start, end: start.elapsed_time(end) / 1000
 
 
-def flop_meter(counter: FlopCounterMode) -> Meter:
-    """FLOPs that an entered `counter` has counted."""
-    return counter.get_total_flops, lambda start, end: end - start
-
-
 class Split:
-    """How much of a meter's quantity belongs to which part; a part within another is not counted twice.
+    """How much of a quantity belongs to which part, by readings between which it grows."""
 
-    Readings are kept and looked at in the end, so nothing waits for a GPU in between.
-    """
-
-    def __init__(self, meter: Meter):
-        self._read, self._difference = meter
-        self._names = ["rest"]
-        self._since: Any = None
-        self._readings: list[tuple[str, Any, Any]] = []
+    def __init__(self, read: Callable[[], Any], difference: Callable[[Any, Any], float]):
+        self._read, self._difference = read, difference
+        self.name = "rest"
+        self._readings: list[tuple[str, Any]] | None = None  # what begins there
 
     def start(self) -> None:
         """Count from here on."""
-        self._since, self._readings = self._read(), []
+        self._readings = [(self.name, self._read())]
 
-    def stop(self) -> None:
-        """Count no further."""
-        self._turn()
-        self._since = None
-
-    def totals(self) -> dict[str, float]:
-        """By part."""
-        totals: dict[str, float] = defaultdict(float)
-        for name, start, end in self._readings:
-            totals[name] += self._difference(start, end)
-        return dict(totals)
-
-    def at_work(self, name: str) -> bool:
-        """Whether the part `name` is at work, or one within it."""
-        return name in self._names
-
-    def _turn(self) -> None:
-        if self._since is not None:
-            now = self._read()
-            self._readings.append((self._names[-1], self._since, now))
-            self._since = now
+    def switch(self, name: str) -> None:
+        """From here on another part is at work."""
+        self.name = name
+        if self._readings is not None:
+            self._readings.append((name, self._read()))
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """What is done in this context belongs to the part `name`."""
-        self._turn()
-        self._names.append(name)
+        """What is done in this context, and in no part within it, belongs to this part."""
+        before = self.name
+        self.switch(name)
         try:
             yield
         finally:
-            self._turn()
-            self._names.pop()
+            self.switch(before)
 
-    def cut(self, name: str) -> None:
-        """From now on the part at work goes by another name."""
-        if self._names[-1] != name:
-            self._turn()
-            self._names[-1] = name
-
-    def wrapped(self, name: str, call: Callable[..., Result]) -> Callable[..., Result]:
-        """`call` as a part."""
-
-        @functools.wraps(call)
-        def wrapper(*args: Any, **kwargs: Any) -> Result:
-            with self.part(name):
-                return call(*args, **kwargs)
-
-        return wrapper
+    def totals(self) -> dict[str, float]:
+        """By part, up to now."""
+        self.switch(self.name)
+        totals: dict[str, float] = defaultdict(float)
+        for (name, start), (_, end) in zip(self._readings, self._readings[1:], strict=False):
+            totals[name] += self._difference(start, end)
+        return dict(totals)
 
 
-def matmul_rate(device: torch.device, precision: str) -> dict[str, float]:
-    """FLOP/s of square matrix products, and the side of those with the highest: best of several."""
-    dtype, best = DTYPES[precision], {"size": 0, "flops_per_s": 0.0}
-    for size in MATMUL_SIZES[device.type]:
-        a, b = torch.randn(2, size, size, device=device).to(dtype)
-        out = torch.empty_like(a)
-        read, difference = time_meter(device)
-
-        def seconds(repeats: int, a=a, b=b, out=out, read=read, difference=difference) -> float:
-            start = read()
-            for _ in range(repeats):
-                torch.mm(a, b, out=out)
-            end = read()
-            synchronize(device)
-            return difference(start, end)
-
-        seconds(1)
-        repeats = max(1, round(MATMUL_SECONDS / seconds(1)))
-        shortest = min(seconds(repeats) for _ in range(MATMUL_MEASUREMENTS)) / repeats
-        if (rate := 2 * size**3 / shortest) > best["flops_per_s"]:
-            best = {"size": size, "flops_per_s": rate}
-    return best
-
-
-def call_seconds(call: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
+def seconds_of(call: Callable[[], object], device: torch.device, repeats: int = 1) -> list[float]:
     """Seconds of each of `repeats` calls, each waited for."""
     seconds = []
     for _ in range(repeats):
@@ -158,72 +84,58 @@ def call_seconds(call: Callable[[], object], device: torch.device, repeats: int)
     return seconds
 
 
-def free(device: torch.device) -> None:
-    """Give back what nothing refers to any more, compiled networks of earlier runs among it."""
-    torch.compiler.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+def matmul_rate(device: torch.device, precision: str) -> float:
+    """FLOP/s of square matrix products, the best of several sizes and moments."""
+    rates = []
+    for size in (4096, 8192, 16384) if device.type == "cuda" else (1024,):
+        a, b = torch.randn(2, size, size, device=device).to(DTYPES[precision])
+        best = min(seconds_of(lambda a=a, b=b: [a @ b for _ in range(10)], device, 5)[1:]) / 10
+        rates.append(2 * size**3 / best)
+    return max(rates)
 
 
 def restart_peak(device: torch.device) -> None:
-    """The peaks of `peak_memory` start again at what is in use now."""
+    """`peak_memory` starts again at what is in use now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif (clear := Path("/proc/self/clear_refs")).exists():
-        clear.write_text("5")  # Linux: the high-water mark of the resident memory
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark of the resident memory
 
 
-def peak_memory(device: torch.device) -> dict[str, int]:
-    """Most bytes in use since `restart_peak`.
-
-    On a GPU `peak_bytes` of tensors and `peak_reserved_bytes` with what the allocator holds in reserve; on a
-    CPU the resident memory of the process (outside Linux, since its start).
-    """
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use since `restart_peak`: of tensors on a GPU, else of the process (Linux)."""
     if device.type == "cuda":
-        return {
-            "peak_bytes": torch.cuda.max_memory_allocated(device),
-            "peak_reserved_bytes": torch.cuda.max_memory_reserved(device),
-        }
-    if (status := Path("/proc/self/status")).exists():
-        (kib,) = (line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return {"peak_bytes": int(kib) * 1024}
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-
-
-def resident_memory() -> int:
-    """Bytes of this process in the machine's memory."""
-    return psutil.Process().memory_info().rss
-
-
-def limit_memory(device: torch.device, gigabytes: float | None) -> None:
-    """Let this process have no more of a GPU's memory than that, in 10^9 bytes; None is all of it."""
-    if gigabytes is not None and device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        total = torch.cuda.get_device_properties(index).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / total), index)
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What the figures belong to."""
-    facts = {
-        "device": platform.processor() or platform.machine(),
+    on_cpu = platform.processor() or platform.machine()
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu,
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
-    if device.type == "cuda":
-        facts |= {
-            "device": torch.cuda.get_device_name(device),
-            "device_bytes": torch.cuda.get_device_properties(device).total_memory,
-            "cuda": torch.version.cuda,
-        }
-    return facts
 
 
-def in_child(call: Callable[..., Result], *args: Any) -> Result:
-    """`call(*args)` in a process of its own, whose memory is gone afterwards."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(call, *args).result()
+GPU_OR_CPU = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that all have."""
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--json", type=Path, help="where to write all figures")
+    return made
+
+
+def write(path: Path | None, content: dict[str, Any]) -> None:
+    """All figures as JSON, where a path is given."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=1) + "\n")
+        print(f"wrote {path}")

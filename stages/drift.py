@@ -2,9 +2,9 @@
 
     python -m stages.drift --latents artifacts/latents/center --mae artifacts/mae --out artifacts/generator
 
-Writes OUT/config.json, model.safetensors (the first EMA; `ema_<decay>.safetensors` for the others),
-classes.json (their names), settings.yaml and logs.jsonl, and the training curve for DVC's plots. A run that
-was killed goes on from its last checkpoint.
+Writes OUT/config.json, diffusion_pytorch_model.safetensors (the first EMA; the others are variants such as
+diffusion_pytorch_model.ema_0999.safetensors), classes.json (their names), settings.yaml and logs.jsonl, and
+the training curve for DVC's plots. A run that was killed goes on from its last checkpoint.
 """
 
 import sys
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from drift.data.latents import LatentStore
 from drift.features import MAEFeatures, load_encoders
+from drift.models.base import model_files
 from drift.models.generator import CLASSES_FILE
 from drift.runtime.files import check_output, sha256, write_json
 from drift.runtime.processes import join, run_stage, spawn, stage_parser, wanted_processes
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "latents": store.digest,
         "vae": settings.encode.vae,  # that of the latents, which decodes what the generator makes
         "vae_revision": settings.encode.vae_revision,
-        "mae": {name: sha256(args.mae / name) for name in ("config.json", "model.safetensors")},
+        "mae": {path.name: sha256(path) for path in model_files(args.mae)},
     }
     remarks = settings.remarks("drift")
     with (

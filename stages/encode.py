@@ -3,8 +3,7 @@
     python -m stages.encode --view center --out artifacts/latents/center
 
 Reads the data set of `data` and the VAE of `encode`; writes OUT/train_latents.npy, train_labels.npy,
-train_meta.json and settings.yaml. A run that was killed or told to stop goes on with the rows that are
-missing.
+train_meta.json and settings.yaml. A run that was killed or stopped goes on with the rows that are missing.
 """
 
 import sys
@@ -12,14 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from drift.autoencoders.kl import VAE
-from drift.data.images import VIEW_OPTIONS, VIEWS, open_images, view_digest
-from drift.runtime.files import check_output, link_folder
+from drift.data.datasets import open_images
+from drift.data.views import VIEW_OPTIONS, VIEWS, make_view, view_digest
+from drift.runtime.files import check_output
 from drift.runtime.processes import join, run_stage, spawn, stage_parser, wanted_processes
 from drift.runtime.signals import Signals
 from drift.runtime.work import Work
 from drift.settings import load_settings
 from drift.training.compile import Compiled
-from drift.training.encode import encode_view
+from drift.training.encode import EncodeOptions, encode_view
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,57 +34,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_output(args.out)
     source = open_images(data.dataset, data.root, "train", data.classes)
     vae = VAE.from_pretrained(encode.vae, encode.vae_revision, precision=encode.precision)
-    code = spawn("stages.encode", argv, wanted_processes(args.nproc, hardware.processes))
-    if code is not None:
+    if (code := spawn("stages.encode", argv, wanted_processes(args.nproc, hardware.processes))) is not None:
         return code
 
     of_other_views = {key for view, keys in VIEW_OPTIONS.items() if view != args.view for key in keys}
-    decides = {
+    inputs = {
         "seed": settings.seed,
         "view": args.view,
         "data": data.model_dump(mode="json"),
-        # Whoever learns at the end that images are damaged may skip them without starting over
+        # Not on_bad_image: whoever learns at the end that images are damaged may skip them and go on
         "encode": encode.model_dump(mode="json", exclude={"on_bad_image", *of_other_views}),
         "images": source.digest,
         "pictures": view_digest(args.view),
         "vae": vae.digest,
     }
-    remarks = settings.remarks("encode")
+    view, remarks = make_view(args.view, encode), settings.remarks("encode")
+    chosen = {"image_size": data.image_size, "posterior": encode.posterior, "seed": settings.seed}
+    options = EncodeOptions(view=view, on_bad_image=encode.on_bad_image, **chosen)
     with (
         join(hardware.time_limit, deterministic=hardware.deterministic) as ranks,
-        Work("encode", decides, fresh=args.fresh, first=ranks.first, remarks=remarks) as work,
+        Work("encode", inputs, fresh=args.fresh, first=ranks.first, remarks=remarks) as work,
         Signals() as signals,
     ):
         if hardware.compile and ranks.device.type == "cuda":
             vae.compile_with(Compiled)
         ranks.barrier()
-        export = encode_view(
-            source,
-            vae.to(ranks.device),
-            work.folder,
-            dataset=data.dataset,
-            view=args.view,
-            image_size=data.image_size,
-            crops=encode.crops,
-            crop_scale=encode.crop_scale,
-            crop_ratio=encode.crop_ratio,
-            flip=encode.flip,
-            mirror=encode.mirror,
-            posterior=encode.posterior,
-            seed=settings.seed,
-            on_bad_image=encode.on_bad_image,
-            batch_size=hardware.encode_batch,
-            workers=hardware.workers,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            meet=lambda number: ranks.highest([number])[0],
-            asked_to_stop=lambda: signals.look().stop,
-            progress=ranks.first,
-        )
+        how = {"batch_size": hardware.encode_batch, "workers": hardware.workers}
+        how["asked_to_stop"] = lambda: signals.look().stop
+        export = encode_view(source, vae.to(ranks.device), work.folder, options, ranks, **how)
         vae.tell_recomputed()
         if ranks.first:
-            # By second names: the rows stay where a run that is started again looks for them
-            work.publish(link_folder(export, work.folder / "export"), args.out)
+            work.publish(export, args.out)
     return 0
 
 

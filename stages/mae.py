@@ -2,9 +2,10 @@
 
     python -m stages.mae --latents artifacts/latents/augmented --out artifacts/mae
 
-Writes OUT/config.json, model.safetensors (EMA weights), settings.yaml and logs.jsonl, and for DVC's plots the
-training curve and the error on held-out images. A run that was killed goes on from its last checkpoint. With
-`mae.source`, nothing is trained: the encoder there becomes OUT, and its error on the latents is measured.
+Writes OUT/config.json, diffusion_pytorch_model.safetensors (EMA weights), settings.yaml and logs.jsonl, and
+for DVC's plots the training curve and the error on held-out images. A run that was killed goes on from its
+last checkpoint. With `mae.source`, nothing is trained: the encoder there becomes OUT, and its error on the
+latents is measured.
 """
 
 import shutil
@@ -13,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from drift.data.latents import LatentStore
+from drift.models.base import model_files, uninitialized
+from drift.models.mae import LatentMAE
 from drift.runtime.files import check_output, sha256
 from drift.runtime.processes import join, run_stage, spawn, stage_parser, wanted_processes
 from drift.runtime.work import SETTINGS_FILE, Work
@@ -50,11 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     decides = {"seed": settings.seed, "latents": store.digest}
     source = settings.mae.source
     if source is None:
-        mae_config(settings.mae, store)
+        uninitialized(lambda: LatentMAE(**mae_config(settings.mae, store)))  # refuses sizes that do not fit
         decides |= settings.deciding("mae")
     else:
         encoder = open_encoder(source, store)
-        files = {name: sha256(Path(source, name)) for name in ("config.json", "model.safetensors")}
+        files = {path.name: sha256(path) for path in model_files(Path(source))}
         decides["mae"] = {"source": source, **files}
     code = spawn("stages.mae", argv, wanted_processes(args.nproc, hardware.processes))
     if code is not None:

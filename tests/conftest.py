@@ -3,7 +3,9 @@
 import os
 import signal
 
-# Before torch is loaded: see stages/__init__.py
+# Before torch is loaded. One thread: the networks are too small for more, two workers share the cores, and a
+# sum has the same order in every run. How long threads spin: see stages/__init__.py
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "1500")
 
 # Tests send these to commands, which would be deaf to them under nohup or in the background of a script

@@ -8,12 +8,13 @@ from typing import Literal, get_origin, get_type_hints
 import numpy as np
 import pytest
 
+from drift.data.views import make_view
 from drift.evaluation.sweep import check_metrics
 from drift.field import FieldSettings
 from drift.settings import load_settings
 from drift.sharing.adopt import _expected
 from drift.training.drift import RealSamples, feature_dtype
-from drift.training.encode import encode_view
+from drift.training.encode import EncodeOptions
 from drift.training.schedule import learning_rate
 
 SETTINGS = load_settings(Path(__file__).parents[1] / "presets" / "digits.yaml")
@@ -30,10 +31,9 @@ def real_samples(**changes) -> RealSamples:
     return RealSamples(STORE, SETTINGS.drift.model_copy(update=changes), seed=0)
 
 
-def encode(tmp_path: Path, **changes):
+def encode_options(**changes) -> EncodeOptions:
     how = {"view": "center", "posterior": "mean", "on_bad_image": "error"} | changes
-    options = dict.fromkeys(("crops", "crop_scale", "crop_ratio", "flip", "mirror", "seed"))
-    return encode_view(None, None, tmp_path, dataset="digits", image_size=32, batch_size=1, **options, **how)
+    return EncodeOptions(image_size=32, seed=0, **how | {"view": make_view(how["view"], SETTINGS.encode)})
 
 
 DISPATCHES = {
@@ -42,9 +42,9 @@ DISPATCHES = {
     "precision": feature_dtype,
     "sampling": lambda name: real_samples(sampling=name),
     "class_sampling": lambda name: real_samples(class_sampling=name),
-    "view": lambda name: encode(Path("unused"), view=name),
-    "posterior": lambda name: encode(Path("unused"), posterior=name),
-    "on_bad_image": lambda name: encode(Path("unused"), on_bad_image=name),
+    "view": lambda name: encode_options(view=name),
+    "posterior": lambda name: encode_options(posterior=name),
+    "on_bad_image": lambda name: encode_options(on_bad_image=name),
     "adopted view": lambda name: _expected(name, SETTINGS),
     "metrics": lambda name: check_metrics([name], SimpleNamespace(classify=True), True),
     **{

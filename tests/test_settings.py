@@ -9,7 +9,7 @@ import yaml
 from complaints import complaint
 from pydantic import ValidationError
 
-from drift.data.images import VIEW_OPTIONS
+from drift.data.views import VIEW_OPTIONS
 from drift.field.settings import FieldSettings
 from drift.runtime.errors import UserError
 from drift.runtime.yaml_files import read_yaml

@@ -1,0 +1,48 @@
+"""Between images and latents: one interface, one registry.
+
+To add an autoencoder, write a class with the members of `Autoencoder` in a file of its own and enter it in
+`AUTOENCODERS`. Such a file imports PyTorch at most; libraries such as diffusers are imported when it loads.
+"""
+
+from pathlib import Path
+from typing import Protocol, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from drift.autoencoders.kl import VAE
+
+
+class Autoencoder(Protocol):
+    """A frozen pair of encoder and decoder. Nobody else knows how its latents are shifted and scaled."""
+
+    id: str
+    """Folder or hub id that it was loaded from."""
+    revision: str | None
+    """Commit on the hub; None for a folder."""
+    precision: str
+    storage_dtype: np.dtype
+    """How latents are stored."""
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, revision: str | None, device: str | torch.device, precision: str
+    ) -> Self:
+        """Load from a folder or, where there is none of that name, from the Hugging Face hub."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that its latents depend on."""
+
+    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
+        """Shape (C, h, w) of the latents of square images; raises `UserError` if their side does not fit."""
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """uint8 images `[B, H, W, 3]` -> latents `[B, C, h, w]`; standard normal `noise` gives a sample."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents `[B, C, h, w]` -> float32 images around [-1, 1], `[B, 3, H, W]`."""
+
+
+AUTOENCODERS: dict[str, type[Autoencoder]] = {"kl": VAE}

@@ -1,47 +1,31 @@
 """The command `drift`, or `python -m drift.cli`: what one does beside the pipeline.
 
-A command is a module of `drift.cli`, whose `add` adds its arguments to a parser and returns what is to
-run with them, and an entry in `_COMMANDS`. What it needs is imported when it runs, so that none waits for the
-imports of others.
+A command is a module of `drift.cli` named in `COMMANDS`. Its docstring is its help, `add_arguments(parser)`
+adds its arguments, and `run(args)` does the work. Only `run` imports what takes time.
 """
 
 import argparse
+import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 
-from drift.cli import (
-    adopt,
-    clean,
-    export,
-    fid_selftest,
-    import_prior,
-    import_release,
-    inspect,
-    remote,
-    sample,
-    watch,
-)
-from drift.cli.command import Add
 from drift.runtime.errors import UserError, escape_output
+
+COMMANDS = (
+    *("watch", "clean", "fid-selftest", "inspect latents", "inspect mae", "sample", "export"),
+    *("import-release", "import-sinkhorn", "remote", "adopt latents", "adopt mae"),
+)
+_GROUPS = {
+    "inspect": "Look at what a stage has made: pictures, numbers, warnings",
+    "adopt": "Take results that were handed on as plain files for the output of a stage",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code, which is 2 for a mistake of the user and 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        prog="drift",
-        description="Commands beside the stages of the pipeline.",
-        epilog="drift COMMAND --help tells more. The stages are modules: python -m stages.drift --help.",
-    )
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, add in _COMMANDS.items():
-        command = commands.add_parser(
-            name,
-            help=add.__doc__.partition("\n")[0],
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        command.set_defaults(run=add(command))
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     escape_output()
     try:
         args.run(args)
@@ -57,15 +41,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-_COMMANDS: dict[str, Add] = {
-    "watch": watch.add,
-    "clean": clean.add,
-    "fid-selftest": fid_selftest.add,
-    "inspect": inspect.add,
-    "sample": sample.add,
-    "export": export.add,
-    "import-release": import_release.add,
-    "import-prior": import_prior.add,
-    "remote": remote.add,
-    "adopt": adopt.add,
-}
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="drift",
+        description="Commands beside the stages of the pipeline.",
+        epilog="drift COMMAND --help tells more. The stages are modules: python -m stages.drift --help.",
+    )
+    places = {"": parser.add_subparsers(title="commands", metavar="COMMAND", required=True)}
+    for name in COMMANDS:
+        group, _, word = name.rpartition(" ")
+        if group not in places:
+            parent = places[""].add_parser(group, help=_GROUPS[group], description=f"{_GROUPS[group]}.")
+            places[group] = parent.add_subparsers(title="what", metavar="WHAT", required=True)
+        module = importlib.import_module(f"drift.cli.{re.sub('[ -]', '_', name)}")
+        about, examples, lines = module.__doc__.partition("examples:\n")
+        command = places[group].add_parser(
+            word,
+            help=about.partition("\n")[0].rstrip("."),
+            description=about.strip(),
+            epilog=examples + lines,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser

@@ -1,60 +1,56 @@
-"""drift export"""
+"""Write a generator as a folder to hand on: DriftPipeline, VAE and model card.
+
+It is JSON and safetensors, from which loading executes nothing, and can be uploaded
+to the Hugging Face hub as it is (hf upload NAME FOLDER).
+
+examples:
+  drift export outputs/drift-digits --name drift-digits --license mit
+  drift export outputs/b2 --generator artifacts/generator --vae-by-reference
+  drift export outputs/old --rev experiment-1 --no-metrics
+"""
 
 import argparse
 from pathlib import Path
 
-from drift.cli.command import GENERATOR, Run, generator_source
+from drift.cli.options import add_source, find_source
+
+METRICS = Path("reports/protocol.json")
 
 
-def add(parser: argparse.ArgumentParser) -> Run:
-    """a generator as a folder to hand on: DriftPipeline, VAE and model card"""
-    parser.description = """\
-Write a generator of the stage drift as a folder of DriftPipeline: model_index.json,
-generator/, vae/, and README.md, a model card with how to load it, its settings, its
-metrics, how they were measured, and the fields that the Hugging Face hub reads.
-Configs are JSON and weights safetensors: who loads the folder executes nothing from
-it. The folder can be uploaded as it is (hf upload NAME FOLDER)."""
-    parser.epilog = """\
-examples:
-  drift export outputs/drift-digits --name drift-digits --license mit
-  drift export outputs/b2 --generator artifacts/generator --vae-by-reference
-  drift export outputs/old --rev experiment-1 --no-metrics"""
-    parser.add_argument("destination", metavar="FOLDER", type=Path, help="where to write; must not exist yet")
-    parser.add_argument("--generator", metavar="SOURCE", default=GENERATOR, help=f"({GENERATOR})")
-    parser.add_argument("--rev", metavar="REVISION", help="take SOURCE as of this Git revision, by DVC")
-    parser.add_argument("--weights", default="model", metavar="NAME", help="model, or ema_<decay> (model)")
-    parser.add_argument("--vae", metavar="VAE", help="folder or hub id, where SOURCE names none or another")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("destination", metavar="FOLDER", type=Path, help="where to write")
+    parser.add_argument("--force", action="store_true", help="replace FOLDER if it exists")
+    add_source(parser, "--generator")
+    parser.add_argument("--vae-by-reference", action="store_true", help="only name the VAE, by its hub id")
     parser.add_argument(
-        "--vae-by-reference", action="store_true", help="only name the VAE, which must be a hub id then"
+        "--metrics", type=Path, default=Path("reports/protocol.json"), help="(reports/protocol.json)"
     )
-    parser.add_argument("--metrics", type=Path, default=Path("metrics/fid.json"), help="(metrics/fid.json)")
     parser.add_argument("--no-metrics", action="store_true", help="leave them out")
     parser.add_argument("--picture", type=Path, default=Path("plots/samples.png"), help="(plots/samples.png)")
     parser.add_argument("--name", help="of the model, in the card (the folder's name)")
-    parser.add_argument(
-        "--license", default="other", metavar="ID", help="of the weights, an identifier of the hub (other)"
+    parser.add_argument("--license", default="other", metavar="ID", help="of the weights, on the hub (other)")
+    parser.add_argument("--dataset", metavar="ID", help="that it was trained on, on the hub")
+
+
+def run(args: argparse.Namespace) -> None:
+    from drift.interop.card import Card, export_pipeline
+
+    card = Card(
+        name=args.name or args.destination.resolve().name,
+        license=args.license,
+        dataset=args.dataset,
+        metrics=None if args.no_metrics else args.metrics,
+        picture=args.picture,
     )
-    parser.add_argument("--dataset", metavar="ID", help="that it was trained on, an identifier of the hub")
-    parser.add_argument("--force", action="store_true", help="replace FOLDER if it exists")
-
-    def run(args: argparse.Namespace) -> None:
-        from drift.interop.card import export_pipeline
-
-        files = export_pipeline(
-            generator_source(args.generator, args.rev),
-            args.destination,
-            weights=args.weights,
-            vae=args.vae,
-            include_vae=not args.vae_by_reference,
-            metrics=None if args.no_metrics else args.metrics,
-            picture=args.picture,
-            name=args.name or args.destination.resolve().name,
-            license=args.license,
-            dataset=args.dataset,
-            force=args.force,
-        )
-        for file, size in files:
-            print(f"{size / 1e6:10.2f} MB  {file}")
-        print(f"wrote {args.destination}")
-
-    return run
+    files = export_pipeline(
+        find_source(args.generator, args.rev),
+        args.destination,
+        card,
+        weights=args.weights,
+        vae=args.vae,
+        include_vae=not args.vae_by_reference,
+        force=args.force,
+    )
+    for file, size in files:
+        print(f"{size / 1e6:10.2f} MB  {file}")
+    print(f"wrote {args.destination}")

@@ -1,79 +1,43 @@
-"""drift watch"""
+"""Show how far the stages at work have come, and how fast.
 
-import argparse
-import math
-import sys
-from pathlib import Path
-
-from drift.cli.command import Run
-
-
-def add(parser: argparse.ArgumentParser) -> Run:
-    """how far the stages at work have come, and how fast"""
-    parser.description = """\
-Show the runs of the stages: those at work first, then those that were stopped
-or have finished, the latest first. For each: how much of it is done; steps per
-second over the last minute, and in parentheses the mean since it was started
-the last time; the time that is left; the last values of its log and how old
-they are; and the newest checkpoint. What stands beside a run's name are the
-settings in which it differs from other runs of its stage.
-
-It only reads the folders that the stages work in, so it disturbs nothing and
-may run on any machine that sees them. A run on another machine counts as
-running while its log is not older than five minutes."""
-    parser.epilog = """\
-values:
-  loss            stays nearly constant in the stage drift, by construction
-  drift_rms       RMS of the raw drift, which falls while the generator learns
-  reconstruction  squared error of the MAE per masked place, over all channels
-  held_out        the same on images that it never trains on
+Runs at work stand first. The speed is that of the last minute. The loss of the stage
+drift stays nearly constant by construction; drift_rms is what falls. It only reads, on
+any machine that sees the work folders; a run elsewhere counts as at work while its log
+is younger than 5 min.
 
 examples:
   drift watch                               on a terminal, until Ctrl-C
   drift watch --once drift                  the runs of one stage, once
-  ssh -t HOST 'cd PROJECT; .venv/bin/drift watch'"""
+  ssh -t HOST 'cd PROJECT; .venv/bin/drift watch'
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from drift.cli.options import positive
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "stage", nargs="*", metavar="STAGE", type=_stage, help="encode, mae, drift or fid; all without any"
+        "stage", nargs="*", metavar="STAGE", help="encode, mae, drift or fid; all without any"
     )
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--once", action="store_true", help="show them once; the default if not on a terminal")
     how.add_argument("--follow", action="store_true", help="until Ctrl-C; the default on a terminal")
-    parser.add_argument(
-        "--interval",
-        type=_seconds,
-        metavar="S",
-        help="seconds from one look to the next (2; 30 where the terminal cannot write in place)",
-    )
-    parser.add_argument(
-        "--work", type=Path, metavar="FOLDER", help="the work folder ($DRIFT_WORK_DIR, or else .work)"
-    )
-
-    def run(args: argparse.Namespace) -> None:
-        from drift.runtime.watch import STAGES, follow, show
-        from drift.runtime.work import work_root
-
-        root, stages = args.work or work_root(), args.stage or STAGES
-        if args.follow or (sys.stdout.isatty() and not args.once):
-            follow(root, stages, sys.stdout, args.interval)
-        else:
-            show(root, stages, sys.stdout)
-
-    return run
+    parser.add_argument("--interval", type=positive, metavar="S", help="seconds between two looks (2 or 30)")
+    parser.add_argument("--work", type=Path, metavar="FOLDER", help="($DRIFT_WORK_DIR, or else .work)")
 
 
-def _stage(text: str) -> str:
-    from drift.runtime.watch import STAGES
+def run(args: argparse.Namespace) -> None:
+    from drift.runtime.errors import UserError
+    from drift.runtime.watch import STAGES, follow, show
+    from drift.runtime.work import work_root
 
-    if text not in STAGES:
-        raise argparse.ArgumentTypeError(f"{text}: the stages are {', '.join(STAGES)}")
-    return text
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: a number of seconds above 0 is needed")
-    return seconds
+    if unknown := [stage for stage in args.stage if stage not in STAGES]:
+        raise UserError(f"{unknown[0]}: the stages are {', '.join(STAGES)}")
+    root, stages = args.work or work_root(), args.stage or STAGES
+    if args.follow or (sys.stdout.isatty() and not args.once):
+        follow(root, stages, sys.stdout, args.interval)
+    else:
+        show(root, stages, sys.stdout)

@@ -7,6 +7,7 @@ so a resumed run needs no state.
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -66,14 +67,21 @@ class DirectSampling:
         seed: int,
         class_names: Sequence[str] | None = None,
         per_image: int = 1,
+        per_class: int | None = None,
+        global_size: int | None = None,
     ):
-        """`labels` of all rows, `[N]` int64 in [0, num_classes); `class_names` are for messages."""
+        """`labels` of all rows, `[N]` int64 in [0, num_classes); `class_names` are for messages.
+
+        `per_class` and `global_size` bound how many images are drawn from; None is all of them.
+        """
         self.seed, self._per_image = seed, per_image
         self._names = class_names if class_names is not None else [str(c) for c in range(num_classes)]
         labels = labels[::per_image]
         self._by_class = np.argsort(labels, kind="stable")  # images, class after class
         self._sizes = np.bincount(labels, minlength=num_classes)  # [num_classes]
         self._ends = np.cumsum(self._sizes)
+        self._per_class = len(labels) if per_class is None else per_class
+        self._global_size = len(labels) if global_size is None else global_size
 
     def push(self, step: int, count: int) -> np.ndarray:
         """The rows that come in at a step: none, as all are there from the start."""
@@ -81,17 +89,26 @@ class DirectSampling:
 
     def require(self, positives: int, unconditional: int) -> None:
         """Raise `UserError` if there are fewer images than are to be drawn, of any class or of all."""
-        smallest = int(np.argmin(self._sizes))
-        if positives > self._sizes[smallest]:
-            raise UserError(
-                f"drift.positives = {positives}: class {self._names[smallest]} has only "
-                f"{self._sizes[smallest]} images; lower it or add images of that class"
-            )
-        if unconditional > len(self._by_class):
-            raise UserError(
-                f"drift.unconditional = {unconditional}: there are only {len(self._by_class)} images; "
-                "lower it or add images"
-            )
+        smallest, images = int(np.argmin(self._sizes)), len(self._by_class)
+        for what, wanted, queued, there, whose in (
+            (
+                "positives",
+                positives,
+                self._per_class,
+                self._sizes[smallest],
+                f"class {self._names[smallest]}",
+            ),
+            ("unconditional", unconditional, self._global_size, images, "the data set"),
+        ):
+            if wanted > there:
+                raise UserError(
+                    f"drift.{what} = {wanted}: {whose} has only {there} images; lower it or add some"
+                )
+            if wanted > queued:
+                key = "queue_per_class" if what == "positives" else "queue_global"
+                raise UserError(
+                    f"drift.{what} = {wanted}: drift.{key} is {queued}; lower the one or raise the other"
+                )
 
     def draw(
         self,
@@ -149,20 +166,9 @@ class SampleQueue(DirectSampling):
 
     _STREAM = "queue/draw"
 
-    def __init__(
-        self,
-        labels: np.ndarray,
-        num_classes: int,
-        per_class: int,
-        global_size: int,
-        seed: int,
-        class_names: Sequence[str] | None = None,
-        per_image: int = 1,
-    ):
-        """`labels` of all rows, `[N]` int64 in [0, num_classes); `class_names` are for messages."""
-        super().__init__(labels, num_classes, seed, class_names, per_image)
-        self.per_class = per_class
-        self._global_size = global_size
+    def __init__(self, *data: Any, per_class: int, global_size: int, **names: Any):
+        """Arguments as those of `DirectSampling`."""
+        super().__init__(*data, per_class=per_class, global_size=global_size, **names)
         self._epoch = -1  # none is at hand
         self._go_to(0)
 
@@ -190,25 +196,11 @@ class SampleQueue(DirectSampling):
             latest = np.concatenate([latest, older[: self._global_size - len(latest)]])
         self._latest = latest
 
-    def require(self, positives: int, unconditional: int) -> None:
-        """Raise `UserError` if a queue holds fewer images than are drawn, that of any class included."""
-        if positives > self.per_class:
-            raise UserError(
-                f"drift.positives = {positives}: the queue keeps {self.per_class} images per class; "
-                "lower it or raise drift.queue_per_class"
-            )
-        super().require(positives, unconditional)
-        if unconditional > self._global_size:
-            raise UserError(
-                f"drift.unconditional = {unconditional}: the global queue keeps {self._global_size} images; "
-                "lower it or raise drift.queue_global"
-            )
-
     def class_images(self, label: int) -> np.ndarray:
         """The images in the queue of a class, latest first."""
         images = super().class_images(label)
         pushed = np.where(self._came_again(images), self._place[images], self._place_before[images])
-        return images[np.argsort(-pushed)[: self.per_class]]
+        return images[np.argsort(-pushed)[: self._per_class]]
 
     def global_images(self) -> np.ndarray:
         """The images in the global queue, latest first."""

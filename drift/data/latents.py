@@ -1,7 +1,7 @@
-"""Latents on disk, in the files that the prior's users exchange, and what reads them.
+"""Latents on disk, in the files that users of the Sinkhorn paper's code exchange, and what reads them.
 
 A folder holds `<split>_latents.npy` `[N, C, H, W]` float16, `<split>_labels.npy` `[N]` int64 and
-`<split>_meta.json`. Of the latter, files from elsewhere may lack every key.
+`<split>_meta.json`, which may lack every key in files from elsewhere.
 """
 
 import errno
@@ -23,15 +23,13 @@ from drift.runtime.files import atomic_write, sha256, write_json
 
 _LOADED_AT_ONCE = 4096  # rows
 _WAY_OUT = "rerun encode (dvc repro) or fetch it (dvc pull)"
-# What a key of the meta file is compared with, and what to correct if it is that which is wrong
-_SAID_BY = {
-    "view": ("this stage needs", "name the folder of that view"),
-    "image_size": ("data.image_size is", "correct data.image_size"),
-    "vae": ("encode.vae is", "correct encode.vae"),
-    "vae_precision": ("encode.precision is", "correct encode.precision"),
-    "vae_revision": ("encode.vae_revision is", "correct encode.vae_revision"),
-    "scaling_factor": ("that of encode.vae is", "correct encode.vae"),
+_SETTINGS = {
+    "image_size": "data.image_size",
+    "vae": "encode.vae",
+    "vae_precision": "encode.precision",
+    "vae_revision": "encode.vae_revision",
 }
+"""The settings with which keys of the meta file are compared, where they have another name."""
 
 
 def latent_files(folder: str | Path, split: str = "train") -> tuple[Path, Path, Path]:
@@ -41,46 +39,39 @@ def latent_files(folder: str | Path, split: str = "train") -> tuple[Path, Path, 
 
 
 class LatentStore:
-    """N latents, of which nothing is read before it is asked for, with their labels.
+    """N latents with their labels; latents are read when they are asked for.
 
     `latents` is a memory map, good for a look: a mapped file that is cut short or whose disk disappears kills
     the process with SIGBUS. What must survive that uses `read` or `rows`.
     """
 
-    def __init__(
-        self, latents: np.memmap, labels: np.ndarray, meta: dict[str, Any], folder: Path, split: str
-    ):
-        self.latents = latents  # [N, C, H, W] float16
-        self.labels = labels  # [N] int64
-        self.meta = meta
-        self.folder = folder
-        self.split = split
-        self._path = latent_files(folder, split)[0]
-        self._file = os.open(self._path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._file)
-
-    @classmethod
-    def open(cls, folder: str | Path, split: str = "train") -> "LatentStore":
+    def __init__(self, folder: str | Path, split: str = "train"):
         """Open the files of a split.
 
         Raises `UserError`, naming the file and the way out, if one is missing, cut short, of another
         type or shape, or does not fit the others.
         """
-        latents_path, labels_path, meta_path = latent_files(folder, split)
-        latents = _map_array(latents_path, np.float16, 4)
-        labels = np.array(_map_array(labels_path, np.int64, 1))
-        meta = _read_meta(meta_path)
-        if len(labels) != len(latents):
+        self.folder, self.split = Path(folder), split
+        self._path, labels_path, self._meta_path = latent_files(folder, split)
+        self.latents = _map_array(self._path, np.float16, 4)  # [N, C, H, W] float16
+        self.labels = labels = np.array(_map_array(labels_path, np.int64, 1))  # [N] int64
+        self.meta = _read_meta(self._meta_path)
+        if len(labels) != len(self):
             raise UserError(
-                f"{labels_path}: {len(labels)} labels for the {len(latents)} latents beside it; {_WAY_OUT}"
+                f"{labels_path}: {len(labels)} labels for the {len(self)} latents beside it; {_WAY_OUT}"
             )
-        store = cls(latents, labels, meta, Path(folder), split)
-        if labels.min() < 0 or labels.max() >= store.num_classes:
+        if labels.min() < 0 or labels.max() >= self.num_classes:
             raise UserError(
                 f"{labels_path}: labels {labels.min()} to {labels.max()} are not all in "
-                f"0 to {store.num_classes - 1}; {_WAY_OUT}"
+                f"0 to {self.num_classes - 1}; {_WAY_OUT}"
             )
-        return store
+        self._file = os.open(self._path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+
+    @classmethod
+    def open(cls, folder: str | Path, split: str = "train") -> "LatentStore":
+        """`LatentStore(folder, split)`."""
+        return cls(folder, split)
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -112,18 +103,15 @@ class LatentStore:
     def per_image(self) -> int:
         """Rows of one image, which stand together: its random crops, or its centre and the mirror of that.
 
-        As the meta file has it, 1 where it does not tell. Raises `UserError` if the view is none that has
-        rows, or the number of images in the file, or the labels, say otherwise.
+        From the meta file, 1 where it does not say. Raises `UserError` if the view is unknown, or if the
+        number of images in the file, or the labels, contradict it.
         """
-        path = latent_files(self.folder, self.split)[2]
+        path = self._meta_path
         meta = {"view": "center", "crops": 1, "mirror": False, "skipped_images": {"count": 0}, **self.meta}
-        match meta["view"]:
-            case "augmented":
-                per_image = meta["crops"]
-            case "center":
-                per_image = 1 + meta["mirror"]
-            case view:
-                raise UserError(f"{path}: view is {view!r}, neither center nor augmented; {_WAY_OUT}")
+        by_view = {"augmented": meta["crops"], "center": 1 + meta["mirror"]}
+        if meta["view"] not in list(by_view):
+            raise UserError(f"{path}: view is {meta['view']!r}, neither center nor augmented; {_WAY_OUT}")
+        per_image = by_view[meta["view"]]
         images, rest = divmod(len(self), per_image)
         stated = meta["images"] - meta["skipped_images"]["count"] if "images" in meta else images
         if rest or stated != images:
@@ -138,8 +126,8 @@ class LatentStore:
     def read(self, indices: np.ndarray | torch.Tensor) -> torch.Tensor:
         """Latents of row indices of any shape, as they are stored: float16 `[*indices.shape, C, H, W]`.
 
-        Each row is read once and in the order of the file, neighbours together, whatever order is asked for.
-        Any number of threads may read at once. Raises `UserError` if the file cannot be read any more.
+        Reads each row once and in the order of the file, neighbours together. Any number of threads may read
+        at once. Raises `UserError` if the file cannot be read any more.
         """
         indices = np.asarray(indices)
         distinct, where = np.unique(indices, return_inverse=True)
@@ -153,7 +141,7 @@ class LatentStore:
         ]
         try:
             if hasattr(os, "posix_fadvise"):  # not on macOS
-                # Lets the disk work on all of them at once: a third of the time where nothing is cached
+                # The disk works on all of them at once: a third of the time where nothing is cached
                 for position, part in runs:
                     os.posix_fadvise(self._file, position, len(part), os.POSIX_FADV_WILLNEED)
             for position, part in runs:
@@ -193,7 +181,7 @@ class LatentReader:
                 self._held[start : start + len(rows)] = store.read(rows)
 
     def fetch(self, indices: np.ndarray) -> torch.Tensor:
-        """What `place` needs of int64 `indices`, in any thread; for a CUDA device in pinned memory.
+        """What `place` needs for int64 `indices`, in any thread; for a CUDA device in pinned memory.
 
         The float16 rows `[*indices.shape, C, H, W]`, or the indices alone where the device holds all rows.
         Raises `UserError` as `LatentStore.read` does.
@@ -208,7 +196,7 @@ class LatentReader:
 
 
 def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A CPU tensor in memory from which it gets to `device` while both go on with their work."""
+    """A CPU tensor in memory from which `device` can copy while both go on with their work."""
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
@@ -252,20 +240,18 @@ def check_meta(store: LatentStore, **expected: Any) -> None:
     """
     path = latent_files(store.folder, store.split)[2]
     for key, wanted in expected.items():
+        stated = store.meta.get(key, wanted)
         wanted = list(wanted) if isinstance(wanted, tuple) else wanted
-        if key in store.meta and not _agree(store.meta[key], wanted):
-            said_by, correction = _SAID_BY.get(key, ("the settings say", "correct the setting"))
+        if isinstance(stated, float) and isinstance(wanted, float):
+            agree = math.isclose(stated, wanted, rel_tol=1e-6)  # other people's files may round
+        else:
+            agree = key not in store.meta or stated == wanted
+        if not agree:
+            setting = _SETTINGS.get(key, f"the {key} asked for")
             raise UserError(
-                f"{path}: {key} is {json.dumps(store.meta[key])}, but {said_by} {json.dumps(wanted)}; "
-                f"{_WAY_OUT}, or {correction}"
+                f"{path}: {key} is {json.dumps(stated)}, but {setting} is {json.dumps(wanted)}; "
+                f"{_WAY_OUT}, or correct the settings"
             )
-
-
-def _agree(stated: Any, wanted: Any) -> bool:
-    """Floats have gone through other people's files, which may round them."""
-    if isinstance(stated, float) and isinstance(wanted, float):
-        return math.isclose(stated, wanted, rel_tol=1e-6)
-    return stated == wanted
 
 
 def _read_at(file: int, position: int, buffer: np.ndarray) -> None:
@@ -284,18 +270,16 @@ def _map_array(path: Path, dtype: type, ndim: int) -> np.memmap:
         raise UserError(f"{path}: is missing; {_WAY_OUT}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: is cut short or no .npy file ({error}); {_WAY_OUT}") from None
-    if array.dtype != dtype or array.ndim != ndim:
-        raise UserError(
-            f"{path}: holds {array.dtype} in {array.ndim} dimensions, not {np.dtype(dtype)} in {ndim}; "
-            f"{_WAY_OUT}"
-        )
-    if not array.flags.c_contiguous:
-        raise UserError(f"{path}: is stored column after column (Fortran order); {_WAY_OUT}")
-    if not len(array):
-        raise UserError(f"{path}: holds no rows; {_WAY_OUT}")
     announced, size = array.offset + array.nbytes, path.stat().st_size
-    if announced != size:
-        raise UserError(f"{path}: has {size} bytes where its header announces {announced}; {_WAY_OUT}")
+    wanted = array.dtype == dtype and array.ndim == ndim
+    for problem, present in {
+        f"holds {array.dtype} in {array.ndim} dimensions, not {np.dtype(dtype)} in {ndim}": not wanted,
+        "is stored column after column (Fortran order)": not array.flags.c_contiguous,
+        "holds no rows": not array.size,
+        f"has {size} bytes where its header announces {announced}": announced != size,
+    }.items():
+        if present:
+            raise UserError(f"{path}: {problem}; {_WAY_OUT}")
     return array
 
 

@@ -1,10 +1,12 @@
-"""Metrics beside the Fréchet distance, from features or class probabilities."""
+"""Metrics beside the Fréchet distance, from features or class logits."""
+
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from drift.evaluation.moments import AllReduceSum
 from drift.evaluation.store import BLOCK, FeatureStore
 from drift.runtime.seeds import derive_seed, numpy_generator
 from drift.runtime.torchvision import ensure_torchvision
@@ -18,7 +20,7 @@ def kernel_distance(
 ) -> float:
     """KID of two sets of features `[N, D]`, `[M, D]`: clean-fid's function, with subsets drawn from `seed`.
 
-    clean-fid draws them from NumPy's global generator, whose state is put back afterwards.
+    clean-fid draws them from NumPy's global generator, whose state is restored afterwards.
     """
     ensure_torchvision()
     from cleanfid import fid as cleanfid
@@ -31,40 +33,27 @@ def kernel_distance(
         np.random.set_state(state)
 
 
-class InceptionScore:
-    """exp of the mean divergence of class probabilities from their mean, over `SPLITS` random parts.
+def inception_score(blocks: Iterable[tuple[slice, Tensor]], count: int, seed: int) -> tuple[float, float]:
+    """exp of the mean divergence of class probabilities from their mean: mean and spread over `SPLITS` parts.
 
-    The parts are the original implementation's (OpenAI's improved-gan: `[k N // 10, (k + 1) N // 10)`), but
-    of the `count` samples in an order drawn from `seed`: where they come class after class, each part would
-    hold a tenth of the classes. Sums are float64, so samples may come in any order.
+    `blocks` yields the rows of samples and their logits `[B, K]`. The parts are the original implementation's
+    (OpenAI's improved-gan: `[k N // 10, (k + 1) N // 10)`), but of the `count` samples in an order drawn from
+    `seed`: where samples come class after class, each part would hold a tenth of the classes.
     """
-
-    def __init__(self, count: int, classes: int, device: str | torch.device = "cpu", *, seed: int):
-        ends = [(k + 1) * count // SPLITS for k in range(SPLITS)]
-        place = np.empty(count, np.int64)  # of each sample, in the order
-        place[numpy_generator(seed, "fid/inception_score").permutation(count)] = np.arange(count)
-        self._part = torch.from_numpy(np.searchsorted(ends, place, side="right")).to(device)
-        zeros = {"dtype": torch.float64, "device": device}
-        self._probability = torch.zeros(SPLITS, classes, **zeros)
-        self._negative_entropy = torch.zeros(SPLITS, **zeros)
-        self._number = torch.zeros(SPLITS, **zeros)
-
-    def update(self, indices: Tensor, logits: Tensor) -> None:
-        """Take in the samples `indices [B]` with `logits [B, K]`."""
-        part = self._part[indices.to(self._part.device)]
-        log_p = logits.to(self._probability).log_softmax(1)
-        p = log_p.exp()
-        self._probability.index_add_(0, part, p)
-        self._negative_entropy.index_add_(0, part, (p * log_p).sum(1))
-        self._number.index_add_(0, part, torch.ones_like(part, dtype=torch.float64))
-
-    def compute(self, all_reduce_sum: AllReduceSum) -> tuple[float, float]:
-        """Mean and standard deviation over the parts, of what all processes have seen."""
-        number = all_reduce_sum(self._number)
-        mean = all_reduce_sum(self._probability) / number[:, None]
-        entropy = all_reduce_sum(self._negative_entropy) / number
-        scores = (entropy - torch.special.xlogy(mean, mean).sum(1)).exp()
-        return float(scores.mean()), float(scores.std(correction=0))
+    ends = [(k + 1) * count // SPLITS for k in range(SPLITS)]
+    part = np.empty(count, np.int64)
+    order = numpy_generator(seed, "fid/inception_score").permutation(count)
+    part[order] = np.searchsorted(ends, np.arange(count), side="right")
+    weights = F.one_hot(torch.from_numpy(part), SPLITS).double()
+    weights /= weights.sum(0)  # [N, 10]
+    mean, entropy = 0, 0
+    for rows, logits in blocks:
+        log_p = logits.double().log_softmax(1)
+        p, of_part = log_p.exp(), weights[rows].T.to(logits.device)
+        mean = mean + of_part @ p
+        entropy = entropy + of_part @ (p * log_p).sum(1)
+    scores = (entropy - torch.special.xlogy(mean, mean).sum(1)).exp()
+    return float(scores.mean()), float(scores.std(correction=0))
 
 
 @torch.inference_mode()
@@ -79,15 +68,14 @@ def precision_recall(
     """Improved precision and recall of features `[N, D]` and `[M, D]` (Kynkäänniemi et al. 2019).
 
     Precision is the share of generated samples that lie within the distance of some real one to its k-th
-    neighbour, recall the share of real ones within that of some generated one. Of each set `images` are
-    taken, drawn from `seed`, in blocks and in float64.
+    neighbour, recall the share of real ones within that of some generated one. Of each set, `images` drawn
+    from `seed` take part. Computed in blocks and in float64.
     """
-    sets = {"generated": generated, "real": real}
-    generated, real = (
+    made, found = (
         _Points(features, numpy_generator(seed, "fid/precision_recall", name), images, device)
-        for name, features in sets.items()
+        for name, features in (("generated", generated), ("real", real))
     )
-    return generated.share_within(real), real.share_within(generated)
+    return made.share_within(found), found.share_within(made)
 
 
 class _Points:
@@ -101,14 +89,12 @@ class _Points:
         device: str | torch.device,
     ):
         self._features, self._device = features, device
-        # In the order of the file, which is read faster so
-        self._rows = np.sort(rng.permutation(len(features))[:images])
-        self._count = len(self._rows)
-        assert self._count > NEIGHBOURS
+        self._rows = np.sort(rng.permutation(len(features))[:images])  # sorted, a file is read faster
+        assert len(self._rows) > NEIGHBOURS
         self._radii = torch.cat([self._radius(start, block) for start, block in self._blocks()])
 
-    def _blocks(self):
-        for start in range(0, self._count, BLOCK):
+    def _blocks(self) -> Iterator[tuple[int, Tensor]]:
+        for start in range(0, len(self._rows), BLOCK):
             block = self._features[self._rows[start : start + BLOCK]]
             yield start, torch.from_numpy(block).to(self._device, torch.float64)
 
@@ -128,10 +114,11 @@ class _Points:
         for _, block in self._blocks():
             found = torch.zeros(len(block), dtype=torch.bool, device=block.device)
             for start, other in others._blocks():
-                within = _squared_distances(block, other) <= others._radii[start : start + len(other)]
-                found |= within.any(1)
+                found |= (_squared_distances(block, other) <= others._radii[start : start + len(other)]).any(
+                    1
+                )
             inside += int(found.sum())
-        return inside / self._count
+        return inside / len(self._rows)
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:

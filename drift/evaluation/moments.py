@@ -1,71 +1,43 @@
 """Gaussian fits to feature vectors, and the Fréchet distance between two of them."""
 
 import warnings
-from collections.abc import Callable
 
 import numpy as np
 import scipy.linalg
 import torch
 from torch import Tensor
 
-AllReduceSum = Callable[[Tensor], Tensor]
-
-# A square root whose square is further from the product than this (relative, Frobenius) is not taken, nor one
-# whose trace has an imaginary part of more than this share. Rounding leaves 1e-12 of both where all is well.
+# A square root is refused if its square differs from the product by more than this (relative, Frobenius norm)
+# or its trace has a larger imaginary share. Rounding leaves 1e-12 of both where all is well.
 _TOLERANCE = 1e-6
-
-
-def alone(tensor: Tensor) -> Tensor:
-    """The sum over processes where there is one."""
-    return tensor
 
 
 class Moments:
     """Count, mean and covariance of feature vectors that arrive in batches, in float64.
 
-    Parts are merged by the update of Chan, Golub and LeVeque (1979), which does not subtract large sums.
+    Batches are merged by the update of Chan, Golub and LeVeque (1979), which does not subtract large sums.
     """
 
     def __init__(self, dimension: int, device: str | torch.device = "cpu"):
         self.count = 0
         self.mean = torch.zeros(dimension, dtype=torch.float64, device=device)
-        self.scatter = torch.zeros(dimension, dimension, dtype=torch.float64, device=device)
-        """Sum of outer products of the deviations from the mean."""
+        self._scatter = self.mean.new_zeros(dimension, dimension)
 
     @property
     def covariance(self) -> Tensor:
         """Unbiased covariance `[D, D]`."""
         assert self.count > 1
-        return self.scatter / (self.count - 1)
+        return self._scatter / (self.count - 1)
 
     def update(self, features: Tensor) -> None:
         """Take in features `[B, D]`."""
-        batch = Moments(len(self.mean), self.mean.device)
         features = features.to(self.mean)
-        batch.count = len(features)
-        batch.mean = features.mean(0)
-        deviations = features - batch.mean
-        batch.scatter = deviations.T @ deviations
-        self.merge(batch)
-
-    def merge(self, other: "Moments") -> None:
-        """Take in what `other` has seen."""
-        count = self.count + other.count
-        if count == 0:
-            return
-        shift = other.mean - self.mean
-        self.scatter += other.scatter + torch.outer(shift, shift) * (self.count * other.count / count)
-        self.mean += shift * (other.count / count)
+        mean, count = features.mean(0), self.count + len(features)
+        deviations, shift = features - mean, mean - self.mean
+        self._scatter += deviations.T @ deviations
+        self._scatter += torch.outer(shift, shift) * (self.count * len(features) / count)
+        self.mean += shift * (len(features) / count)
         self.count = count
-
-    def all_reduce(self, all_reduce_sum: AllReduceSum) -> "Moments":
-        """The moments of what all processes have seen; every process must call it."""
-        merged = Moments(len(self.mean), self.mean.device)
-        merged.count = int(all_reduce_sum(self.mean.new_tensor(self.count)))
-        merged.mean = all_reduce_sum(self.mean * self.count) / merged.count
-        shift = self.mean - merged.mean
-        merged.scatter = all_reduce_sum(self.scatter + self.count * torch.outer(shift, shift))
-        return merged
 
 
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
@@ -94,7 +66,7 @@ def trace_by_square_root(sigma1: np.ndarray, sigma2: np.ndarray) -> float | None
     product = sigma1 @ sigma2
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of singular matrices, which the check below is for
+            warnings.simplefilter("ignore")  # about singular matrices, which the check below finds
             root = scipy.linalg.sqrtm(product)
     except (scipy.linalg.LinAlgError, ValueError):
         return None

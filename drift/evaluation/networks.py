@@ -2,26 +2,27 @@
 
 import hashlib
 import os
-import socket
-import tempfile
+import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from pickle import UnpicklingError
-from types import ModuleType
+from unittest import mock
+from urllib.request import urlopen
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from drift.evaluation.batches import in_batches
+from drift.models.base import model_files
 from drift.models.classifier import ImageClassifier
 from drift.runtime.errors import UserError
-from drift.runtime.files import check_readable, sha256, without_wrappers
+from drift.runtime.files import atomic_write, check_readable, sha256, without_wrappers
 from drift.runtime.torchvision import ensure_torchvision
 
 INCEPTION = "inception"
@@ -60,10 +61,10 @@ class FeatureNetwork:
     published: bool | None = None
     """Whether the weights are those that everybody's FID is measured with; None if there are no such."""
     workers: int = 1
-    """Threads that resize; the resizers leave Python's lock while they compute."""
+    """Threads that resize; the resizers release Python's lock while they compute."""
 
     def __post_init__(self):
-        self._pool = ThreadPoolExecutor(max(1, self.workers))
+        self.pool = ThreadPoolExecutor(max(1, self.workers))
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 `[B, H, W, 3]` -> float32 features `[B, D]`."""
@@ -71,7 +72,7 @@ class FeatureNetwork:
 
     def resized(self, images: Tensor) -> Tensor:
         """uint8 `[B, H, W, 3]` -> float32 `[B, S, S, 3]` in 0..255, on the CPU and in any thread."""
-        return torch.from_numpy(np.stack(list(self._pool.map(self.resize, images.cpu().numpy())))).float()
+        return torch.from_numpy(np.stack(list(self.pool.map(self.resize, images.cpu().numpy())))).float()
 
     @torch.inference_mode()
     def features(self, resized: Tensor) -> Tensor:
@@ -82,33 +83,11 @@ class FeatureNetwork:
             return in_batches(self.extract, pixels).float()
 
     @torch.inference_mode()
-    def logits(self, features: Tensor) -> Tensor:
+    def logits(self, features: Tensor | np.ndarray) -> Tensor:
         """Features `[B, D]` -> logits `[B, classes]`; only where there is a `classify`."""
         assert self.classify is not None
         with torch.autocast(self.device.type, enabled=False):
-            return self.classify(features)
-
-
-def check_feature_network(name: str, mode: str = "clean", inception: str | None = None) -> None:
-    """Make sure that `load_feature_network` with the same arguments will find its files.
-
-    Inception's weights are downloaded if they are missing. Raises `UserError` if that fails, or if `name`
-    is neither `inception` nor a file or folder of a network.
-    """
-    if name == INCEPTION:
-        if inception is None:
-            fetch(*_inception_file(mode))
-        else:
-            check_readable(inception, f"fid.inception = {inception}", "correct the path")
-    elif name.endswith(TORCHSCRIPT):
-        check_readable(name, f"feature network {name}", "correct fid.features")
-    elif not Path(name).is_dir():
-        raise UserError(
-            f"feature network {name}: there is no such folder; name one, or a TorchScript file "
-            f"({', '.join(TORCHSCRIPT)}), or write {INCEPTION}"
-        )
-    else:
-        ImageClassifier.from_pretrained(name)
+            return self.classify(torch.as_tensor(features).to(self.device))
 
 
 def load_feature_network(
@@ -121,14 +100,14 @@ def load_feature_network(
     """The feature network `name`, ready on `device`.
 
     - `inception`: clean-fid's extractor with the resizing of its `mode` (`clean`, `legacy_tensorflow` or
-      `legacy_pytorch`), from the file `inception` if one is named, and else from PyTorch's cache.
+      `legacy_pytorch`), from the file `inception` if one is named, and else from PyTorch's cache, into which
+      it is downloaded.
     - A TorchScript file: float32 `[B, 3, S, S]` in 0..255 -> `[B, D]`, after the resizing of clean-fid's
-      `clean` to its attribute `image_size` (299 without one). What is in it runs, so trust its source.
+      `clean` to its attribute `image_size` (299 without one). Its code runs, so trust its source.
     - The folder of an image classifier of this project, which sees images resized in the same way.
 
-    Raises what `check_feature_network` does.
+    Raises `UserError` if a file is missing, damaged or of something else.
     """
-    check_feature_network(name, mode, inception)
     device = torch.device(device)
     if name == INCEPTION:
         return _load_inception(mode, device, workers, inception)
@@ -140,8 +119,8 @@ def load_feature_network(
 def fetch(url: str, path: Path, digest: str) -> None:
     """Make sure that `path` is the file published at `url`, whose SHA-256 begins with `digest`.
 
-    A missing file is downloaded under another name and renamed when it is complete. Raises `UserError` if
-    it cannot be had, or if `path` cannot be read or holds something else.
+    Raises `UserError` if it cannot be downloaded, or if `path` cannot be read or holds something else.
+    clean-fid's own download checks no digest, has no timeout, and keeps the file in a shared `/tmp`.
     """
     way_out = "name a copy of Inception's weights in fid.inception"
     if os.path.lexists(path):
@@ -151,9 +130,13 @@ def fetch(url: str, path: Path, digest: str) -> None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _socket_timeout(CONNECT_TIMEOUT):
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=digest)
-    except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: the digest differs
+        print(f"downloading {url} to {path}", flush=True)
+        with urlopen(url, timeout=CONNECT_TIMEOUT) as answer, atomic_write(path) as file:
+            shutil.copyfileobj(answer, file)
+            file.flush()
+            if not sha256(file.name).startswith(digest):
+                raise OSError("what arrived is not the published file")
+    except (OSError, HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise UserError(
             f"{path}: Inception's weights are missing and cannot be downloaded ({reason}); "
@@ -161,23 +144,8 @@ def fetch(url: str, path: Path, digest: str) -> None:
         ) from None
 
 
-@contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    # torch.hub's downloader has no timeout of its own and would wait for ever behind a silent firewall
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
 def _inception_file(mode: str) -> tuple[str, Path, str]:
-    """URL of the weights for a clean-fid mode, their path in PyTorch's cache, and their digest.
-
-    The cache is the user's own (`TORCH_HOME`, else in `~/.cache`). Clean-fid keeps one in `/tmp`, where
-    another user's may be in the way.
-    """
+    """URL of the weights for a clean-fid mode, their path in the user's PyTorch cache, and their digest."""
     if mode not in _INCEPTION_DIGESTS:
         raise UserError(f"feature network mode {mode}: allowed: {', '.join(_INCEPTION_DIGESTS)}")
     ensure_torchvision()
@@ -189,21 +157,37 @@ def _inception_file(mode: str) -> tuple[str, Path, str]:
 
 
 def _load_inception(mode: str, device: torch.device, workers: int, local: str | None) -> FeatureNetwork:
-    _, path, digest = _inception_file(mode)
-    path = path if local is None else Path(local)
+    url, path, digest = _inception_file(mode)
+    if local is None:
+        fetch(url, path, digest)
+    else:
+        path = Path(local)
+        check_readable(path, f"fid.inception = {path}", "correct the path")
     found = sha256(path)
     if not found.startswith(digest):
-        print(
-            f"note: {path} is not the published file for fid.mode {mode}: these numbers compare with nobody's"
-        )
-    load = _pytorch_inception if mode == "legacy_pytorch" else _torchscript_inception
+        print(f"note: {path} is not the published file for fid.mode {mode}: its numbers are not comparable")
     # clean-fid calls torchvision by a deprecated argument, and one of its resizers switches all warnings off
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from cleanfid.resize import build_resizer
 
         resize = build_resizer(mode)
-        extract, weight = load(path, device, resize_inside=mode == "legacy_tensorflow")
+        try:
+            extract, weight = _inception_layers(mode, path, device)
+        except (
+            RuntimeError,
+            UnpicklingError,
+            EOFError,
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+        ) as e:
+            reason = " ".join(str(e).split())[:200]
+            raise UserError(
+                f"fid.inception = {path}: damaged, or not Inception's weights for this fid.mode ({reason}); "
+                "get a fresh copy or choose another mode"
+            ) from None
     return FeatureNetwork(
         INCEPTION,
         INCEPTION_DIMENSION,
@@ -218,67 +202,29 @@ def _load_inception(mode: str, device: torch.device, workers: int, local: str | 
     )
 
 
-Loaded = tuple[Callable[[Tensor], Tensor], Tensor]
-"""What extracts features, and the weights `[1008, 2048]` of the last layer."""
+def _inception_layers(
+    mode: str, path: Path, device: torch.device
+) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """What extracts features, as clean-fid does it, and the weights `[1008, 2048]` of the last layer."""
+    if mode == "legacy_pytorch":
+        from cleanfid import inception_pytorch
 
-
-def _torchscript_inception(path: Path, device: torch.device, resize_inside: bool) -> Loaded:
-    from cleanfid.inception_torchscript import InceptionV3W
-
-    with tempfile.TemporaryDirectory() as folder:  # clean-fid takes a folder, and a file of this name in it
-        Path(folder, "inception-2015-12-05.pt").symlink_to(path.resolve())
-        try:
-            network = InceptionV3W(folder, download=False, resize_inside=resize_inside)
-            weight = network.base.output.weight.detach().to(device)
-        except (RuntimeError, AttributeError) as error:
-            raise _no_inception(path, error) from None
-    return network.to(device).eval().requires_grad_(False), weight
-
-
-def _pytorch_inception(path: Path, device: torch.device, resize_inside: bool) -> Loaded:
-    from cleanfid import inception_pytorch
-
-    try:
         weights = without_wrappers(torch.load(path, map_location="cpu", weights_only=True))
-        weight = weights["fc.weight"].to(device)
-        with _swapped(inception_pytorch, "load_state_dict_from_url", lambda *args, **kwargs: weights):
-            network = inception_pytorch.InceptionV3(output_blocks=[3], resize_input=False)
-    except (
-        RuntimeError,
-        UnpicklingError,
-        EOFError,
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-    ) as error:
-        raise _no_inception(path, error) from None
-    network = network.to(device).eval()
-    return lambda images: network(images / 255)[0].flatten(1), weight
-
-
-@contextmanager
-def _swapped(module: ModuleType, name: str, value: object) -> Iterator[None]:
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
-
-
-def _no_inception(path: Path, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:200]
-    return UserError(
-        f"fid.inception = {path}: damaged, or not Inception's weights for this fid.mode ({reason}); get a "
-        "fresh copy or choose another mode"
-    )
+        with mock.patch.object(inception_pytorch, "load_state_dict_from_url", lambda *a, **k: weights):
+            port = inception_pytorch.InceptionV3(output_blocks=[3], resize_input=False).to(device).eval()
+        return lambda images: port(images / 255)[0].flatten(1), weights["fc.weight"].to(device)
+    network = torch.jit.load(path, map_location=device).eval()
+    weight, layers = network.output.weight.detach(), network.layers
+    if mode == "legacy_tensorflow":
+        return partial(network, return_features=True), weight
+    return lambda images: layers((images - 128) / 128), weight
 
 
 def _load_torchscript(name: str, device: torch.device, workers: int) -> FeatureNetwork:
     ensure_torchvision()
     from cleanfid.resize import make_resizer
 
+    check_readable(name, f"feature network {name}", "correct fid.features")
     try:
         network = torch.jit.load(name, map_location=device).eval()
     except RuntimeError as error:
@@ -290,31 +236,29 @@ def _load_torchscript(name: str, device: torch.device, workers: int) -> FeatureN
     if not isinstance(found, Tensor) or found.ndim != 2:
         shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise UserError(f"feature network {name}: gives {shape} for an image; it must give [1, D] features")
-    return FeatureNetwork(
-        name=name,
-        dimension=found.shape[1],
-        digest=_digest(str(size), sha256(name)),
-        device=device,
-        resize=make_resizer("PIL", False, "bicubic", (size, size)),
-        extract=network,
-        workers=workers,
-    )
+    digest, resize = _digest(str(size), sha256(name)), make_resizer("PIL", False, "bicubic", (size, size))
+    return FeatureNetwork(name, found.shape[1], digest, device, resize, network, workers=workers)
 
 
 def _load_classifier(folder: str, device: torch.device, workers: int) -> FeatureNetwork:
+    if not Path(folder).is_dir():
+        raise UserError(
+            f"feature network {folder}: there is no such folder; name one, or a TorchScript file "
+            f"({', '.join(TORCHSCRIPT)}), or write {INCEPTION}"
+        )
     ensure_torchvision()
     from cleanfid.resize import make_resizer
 
     network = ImageClassifier.from_pretrained(folder).to(device).eval().requires_grad_(False)
     size = network.config.image_size
     return FeatureNetwork(
-        name=folder,
-        dimension=network.config.feature_dim,
-        digest=_digest(*(sha256(Path(folder, part)) for part in ("config.json", "model.safetensors"))),
-        device=device,
-        resize=make_resizer("PIL", False, "bicubic", (size, size)),
-        extract=network.features,
-        classify=network.logits,
+        folder,
+        network.config.feature_dim,
+        _digest(*map(sha256, model_files(Path(folder)))),
+        device,
+        make_resizer("PIL", False, "bicubic", (size, size)),
+        network.features,
+        network.logits,
         labels=True,
         workers=workers,
     )

@@ -1,28 +1,20 @@
 """The files of one evaluation, written together once all is measured: numbers, curves, pictures, a page."""
 
+import csv
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from drift.evaluation.page import training_curves, write_page
+from drift.evaluation.evaluate import Copies, Evaluated
+from drift.evaluation.page import render_page
 from drift.evaluation.pictures import save_png
-from drift.evaluation.sweep import write_sweep_csv
-from drift.runtime.files import check_output, write_json
+from drift.evaluation.sweep import COLUMNS, Entry
+from drift.runtime.files import atomic_write, check_output, write_json
+from drift.settings import Settings
 
-
-@dataclass(frozen=True)
-class Pictures:
-    """What to look at, and how it is to be read."""
-
-    samples: Image.Image
-    """A row per class, the same noise in every row of a column."""
-    omega: Image.Image
-    """A row per class, a column per CFG strength, the same noise in all."""
-    samples_omega: float
-    """CFG strength of `samples`."""
+_OF_BEST = ("fid", "omega", "ema_decay", "kid", "inception_score", "precision", "recall", "accuracy")
 
 
 @dataclass(frozen=True)
@@ -30,72 +22,87 @@ class Outputs:
     """Where the files go."""
 
     metrics: Path
+    """The best point's numbers, for `dvc exp show`."""
     plots: Path
     """Folder of curves and pictures."""
     report: Path
+    """The page; `protocol.json` stands beside it."""
 
     @property
-    def sweep_csv(self) -> Path:
-        return self.plots / "fid_sweep.csv"
+    def protocol(self) -> Path:
+        """All numbers, and how they were measured."""
+        return self.report.with_name("protocol.json")
 
     @property
-    def sweep_json(self) -> Path:
-        return self.plots / "fid_sweep.json"
-
-    @property
-    def samples(self) -> Path:
-        return self.plots / "samples.png"
-
-    @property
-    def omega(self) -> Path:
-        return self.plots / "omega.png"
-
-    @property
-    def beside_metrics(self) -> Sequence[Path]:
-        """All but `metrics`."""
-        return self.sweep_csv, self.sweep_json, self.samples, self.omega, self.report
+    def files(self) -> Sequence[Path]:
+        names = ("fid_sweep.csv", "fid_sweep.json", "samples.png", "omega.png")
+        return self.metrics, *(self.plots / name for name in names), self.report, self.protocol
 
     def check_writable(self) -> None:
         """Raise `UserError` if one of the files cannot be written; makes their folders."""
-        for path in (self.metrics, *self.beside_metrics):
+        for path in self.files:
             check_output(path)
 
-    def write(
-        self,
-        result: Mapping[str, Any],
-        summary: Mapping[str, Any],
-        pictures: Pictures,
-        *,
-        title: str,
-        settings: Mapping[str, Any],
-        training_log: Path,
-    ) -> None:
-        """Write all files, each of them atomically, the metrics last.
-
-        `result` is what `metrics` is to hold, `summary` what `sweep_json` is; `title`, `settings` and the
-        log of the generator's training are for the page.
-        """
-        save_png(self.samples, pictures.samples)
-        save_png(self.omega, pictures.omega)
-        write_sweep_csv(self.sweep_csv, result["sweep"])
-        write_json(self.sweep_json, summary)
-        write_page(
-            self.report,
-            result,
-            title=title,
-            settings=settings,
-            pictures=[
-                (
-                    "Samples",
-                    f"A row per class at omega {pictures.samples_omega:g}; a column shares its noise.",
-                    self.samples.read_bytes(),
-                ),
-                (
-                    "The same noise at every omega",
-                    "A row per class, a column per omega.",
-                    self.omega.read_bytes(),
-                ),
-            ],
-            training=training_curves(training_log),
+    def write(self, evaluated: Evaluated, settings: Settings, copies: Copies) -> None:
+        """Write all files, each of them atomically, the metrics last."""
+        measured = evaluated.measured
+        pictures = {"samples": evaluated.samples, "omega": evaluated.omegas}
+        for name, picture in pictures.items():
+            save_png(self.plots / f"{name}.png", picture)
+        write_sweep_csv(self.plots / "fid_sweep.csv", measured["sweep"])
+        write_json(self.plots / "fid_sweep.json", sweep_summary(measured, settings))
+        shown = dict(copies.made_by["decides"]) if copies.made_by else {}
+        shown |= {"fid": settings.fid.model_dump(mode="json"), "data": settings.data.model_dump(mode="json")}
+        captions = {
+            "samples": f"Samples at omega {settings.fid.picture_omega:g}: a column shares its noise",
+            "omega": "The same noise at every omega",
+        }
+        page = render_page(
+            measured,
+            settings=shown,
+            pictures={text: (self.plots / f"{name}.png").read_bytes() for name, text in captions.items()},
+            training_log=copies.folder / "logs.jsonl",
         )
-        write_json(self.metrics, result)
+        with atomic_write(self.report) as file:
+            file.write(page.encode(errors="backslashreplace"))
+        write_json(self.protocol, measured)
+        write_json(self.metrics, flat_metrics(measured))
+
+
+def flat_metrics(measured: Mapping[str, Any]) -> dict[str, float]:
+    """At most ten numbers: those of the best point that were measured, and what to compare its FID with."""
+    numbers = {name: measured["best"].get(name) for name in _OF_BEST}
+    numbers["fid_of_training_images"] = measured["training"]
+    return {name: number for name, number in numbers.items() if number is not None}
+
+
+def write_sweep_csv(path: str | Path, sweep: Sequence[Entry]) -> None:
+    """Write the entries as CSV: `COLUMNS`, of which the Sinkhorn paper's code has omega, fid and dir.
+
+    What was not measured is empty.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(sweep)
+    with atomic_write(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def sweep_summary(measured: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """What `fid_sweep.json` holds: the fields of the Sinkhorn paper's code, with ours in each entry."""
+    protocol, batch_size = measured["protocol"], settings.hardware.sample_batch
+    reference, sweep = protocol["reference"], measured["sweep"]
+    return {
+        "ckpt": protocol["generator_folder"],
+        "use_ema": True,
+        "num_gen": measured["images"],
+        "batch_size": batch_size,
+        "fid": {"mode": protocol["mode"], "batch_size": batch_size, "workers": settings.hardware.workers},
+        "real_dir": reference,
+        "real_stats": reference if reference.endswith(".npz") else protocol["reference_digest"],
+        "latent_scale_factor": protocol["latent_scale_factor"],
+        "omegas": list(dict.fromkeys(entry["omega"] for entry in sweep)),
+        "results": [{"dir": None, **entry} for entry in sweep],
+        "best": {"dir": None, **measured["best"]},
+    }

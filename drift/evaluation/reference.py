@@ -6,8 +6,9 @@ digest of all that they depend on.
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,57 +18,32 @@ from zipfile import BadZipFile, is_zipfile
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from drift.data.images import (
-    ImageFiles,
-    ImageSource,
-    center_views,
-    open_images,
-    refuse_or_leave_out,
-    view_digest,
-)
+from drift.data.datasets import Dataset, ImageFiles, open_images, refuse_or_leave_out
+from drift.data.views import center_views, view_digest
 from drift.evaluation.batches import one_behind
-from drift.evaluation.moments import AllReduceSum, Moments, alone, frechet_distance
+from drift.evaluation.moments import Moments, frechet_distance
 from drift.evaluation.networks import FeatureNetwork
 from drift.evaluation.store import FeatureStore
 from drift.runtime.errors import UserError
 from drift.runtime.files import atomic_write, check_readable, sha256
 from drift.runtime.lock import Lock
+from drift.runtime.processes import Ranks
 from drift.runtime.seeds import numpy_generator
+from drift.settings import Settings
 
-_KEYS = (("mu", "sigma"), ("ref_mu", "ref_sigma"))  # clean-fid's and the prior's names; the release's
+ALONE = Ranks(0, 1, torch.device("cpu"))
+_KEYS = (
+    ("mu", "sigma"),
+    ("ref_mu", "ref_sigma"),
+)  # of clean-fid and the Sinkhorn paper's code; of the release
 _WAIT_S = 1.0  # between two looks at a lock
-_DECIDING = ("clean-fid", "pillow", "torch", "torchvision")  # packages whose version decides features
+_VERSIONS = ("clean-fid", "pillow", "torch", "torchvision")  # packages whose version features depend on
 
 # Of the self-test, relative to the trace of the covariance. The square root leaves 1e-9 where all is well.
 _ZERO = 1e-5
 _SHIFT = 0.1  # of each feature, in its standard deviations
 _SCALE = 0.1  # by which features grow
-
-
-def _nobody() -> None:
-    """Whom a process without peers waits for."""
-
-
-@dataclass(frozen=True)
-class Peers:
-    """The processes that measure together, and this one among them."""
-
-    rank: int = 0
-    world_size: int = 1
-    all_reduce_sum: AllReduceSum = alone
-    device: str | torch.device = "cpu"
-    """Where the tensors are that `all_reduce_sum` takes."""
-    wait: Callable[[], None] = _nobody
-    """Returns when all have come here. Not `all_reduce_sum`, which makes no host wait where it is a GPU's."""
-
-    def __post_init__(self) -> None:
-        assert self.world_size == 1 or self.wait is not _nobody, "the files of several need a barrier"
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
 
 
 @dataclass(frozen=True)
@@ -79,7 +55,7 @@ class FeatureStatistics:
     accuracy: float | None = None
     """Share of images whose predicted label is theirs; None where the network does not classify."""
     count: int | None = None
-    """Of the images; None where it is not known."""
+    """Number of images, if known."""
 
     def distance(self, other: "FeatureStatistics") -> float:
         """Squared Fréchet distance."""
@@ -99,7 +75,25 @@ class Reference:
     """Where the statistics are; `load_statistics` takes a copy of it anywhere."""
 
 
-def open_reference(name: str, dataset: str, root: str | None, classes: int) -> ImageSource | None:
+@dataclass(frozen=True)
+class Reading:
+    """How real images are read."""
+
+    image_size: int
+    batch_size: int
+    seed: int = 0
+    on_bad_image: str = "error"
+    """`skip` leaves out what does not decode."""
+    workers: int = 1
+    """Threads that decode."""
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Reading":
+        hardware, bad = settings.hardware, settings.encode.on_bad_image
+        return cls(settings.data.image_size, hardware.sample_batch, settings.seed, bad, hardware.workers)
+
+
+def open_reference(name: str, dataset: str, root: str | None, classes: int) -> Dataset | None:
     """The real images that `name` means: a split of the dataset, or a folder (a path with a slash).
 
     None for an `.npz` of statistics. Raises `UserError` if they are not there.
@@ -113,9 +107,8 @@ def open_reference(name: str, dataset: str, root: str | None, classes: int) -> I
 def load_statistics(path: str | Path, dimension: int, features: str | None = None) -> Reference:
     """A reference from an `.npz` with `mu` `[D]` and `sigma` `[D, D]`, or `ref_mu` and `ref_sigma`.
 
-    Raises `UserError` if the file is missing or cut short, has neither pair of
-    floats, D is not `dimension`, or `sigma` is no covariance; or if it is one that `measure_images` has
-    written with another feature network than that of the digest `features`.
+    Raises `UserError` if the file is missing, damaged, of another dimension or no covariance; or if
+    `measure_images` has written it with another feature network than that of the digest `features`.
     """
     path = Path(path)
     check_readable(path, f"fid.reference = {path}", "correct the path")
@@ -131,131 +124,132 @@ def load_statistics(path: str | Path, dimension: int, features: str | None = Non
             mu, sigma = (np.asarray(file[key]) for key in keys)
         except (ValueError, BadZipFile) as error:  # ValueError: pickled objects
             raise UserError(
-                f"{path}: {keys[0]} or {keys[1]} cannot be read ({error}); get a fresh copy"
+                f"{path}: {' or '.join(keys)} cannot be read ({error}); get a fresh copy"
             ) from None
-    if not all(np.issubdtype(array.dtype, np.floating) for array in (mu, sigma)):
-        raise UserError(f"{path}: {keys[0]} is {mu.dtype} and {keys[1]} {sigma.dtype}; both must be floats")
-    mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
-    if mu.shape != (dimension,) or sigma.shape != (dimension, dimension):
+    if made_with is not None and features not in (None, made_with):
         raise UserError(
-            f"{path}: {keys[0]} {list(mu.shape)} and {keys[1]} {list(sigma.shape)} do not fit features of "
-            f"{dimension} dimensions; take the feature network that the file was made with"
+            f"fid.reference = {path}: was measured with another feature network ({made_with[:12]}) than "
+            f"that of fid.features and fid.mode ({features[:12]}); measure it again with this one"
+        )
+    if reason := _why_no_gaussian(mu, sigma, dimension):
+        raise UserError(f"{path}: {' and '.join(keys)} {reason}")
+    statistics = FeatureStatistics(mu.astype(np.float64), sigma.astype(np.float64))
+    return Reference(str(path), sha256(path), _load(path) if made_with else statistics, file=path)
+
+
+def _why_no_gaussian(mu: np.ndarray, sigma: np.ndarray, dimension: int) -> str | None:
+    if not all(np.issubdtype(array.dtype, np.floating) for array in (mu, sigma)):
+        return f"are {mu.dtype} and {sigma.dtype}; both must be floats"
+    if mu.shape != (dimension,) or sigma.shape != (dimension, dimension):
+        return (
+            f"have shapes {list(mu.shape)} and {list(sigma.shape)}, which do not fit features of {dimension} "
+            "dimensions; take the feature network that the file was made with"
         )
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise UserError(f"{path}: {keys[0]} or {keys[1]} has numbers that are not finite; get a fresh copy")
+        return "have numbers that are not finite; get a fresh copy"
     if abs(sigma - sigma.T).max() > 1e-6 * abs(sigma).max() or (np.diag(sigma) < 0).any():
-        raise UserError(f"{path}: {keys[1]} is not a covariance (not symmetric); get a fresh copy")
-    statistics = FeatureStatistics(mu, sigma)
-    if made_with is not None:
-        if features not in (None, made_with):
-            raise UserError(
-                f"fid.reference = {path}: was measured with another feature network ({made_with[:12]}) than "
-                f"that of fid.features and fid.mode ({features[:12]}); measure it again with this one"
-            )
-        statistics = _load(path)
-    return Reference(str(path), sha256(path), statistics, file=path)
+        return "are no mean and covariance (not symmetric); get a fresh copy"
+    return None
 
 
 def measure_images(
-    source: ImageSource,
+    source: Dataset,
     network: FeatureNetwork,
     cache: Path,
+    reading: Reading,
     *,
-    image_size: int,
-    batch_size: int,
     images: int | None = None,
-    seed: int = 0,
-    on_bad_image: str = "error",
-    workers: int = 1,
-    peers: Peers = Peers(),
+    ranks: Ranks = ALONE,
     on_images: Callable[[int], None] = lambda images: None,
 ) -> Reference:
     """Features and statistics of the centre views of `source`: of all, or of `images` of them at random.
 
-    They are kept in a folder within `cache` and read from there the next time; what was interrupted goes on.
-    `workers` threads decode. `on_images` sees how many images are measured. Raises `UserError` if there are
-    too few images for the network's features, or if some do not decode and `on_bad_image` is `error`; with
-    `skip` these are left out.
+    They are kept in a folder within `cache` and read from there the next time; an interrupted measurement
+    goes on. `on_images` receives the number of measured images. Raises `UserError` if there are too few for
+    the network's features, or if some do not decode and `reading` does not skip them.
     """
     count = len(source) if images is None else min(images, len(source))
     require_enough(count, network, f"real images of {source.split}")
-    chosen = np.sort(numpy_generator(seed, "fid/real").permutation(len(source))[:count])
-    depends_on = [network.digest, source.digest, image_size, hashlib.sha256(chosen.tobytes()).hexdigest()]
-    depends_on += [view_digest("center"), *(version(package) for package in _DECIDING)]
+    chosen = np.sort(numpy_generator(reading.seed, "fid/real").permutation(len(source))[:count])
+    chosen_digest = hashlib.sha256(chosen.tobytes()).hexdigest()
+    depends_on = [network.digest, source.digest, reading.image_size, chosen_digest, view_digest("center")]
+    depends_on += [version(package) for package in _VERSIONS]
     digest = hashlib.sha256(repr(depends_on).encode()).hexdigest()
     folder = cache / digest[:16]
     result = folder / "statistics.npz"
-    lock = _lock(folder) if peers.first else None
-    try:
-        if peers.first:
+    with _locked(folder, ranks.first):
+        if ranks.first:
             if source.passed_over:
                 print(source.passed_over, flush=True)
-            store = FeatureStore.create(folder, count, network.dimension)
-            if len(bad := store.undecodable()):  # may have been repaired
-                result.unlink(missing_ok=True)
-                store.forget(bad)
-        peers.wait()
+            FeatureStore.create(folder, count, network.dimension)
+        ranks.barrier()
         store = FeatureStore(folder)
-        if not result.exists():
-            missing = store.missing()
-            peers.wait()  # nobody writes before everybody has looked, or they would share it out differently
-            before = count - len(missing)
-            mine = np.array_split(missing, peers.world_size)[peers.rank]
-            with (
-                ThreadPoolExecutor(max(1, workers)) as pool,
-                tqdm(total=len(mine), desc="real images", unit="image", disable=not peers.first) as progress,
-            ):
-                batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-
-                def resized(rows: np.ndarray) -> tuple[Tensor, np.ndarray]:
-                    views, undecodable = center_views(source, chosen[rows], image_size, pool)
-                    return network.resized(torch.from_numpy(views)), undecodable
-
-                for rows, (ready, undecodable) in one_behind(batches, resized):
-                    store.write(rows, network.features(ready).cpu().numpy(), undecodable)
-                    progress.update(len(rows))
-                    on_images(min(before + progress.n * peers.world_size, count))
-            peers.wait()
+        if len(missing := store.missing()) or not result.exists():
+            ranks.barrier()  # nobody writes before all have looked, or they would share it differently
+            mine = np.array_split(missing, ranks.world_size)[ranks.rank]
+            done = count - len(missing)
+            for batch in _measure(source, chosen, mine, network, store, reading):
+                done += batch * ranks.world_size
+                on_images(min(done, count))
+            ranks.barrier()
             bad = store.undecodable()
-            refuse_or_leave_out(source, chosen[bad], on_bad_image, told=peers.first)
+            refuse_or_leave_out(source, chosen[bad], reading.on_bad_image, show=ranks.first)
             require_enough(count - len(bad), network, f"real images of {source.split} that decode")
-            if len(bad):
-                store, chosen = FeatureStore(folder, leave_out=bad), np.delete(chosen, bad)
-                digest = hashlib.sha256(digest.encode() + chosen.tobytes()).hexdigest()
-            labels = None if source.labels is None else source.labels[chosen]
-            statistics = store_statistics(store, network, labels, peers)
-            if peers.first:
-                _save(result, statistics, network.digest)
-            peers.wait()
+            if ranks.first:
+                kept = np.delete(chosen, bad)
+                labels = None if source.labels is None else source.labels[kept]
+                _save(result, store_statistics(FeatureStore(folder, bad), network, labels), network.digest)
+            ranks.barrier()
+        if len(bad := store.undecodable()):
+            digest = hashlib.sha256(digest.encode() + np.delete(chosen, bad).tobytes()).hexdigest()
         on_images(count)
-        return Reference(source.split, digest, _load(result), store, result)
-    finally:
-        if lock is not None:
-            lock.release()
+        return Reference(source.split, digest, _load(result), FeatureStore(folder, bad), result)
 
 
-def _lock(folder: Path) -> Lock:
+def _measure(
+    source: Dataset,
+    chosen: np.ndarray,
+    rows: np.ndarray,
+    network: FeatureNetwork,
+    store: FeatureStore,
+    reading: Reading,
+) -> Iterator[int]:
+    """Write the features of the images `chosen[rows]` as those `rows`; yields how many each batch has."""
+    batches = [rows[start : start + reading.batch_size] for start in range(0, len(rows), reading.batch_size)]
+    with ThreadPoolExecutor(max(1, reading.workers)) as pool:
+
+        def resized(batch: np.ndarray) -> tuple[Tensor, np.ndarray]:
+            views, undecodable = center_views(source, chosen[batch], reading.image_size, pool)
+            return network.resized(torch.from_numpy(views)), undecodable
+
+        for batch, (ready, undecodable) in one_behind(batches, resized):
+            store.write(batch, network.features(ready).cpu().numpy(), undecodable)
+            yield len(batch)
+
+
+@contextmanager
+def _locked(folder: Path, first: bool) -> Iterator[None]:
+    """Have `folder` alone; a run that measures the same images is waited for."""
+    if not first:
+        yield
+        return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = Lock(folder)
-    told = ""
+    lock, shown = Lock(folder), ""
     while not lock.acquire():
-        if told != (told := lock.holder()):
-            print(f"{folder}: waiting for another run that measures the same images ({told})", flush=True)
+        if shown != (shown := lock.holder()):
+            print(f"{folder}: waiting for another run that measures the same images ({shown})", flush=True)
         time.sleep(_WAIT_S)
-    return lock
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _save(path: Path, statistics: FeatureStatistics, feature_network: str) -> None:
     accuracy = np.nan if statistics.accuracy is None else statistics.accuracy
+    found = {"mu": statistics.mean, "sigma": statistics.covariance, "count": statistics.count}
     with atomic_write(path) as file:
-        np.savez(
-            file,
-            mu=statistics.mean,
-            sigma=statistics.covariance,
-            accuracy=accuracy,
-            count=statistics.count,
-            feature_network=feature_network,
-        )
+        np.savez(file, **found, accuracy=accuracy, feature_network=feature_network)
 
 
 def _load(path: Path) -> FeatureStatistics:
@@ -267,34 +261,17 @@ def _load(path: Path) -> FeatureStatistics:
 
 
 def store_statistics(
-    store: FeatureStore,
-    network: FeatureNetwork,
-    labels: np.ndarray | None,
-    peers: Peers,
-    also: Callable[[Tensor, Tensor], None] = lambda rows, logits: None,
+    store: FeatureStore, network: FeatureNetwork, labels: np.ndarray | None
 ) -> FeatureStatistics:
-    """Statistics of all features in a store, in one pass that the processes share.
-
-    `labels [N]` are compared with what the network predicts, where it knows them; `also` sees row numbers
-    `[B]` and logits `[B, K]` of what this process reads, where the network classifies.
-    """
-    assert not len(store.missing()), "rows that nobody has measured"
+    """Statistics of all features in a store; `labels [N]` are compared with what the network predicts."""
     known = network.labels and labels is not None
-    moments = Moments(network.dimension, network.device)
-    correct = torch.zeros((), dtype=torch.float64, device=network.device)
-    for rows, block in store.blocks(peers.rank, peers.world_size):
-        features = torch.from_numpy(block).to(network.device)
-        moments.update(features)
-        if network.classify is not None:
-            logits = network.logits(features)
-            also(torch.arange(rows.start, rows.stop), logits)
-            if known:
-                correct += (logits.argmax(1).cpu() == torch.from_numpy(labels[rows])).sum()
-    moments = moments.all_reduce(peers.all_reduce_sum)
-    accuracy = float(peers.all_reduce_sum(correct)) / moments.count if known else None
-    return FeatureStatistics(
-        moments.mean.cpu().numpy(), moments.covariance.cpu().numpy(), accuracy, moments.count
-    )
+    moments, correct = Moments(network.dimension, network.device), 0
+    for rows, block in store.blocks():
+        moments.update(torch.from_numpy(block).to(network.device))
+        if known:
+            correct += int((network.logits(block).argmax(1).cpu().numpy() == labels[rows]).sum())
+    mean, covariance = moments.mean.cpu().numpy(), moments.covariance.cpu().numpy()
+    return FeatureStatistics(mean, covariance, correct / len(store) if known else None, len(store))
 
 
 def require_enough(count: int, network: FeatureNetwork, what: str) -> None:
@@ -314,33 +291,28 @@ def self_test(reference: Reference, seed: int) -> dict[str, Any]:
     - `shift`: that to itself with every feature moved by a tenth of its standard deviation: a hundredth of
       the sum of the variances.
     - `scale`: that to itself with all features 10 % larger: a hundredth of the sum of their mean squares.
-    - `halves`: that between two halves of the reference, drawn from `seed`, which no generator could be
-      expected to beat with as few images: the floor. None without features, or with too few of them.
+    - `halves`: that between two halves of the reference, drawn from `seed`: the floor, which no generator can
+      be expected to beat with as few images. None without features, or with too few of them.
     """
     statistics = reference.statistics
     mean, covariance = statistics.mean, statistics.covariance
-    trace, tolerance = float(np.trace(covariance)), _ZERO * float(np.trace(covariance))
-    shift = _SHIFT * np.sqrt(np.diag(covariance))
-    larger = 1 + _SCALE
-    found = {
-        "same": {"expected": 0.0, "measured": statistics.distance(statistics)},
-        "shift": {
-            "expected": _SHIFT**2 * trace,
-            "measured": statistics.distance(FeatureStatistics(mean + shift, covariance)),
-        },
-        "scale": {
-            "expected": _SCALE**2 * (trace + float(mean @ mean)),
-            "measured": statistics.distance(FeatureStatistics(mean * larger, covariance * larger**2)),
-        },
-    }
-    for name, numbers in found.items():
-        expected, measured = numbers["expected"], numbers["measured"]
-        if not abs(measured - expected) <= tolerance + 1e-6 * expected:
+    trace = float(np.trace(covariance))
+    moved = FeatureStatistics(mean + _SHIFT * np.sqrt(np.diag(covariance)), covariance)
+    larger = FeatureStatistics(mean * (1 + _SCALE), covariance * (1 + _SCALE) ** 2)
+    found = {}
+    for name, expected, other in (
+        ("same", 0.0, statistics),
+        ("shift", _SHIFT**2 * trace, moved),
+        ("scale", _SCALE**2 * (trace + float(mean @ mean)), larger),
+    ):
+        measured = statistics.distance(other)
+        if not abs(measured - expected) <= _ZERO * trace + 1e-6 * expected:
             raise UserError(
                 f"self-test of the reference {reference.name}: '{name}' gives {measured:.6g} and not "
                 f"{expected:.6g}, so no distance to it can be trusted; its covariance is no valid one, or "
                 "too few images are in it: make it again from more images"
             )
+        found[name] = {"expected": expected, "measured": measured}
     return {**found, "same": found["same"]["measured"], "halves": _halves(reference, seed)}
 
 

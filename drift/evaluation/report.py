@@ -1,11 +1,12 @@
-"""The numbers of `metrics/fid.json` as a table on screen.
+"""The numbers of `reports/protocol.json` as a table on screen.
 
 python -m drift.evaluation.report
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 COLUMNS = (
     ("omega", "omega", "g"),
@@ -19,45 +20,51 @@ COLUMNS = (
 )
 
 
-def format_report(result: dict) -> str:
-    """A Markdown table with a row per point of the sweep, and what the numbers are to be compared with.
-
-    `result` is what `metrics/fid.json` holds.
-    """
-    shown = [c for c in COLUMNS if any(entry.get(c[0]) is not None for entry in result["sweep"])]
+def table(measured: Mapping[str, Any]) -> list[list[str]]:
+    """The titles of the measured columns, and a row per point of the sweep; `measured` is `protocol.json`."""
+    shown = [c for c in COLUMNS if any(entry.get(c[0]) is not None for entry in measured["sweep"])]
     rows = [[title for _, title, _ in shown]]
-    for entry in result["sweep"]:
+    for entry in measured["sweep"]:
         row = [format(entry[key], form) if entry.get(key) is not None else "-" for key, _, form in shown]
-        if entry == result["best"]:
-            row[0] += " (best)"
-        rows.append(row)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(shown))]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    protocol = result["protocol"]
-    lines += ["", f"{result['images']} images per row, features of {protocol['features']}"]
-    if result["floor"] is not None:
+        rows.append([row[0] + (" (best)" if entry == measured["best"] else ""), *row[1:]])
+    return rows
+
+
+def comparisons(measured: Mapping[str, Any]) -> list[str]:
+    """What the numbers of the table are of, and what they are to be compared with, a line each."""
+    protocol = measured["protocol"]
+    lines = [f"{measured['images']} images per row, features of {protocol['features']}"]
+    if measured["floor"] is not None:
         half = protocol["reference_images"] // 2
-        lines.append(f"FID floor (two halves of the reference, {half} images each): {result['floor']:.2f}")
-    if result["training"] is not None:
+        lines.append(f"FID floor (two halves of the reference, {half} images each): {measured['floor']:.2f}")
+    if measured["training"] is not None:
         count = protocol["floor_images"]
-        lines.append(f"FID of {count} real training images, as if generated: {result['training']:.2f}")
-    if result["classifier_accuracy_real"] is not None:
-        lines.append(f"the classifier's accuracy on real images: {result['classifier_accuracy_real']:.1%}")
-    return "\n".join(lines)
+        lines.append(f"FID of {count} real training images, as if generated: {measured['training']:.2f}")
+    if measured["classifier_accuracy_real"] is not None:
+        lines.append(f"the classifier's accuracy on real images: {measured['classifier_accuracy_real']:.1%}")
+    return lines
 
 
-def print_report(metrics: Path, files: Iterable[Path], png_folder: str | None = None) -> None:
-    """Print `metrics` as a table, then where it and the other files are."""
-    print(f"\n{format_report(json.loads(metrics.read_text()))}\n")
-    print("numbers:  ", metrics)
-    kinds = {".png": "picture:  ", ".html": "report:   ", ".json": "sweep:    "}
+def format_report(measured: Mapping[str, Any]) -> str:
+    """`table` in Markdown, and `comparisons` below."""
+    rows = table(measured)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join([*lines, "", *comparisons(measured)])
+
+
+def print_report(protocol: Path, files: Iterable[Path], png_folder: str | None = None) -> None:
+    """Print `protocol` as a table, then where the files are."""
+    print(f"\n{format_report(json.loads(protocol.read_text()))}\n")
+    kinds = {".png": "picture:  ", ".html": "report:   ", ".json": "numbers:  ", ".csv": "curve:    "}
     for path in files:
-        print(kinds.get(path.suffix, "curve:    "), path)
+        print(kinds[path.suffix], path)
     if png_folder is not None:
         print("images:   ", png_folder)
 
 
 if __name__ == "__main__":
     plots = sorted(path for path in Path("plots").glob("*") if path.suffix in (".png", ".csv"))
-    print_report(Path("metrics/fid.json"), [*plots, Path("reports/index.html")])
+    files = (Path("metrics/fid.json"), *plots, Path("reports/index.html"))
+    print_report(Path("reports/protocol.json"), files)

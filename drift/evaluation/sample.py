@@ -1,21 +1,23 @@
 """Samples of a generator: sample i is a function of (seed, i) and omega alone.
 
-Noise and style indices of sample i come from its own generator on the CPU, its label is number i of a list.
+Noise and style indices of sample i come from its own generator on the CPU; its label is number i of a list.
 So batch size, number of processes and device do not change what is drawn, and a sweep over omega guides the
-same noise with another strength. Networks see batches of one shape, so neither of the first two changes a
-pixel.
+same noise with another strength. Networks see batches of one shape, so batch size and number of processes do
+not change a pixel either.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from diffusers.configuration_utils import FrozenDict
 from torch import Tensor
 from tqdm import tqdm
 
 from drift.autoencoders.kl import VAE, Rounding, to_uint8
 from drift.evaluation.batches import in_batches
-from drift.models.generator import Generator, GeneratorConfig
+from drift.models.generator import Generator
 from drift.runtime.seeds import numpy_generator, torch_generator
 
 
@@ -24,7 +26,7 @@ def sample_generator(seed: int, index: int) -> torch.Generator:
     return torch_generator(seed, "fid/sample", index)
 
 
-def draw_sample(config: GeneratorConfig, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+def draw_sample(config: FrozenDict, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """What a generator network with `config` turns into one sample, beside its label.
 
     Returns noise `[C, H, W]` and style indices `[S]`, uniform in each codebook, on the device of the random
@@ -40,7 +42,7 @@ def draw_sample(config: GeneratorConfig, generator: torch.Generator | None) -> t
 
 def draw_inputs(
     indices: Sequence[int],
-    config: GeneratorConfig,
+    config: FrozenDict,
     seed: int,
     device: str | torch.device = "cpu",
 ) -> tuple[Tensor, Tensor]:
@@ -57,14 +59,14 @@ def balanced_labels(count: int, classes: int) -> np.ndarray:
 
 
 def random_labels(count: int, classes: int, seed: int) -> np.ndarray:
-    """Labels `[count]`, uniform and independent of each other, as the Sinkhorn paper's code draws them."""
+    """Labels `[count]`, uniform and independent, as the Sinkhorn paper's code draws them."""
     return numpy_generator(seed, "fid/labels").integers(classes, size=count)
 
 
 def split_labels(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Labels `[count]` of a split's images in a random order: of each once before any of them comes again.
+    """Labels `[count]` of a split's images in a random order: each image once before any comes again.
 
-    The split's own `labels [N]` are sorted, and the first of them would be of few classes.
+    The split's own `labels [N]` are sorted, so the first of them would cover few classes.
     """
     order = numpy_generator(seed, "fid/labels").permutation(len(labels))
     return labels[np.resize(order, count)]
@@ -88,9 +90,9 @@ def sample_latents(
 class ImageDecoder:
     """Latents `[B, C, H, W]` -> 8-bit images `[B, H, W, 3]` on the CPU, exactly as a PNG would hold them.
 
-    The VAE decodes `batch_size` at once, always, and half as many from then on whenever the device has not
-    had the memory for it (a few pixels may then differ by one level, as the rounding is another). Images that
-    are not finite in bfloat16 are decoded again in float32; raises `FloatingPointError` if they are not then.
+    The VAE always decodes `batch_size` at once, and half as many from then on whenever the device runs out of
+    memory (a few pixels may then differ by one level, as the rounding changes). Images that are not finite in
+    bfloat16 are decoded again in float32; raises `FloatingPointError` if they are not finite then either.
     """
 
     def __init__(self, vae: VAE, batch_size: int, rounding: Rounding = "nearest"):
@@ -110,7 +112,7 @@ class ImageDecoder:
         return torch.cat(images)
 
     def _decode(self, latents: Tensor) -> Tensor | None:
-        """None if the device has run out of memory; outside its `except`, what filled it can be freed."""
+        """None if the device has run out of memory; only outside this `except` can its tensors be freed."""
         try:
             images, finite = self._images(self.vae, latents)
             if not finite.all() and self.vae.precision != "float32":
@@ -129,7 +131,7 @@ class ImageDecoder:
         return images
 
     def _images(self, vae: VAE, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """8-bit images `[B, H, W, 3]` and whether each was finite (which rounding hides), `[B]`."""
+        """8-bit images `[B, H, W, 3]`, and whether each was finite before it was rounded, `[B]`."""
         decoded = in_batches(vae.decode, latents, size=self.batch_size)
         finite = decoded.isfinite().flatten(1).all(1)
         return to_uint8(decoded, self.rounding).cpu(), finite.cpu()
@@ -138,32 +140,32 @@ class ImageDecoder:
         before, self.batch_size = self.batch_size, self.batch_size // 2
         tqdm.write(
             f"the VAE ran out of memory with {before} images at once: {self.batch_size} from now on "
-            f"(hardware.decode_batch: {self.batch_size} starts with so many)"
+            f"(to start with as many, set hardware.decode_batch: {self.batch_size})"
         )
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-def sample_images(
-    generator: Generator,
-    decode: ImageDecoder,
-    indices: Sequence[int],
-    labels: Sequence[int],
-    omega: float,
-    seed: int,
-    batch_size: int,
-    *,
-    device: str | torch.device = "cpu",
-    progress: bool = False,
-) -> Iterator[tuple[Sequence[int], Tensor]]:
-    """Yields (indices, uint8 images `[B, H, W, 3]` on the CPU), at most `batch_size` at once.
+@dataclass(frozen=True)
+class Samples:
+    """Which samples are drawn, and how many at once."""
 
-    `labels` are those of all samples: that of sample i is `labels[i]`.
-    """
-    with tqdm(total=len(indices), desc=f"omega {omega:g}", unit="image", disable=not progress) as bar:
-        for start in range(0, len(indices), batch_size):
-            batch = indices[start : start + batch_size]
-            noise, style_indices = draw_inputs(batch, generator.config, seed, device)
-            asked = torch.tensor([int(labels[index]) for index in batch], device=device)
-            yield batch, decode(sample_latents(generator, noise, asked, style_indices, omega))
-            bar.update(len(batch))
+    labels: np.ndarray
+    """`[N]`, the label of every sample."""
+    seed: int
+    batch_size: int
+    """Generated and decoded at once, per process; changes no number."""
+    device: str | torch.device = "cpu"
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def images(
+        self, generator: Generator, decode: ImageDecoder, indices: Sequence[int], omega: float
+    ) -> Iterator[tuple[Sequence[int], Tensor]]:
+        """Yields (indices, uint8 images `[B, H, W, 3]` on the CPU), at most `batch_size` at once."""
+        for start in range(0, len(indices), self.batch_size):
+            batch = indices[start : start + self.batch_size]
+            noise, style_indices = draw_inputs(batch, generator.config, self.seed, self.device)
+            labels = torch.tensor([int(self.labels[index]) for index in batch], device=self.device)
+            yield batch, decode(sample_latents(generator, noise, labels, style_indices, omega))

@@ -16,10 +16,10 @@ class FeatureStore:
     """Features float32 `[N, D]`, row i those of image i, with a mark for each row that is there.
 
     Several processes may write different rows; one calls `create` before the others open the folder.
-    Images that do not decode have rows without features, which `leave_out` takes out of what is read.
     """
 
     def __init__(self, folder: str | Path, leave_out: Sequence[int] = ()):
+        """`leave_out`: rows that reading passes over, those of images that do not decode."""
         self._features = RowFile(Path(folder, "features.npy"))
         self._marks = RowFile(Path(folder, "done.npy"))
         self._rows = np.setdiff1d(np.arange(len(self._features)), leave_out)
@@ -38,29 +38,24 @@ class FeatureStore:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         RowFile.create(folder / "features.npy", np.float32, (count, dimension))
-        np.save(folder / "done.npy", np.zeros(count, np.uint8))
+        RowFile.create(folder / "done.npy", np.uint8, (count,))
         return cls(folder)
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def missing(self) -> np.ndarray:
-        """The rows that are not there yet, ascending."""
-        return np.flatnonzero(self._marks.read() == _MISSING)
+        """The rows without features, ascending; those of images that do not decode are among them."""
+        return np.flatnonzero(self._marks.read() != _THERE)
 
     def undecodable(self) -> np.ndarray:
         """The rows of images that do not decode, ascending."""
         return np.flatnonzero(self._marks.read() == _UNDECODABLE)
 
-    def forget(self, rows: np.ndarray) -> None:
-        """Take the marks from `rows`."""
-        for row in rows:
-            self._marks.write(row, np.full(1, _MISSING, np.uint8))
-
     def write(self, rows: Sequence[int], features: np.ndarray, undecodable: np.ndarray | None = None) -> None:
-        """Write `features [B, D]` as the ascending `rows`; they are on the disk before their marks are.
+        """Write `features [B, D]` as the ascending `rows`; they reach the disk before their marks do.
 
-        `undecodable` `[B]` says which of them are of images that do not decode.
+        `undecodable` `[B]` says which of the rows belong to images that do not decode.
         """
         rows = np.asarray(rows)
         marks = np.full(len(rows), _THERE, np.uint8)
@@ -76,8 +71,9 @@ class FeatureStore:
         """Features `[B, D]` of an array or a slice of rows."""
         return self._features.read(self._rows[rows])
 
-    def blocks(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[slice, np.ndarray]]:
-        """All rows in order, `BLOCK` at a time; of several processes, each has its own part of them."""
-        for start in range(rank * BLOCK, len(self), world_size * BLOCK):
+    def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """All rows in order, `BLOCK` at a time."""
+        assert len(self.missing()) == len(self.undecodable()), "rows that nobody has measured"
+        for start in range(0, len(self), BLOCK):
             part = slice(start, min(start + BLOCK, len(self)))
             yield part, self[part]

@@ -2,52 +2,67 @@
 
 Features are written to disk as they come, a row per sample; all metrics are made from that file. So neither
 batch size nor number of processes shows in them, memory does not grow with the number of images, and a sweep
-that is killed goes on at the first sample that is not there.
+that is killed goes on at the first missing sample.
 """
 
-import csv
-import io
+import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from drift.evaluation.batches import one_behind
-from drift.evaluation.metrics import InceptionScore, kernel_distance, precision_recall
+from drift.evaluation.metrics import inception_score, kernel_distance, precision_recall
 from drift.evaluation.networks import FeatureNetwork
-from drift.evaluation.png import PngFolder, png_folder_name
-from drift.evaluation.reference import Peers, Reference, require_enough, store_statistics
-from drift.evaluation.sample import ImageDecoder, sample_images
+from drift.evaluation.png import PngFolder
+from drift.evaluation.reference import ALONE, Reference, require_enough, store_statistics
+from drift.evaluation.sample import ImageDecoder, Samples
 from drift.evaluation.store import FeatureStore
 from drift.models.generator import Generator
 from drift.runtime.errors import UserError, one_of
-from drift.runtime.files import atomic_write
+from drift.runtime.files import write_json
+from drift.runtime.processes import Ranks
 
 Entry = dict[str, Any]
-"""One point of the sweep: omega, ema_decay, fid, and those of the other `VALUES` that were measured."""
-VALUES = ("fid", "kid", "inception_score", "inception_score_std", "precision", "recall", "accuracy")
-COLUMNS = ("omega", "ema_decay", *VALUES, "dir")
+"""One point of the sweep: omega, ema_decay, fid, and what else of `COLUMNS` was measured."""
+COLUMNS = (
+    *("omega", "ema_decay", "fid", "kid", "inception_score", "inception_score_std"),
+    *("precision", "recall", "accuracy", "dir"),
+)
 METRICS = ("kid", "inception_score", "precision_recall")
 """What can be measured beside the Fréchet distance."""
+_PROGRESS_FILE = "sweep.json"  # the finished points, in the work folder
 
 
 @dataclass(frozen=True)
-class Samples:
-    """Which samples are measured, and how they are made."""
+class Sweep:
+    """What is measured of which points: the same samples of every EMA copy at every CFG strength."""
 
-    labels: np.ndarray  # [N]
-    seed: int
-    batch_size: int
-    """Samples that are generated and measured at once, per process; decides no number."""
-    device: str | torch.device = "cpu"
+    samples: Samples
+    omegas: Sequence[float]
+    ema_decays: Sequence[float | None]
+    metrics: Sequence[str] = ()
+    """Of `METRICS`."""
+    precision_recall_images: int = 10_000
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    @property
+    def points(self) -> Iterator[tuple[float | None, float]]:
+        """(EMA decay, omega), by decay and then by omega."""
+        return ((decay, omega) for decay in self.ema_decays for omega in self.omegas)
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What samples are made and measured with."""
+
+    load: Callable[[float | None], Generator]
+    """EMA decay -> that copy of the generator, on its device."""
+    decode: ImageDecoder
+    network: FeatureNetwork
+    reference: Reference
 
 
 def check_metrics(metrics: Sequence[str], network: FeatureNetwork, reference_has_features: bool) -> None:
@@ -66,212 +81,105 @@ def check_metrics(metrics: Sequence[str], network: FeatureNetwork, reference_has
 
 
 def evaluate_sweep(
-    load: Callable[[float | None], Generator],
-    decode: ImageDecoder,
-    network: FeatureNetwork,
-    reference: Reference,
-    samples: Samples,
-    *,
-    ema_decays: Sequence[float | None],
-    omegas: Sequence[float],
-    metrics: Sequence[str],
+    sweep: Sweep,
+    tools: Tools,
     work: Path,
-    precision_recall_images: int = 10_000,
+    *,
     png: Path | None = None,
-    run: str = "",
-    writers: int = 1,
-    peers: Peers = Peers(),  # noqa: B008 (frozen)
-    finished: Sequence[Entry] = (),
-    on_entry: Callable[[Entry], None] = lambda entry: None,
+    ranks: Ranks = ALONE,
     on_images: Callable[[int], None] = lambda images: None,
 ) -> list[Entry]:
-    """Measure the same samples of every EMA copy (`load` gives the generator) at every CFG strength.
+    """Measure every point of the sweep; returns the entries in the order of `sweep.points`.
 
-    Returns the entries, the same on every process, by EMA decay and then by omega. `work` is the folder of
-    the features while they are needed. `png` is where PNG files of the samples are kept, in folders
-    `gen_omega_<w>/`, by `writers` threads; None keeps none. `run` names what decides the samples: what
-    another run has left in these folders is removed.
-
-    `finished` has the entries of an interrupted sweep, which are not measured again unless their PNG files
-    are missing; `on_entry` sees each new one, and `on_images` after each batch how many samples of the whole
-    sweep all processes have made, if they keep pace. Raises `UserError` if there are too few samples for the
-    network's features, or what `check_metrics` does.
+    `work` keeps finished entries and the features of the current point: a killed sweep goes on from there.
+    `png` is where PNG files of the samples are kept, in folders `gen_omega_<w>/`; a point whose files are
+    missing is made again, and files of another run (`work` has another name) are removed. `on_images`
+    receives how many samples all processes have made, if they keep pace. Raises `UserError` if there are too
+    few samples for the network's features, or what `check_metrics` does.
     """
-    require_enough(len(samples), network, "generated images per omega (fid.images)")
-    check_metrics(metrics, network, reference.features is not None)
-    known = {(entry["ema_decay"], entry["omega"]): entry for entry in finished}
-    sweep: list[Entry] = []
-    with ThreadPoolExecutor(max(1, writers)) as pool:
-        for decay in ema_decays:
-            for omega in omegas:
-                folder = None
-                if png is not None:
-                    folder = PngFolder(png / png_folder_name(omega, decay, len(ema_decays) > 1), pool)
-                    if peers.first:
-                        folder.claim(run)
-                    peers.wait()
-                entry = known.get((decay, omega))
-                if entry is None or (folder is not None and not folder.finished):
-                    before = len(sweep) * len(samples)
-                    store = _generate(
-                        load(decay),
-                        decode,
-                        network,
-                        samples,
-                        omega,
-                        work / f"samples-{_text(decay)}-{omega:g}",
-                        folder,
-                        peers,
-                        lambda made, before=before: on_images(before + made),
-                    )
-                    measured = _measure(
-                        store, network, reference, samples, metrics, precision_recall_images, peers
-                    )
-                    entry = {"omega": omega, "ema_decay": decay, **measured}
-                    if folder is not None:
-                        entry["dir"] = str(folder.folder)
-                        if peers.first:
-                            folder.finish(entry)
-                    on_entry(entry)
-                    if peers.first:
-                        shutil.rmtree(work / f"samples-{_text(decay)}-{omega:g}")
-                sweep.append(entry)
-                on_images(len(sweep) * len(samples))
-    return sweep
-
-
-def _text(decay: float | None) -> str:
-    return "none" if decay is None else f"{decay:g}"
+    samples = sweep.samples
+    require_enough(len(samples), tools.network, "generated images per omega (fid.images)")
+    check_metrics(sweep.metrics, tools.network, tools.reference.features is not None)
+    progress = work / _PROGRESS_FILE
+    known = ranks.from_first(json.loads(progress.read_text()) if progress.exists() else [])
+    entries: list[Entry] = []
+    for number, (decay, omega) in enumerate(sweep.points):
+        folder = None
+        if png is not None:
+            folder = PngFolder(png, omega, decay if len(sweep.ema_decays) > 1 else None)
+            if ranks.first:
+                folder.claim(work.name)
+            ranks.barrier()
+        entry = next((e for e in known if (e["ema_decay"], e["omega"]) == (decay, omega)), None)
+        if entry is None or (folder is not None and not folder.finished):
+            point = work / f"samples-{decay}-{omega:g}"
+            made = number * len(samples)
+            for batch in _generate(tools.load(decay), tools, samples, omega, point, folder, ranks):
+                on_images(made + batch)
+            if ranks.first:  # the metrics take one machine's cores as they are
+                entry = {"omega": omega, "ema_decay": decay, **_measure(FeatureStore(point), sweep, tools)}
+                if folder is not None:
+                    entry["dir"] = str(folder.folder)
+                    folder.finish(entry)
+                known = [e for e in known if (e["ema_decay"], e["omega"]) != (decay, omega)] + [entry]
+                write_json(progress, known)
+                shutil.rmtree(point)
+            entry = ranks.from_first(entry)
+        entries.append(entry)
+        on_images((number + 1) * len(samples))
+    return entries
 
 
 def _generate(
     generator: Generator,
-    decode: ImageDecoder,
-    network: FeatureNetwork,
+    tools: Tools,
     samples: Samples,
     omega: float,
     work: Path,
     folder: PngFolder | None,
-    peers: Peers,
-    on_images: Callable[[int], None],
-) -> FeatureStore:
-    """The features of all samples, made by all processes; those that are there already are not made again."""
-    if peers.first:
-        FeatureStore.create(work, len(samples), network.dimension)
-    peers.wait()
-    store = FeatureStore(work)
+    ranks: Ranks,
+) -> Iterator[int]:
+    """Write the features of all samples that `work` lacks, by all processes; yields how many are there."""
+    if ranks.first:
+        FeatureStore.create(work, len(samples), tools.network.dimension)
+    ranks.barrier()
+    store, pool = FeatureStore(work), tools.network.pool
     missing = store.missing()
     if folder is not None:
         missing = np.union1d(missing, folder.missing(len(samples)))
-    peers.wait()  # nobody writes before everybody has looked
-    mine = np.array_split(missing, peers.world_size)[peers.rank]
-    before, made = len(samples) - len(missing), 0
-    batches = sample_images(
-        generator,
-        decode,
-        mine,
-        samples.labels,
-        omega,
-        samples.seed,
-        samples.batch_size,
-        device=samples.device,
-        progress=peers.first,
-    )
-    for (indices, images), resized in one_behind(batches, lambda batch: network.resized(batch[1])):
-        if folder is not None:
-            folder.add(indices, images)
-        features = network.features(resized).cpu().numpy()
-        if folder is not None:
-            folder.wait()
+    ranks.barrier()  # nobody writes before everybody has looked
+    mine, made = np.array_split(missing, ranks.world_size)[ranks.rank], len(samples) - len(missing)
+    batches = samples.images(generator, tools.decode, mine, omega)
+    for (indices, images), resized in one_behind(batches, lambda batch: tools.network.resized(batch[1])):
+        writing = pool.map(folder.write, indices, images.numpy()) if folder is not None else ()
+        features = tools.network.features(resized).cpu().numpy()
+        for _ in writing:  # to the end, and raises what a thread has met
+            pass
         store.write(indices, features)
-        made += len(indices)
-        on_images(min(before + made * peers.world_size, len(samples)))
-    peers.wait()
-    return store
+        made += len(indices) * ranks.world_size
+        yield min(made, len(samples))
+    ranks.barrier()
 
 
-def _measure(
-    store: FeatureStore,
-    network: FeatureNetwork,
-    reference: Reference,
-    samples: Samples,
-    metrics: Sequence[str],
-    precision_recall_images: int,
-    peers: Peers,
-) -> Entry:
-    """What one point of the sweep has of `VALUES`, the same on every process."""
-    score: InceptionScore | None = None
-
-    def also(rows: torch.Tensor, logits: torch.Tensor) -> None:
-        if score is not None:
-            score.update(rows, logits)
-
-    if "inception_score" in metrics:
-        classes = network.logits(torch.zeros(1, network.dimension, device=network.device)).shape[1]
-        score = InceptionScore(len(samples), classes, network.device, seed=samples.seed)
-    statistics = store_statistics(store, network, samples.labels, peers, also)
-    entry: Entry = {}
-    if score is not None:
-        entry["inception_score"], entry["inception_score_std"] = score.compute(peers.all_reduce_sum)
+def _measure(store: FeatureStore, sweep: Sweep, tools: Tools) -> Entry:
+    """What one point of the sweep has of `COLUMNS`."""
+    network, reference, seed = tools.network, tools.reference, sweep.samples.seed
+    statistics = store_statistics(store, network, sweep.samples.labels)
+    entry: Entry = {"fid": statistics.distance(reference.statistics)}
+    if "kid" in sweep.metrics:
+        entry["kid"] = kernel_distance(reference.features, store, seed)
+    if "inception_score" in sweep.metrics:
+        logits = ((rows, network.logits(block)) for rows, block in store.blocks())
+        entry["inception_score"], entry["inception_score_std"] = inception_score(logits, len(store), seed)
+    if "precision_recall" in sweep.metrics:
+        entry["precision"], entry["recall"] = precision_recall(
+            store, reference.features, sweep.precision_recall_images, network.device, seed=seed
+        )
     if statistics.accuracy is not None:
         entry["accuracy"] = statistics.accuracy
-    names = ["fid"]
-    names += ["kid"] if "kid" in metrics else []
-    names += ["precision", "recall"] if "precision_recall" in metrics else []
-    values: list[float] = []
-    if peers.first:  # these take one machine's cores as they are
-        values.append(statistics.distance(reference.statistics))
-        if "kid" in metrics:
-            values.append(kernel_distance(reference.features, store, samples.seed))
-        if "precision_recall" in metrics:
-            values += precision_recall(
-                store, reference.features, precision_recall_images, network.device, seed=samples.seed
-            )
-    told = torch.tensor(values or [0.0] * len(names), dtype=torch.float64, device=peers.device)
-    return entry | dict(zip(names, peers.all_reduce_sum(told).tolist(), strict=True))
+    return entry
 
 
 def best_entry(sweep: Sequence[Entry]) -> Entry:
     """The entry of the lowest Fréchet distance."""
     return min(sweep, key=lambda entry: entry["fid"])
-
-
-def write_sweep_csv(path: str | Path, sweep: Sequence[Entry]) -> None:
-    """Write the entries of a sweep atomically as CSV: `COLUMNS`, of which the prior has omega, fid and dir.
-
-    What was not measured is empty.
-    """
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(sweep)
-    with atomic_write(path) as file:
-        file.write(text.getvalue().encode())
-
-
-def sweep_summary(
-    sweep: Sequence[Entry],
-    *,
-    generator: str,
-    images: int,
-    batch_size: int,
-    workers: int,
-    mode: str,
-    reference: str,
-    statistics: str,
-    latent_scale_factor: float,
-) -> Mapping[str, Any]:
-    """What `fid_sweep.json` holds: the prior's fields, with ours in each entry of `results`."""
-    return {
-        "ckpt": generator,
-        "use_ema": True,
-        "num_gen": images,
-        "batch_size": batch_size,
-        "fid": {"mode": mode, "batch_size": batch_size, "workers": workers},
-        "real_dir": reference,
-        "real_stats": statistics,
-        "latent_scale_factor": latent_scale_factor,
-        "omegas": list(dict.fromkeys(entry["omega"] for entry in sweep)),
-        "results": [{"dir": None, **entry} for entry in sweep],
-        "best": {"dir": None, **best_entry(sweep)},
-    }

@@ -10,43 +10,32 @@ and safetensors, which are read as data. There is no code in it, and none is exe
 import json
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import yaml
 from PIL import Image
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 from torch import Tensor
 
 from drift.autoencoders.kl import VAE, Rounding, decode_latents, latent_scale, to_uint8
 from drift.evaluation.batches import in_batches
 from drift.evaluation.sample import draw_sample, sample_generator, sample_latents
-from drift.models.base import CONFIG_FILE
+from drift.models.base import CONFIG_FILE, weights_files
 from drift.models.generator import Generator, read_class_names
 from drift.runtime.errors import UserError
-from drift.runtime.files import write_json
 from drift.runtime.hub import download
 from drift.runtime.torchvision import ensure_torchvision
 from drift.runtime.work import SETTINGS_FILE
 
 ensure_torchvision()
 
-from diffusers import AutoencoderKL, DiffusionPipeline  # noqa: E402
-from diffusers.utils import BaseOutput  # noqa: E402
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput  # noqa: E402
 
 INDEX_FILE = "model_index.json"
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 _HUB_OPTIONS = {"cache_dir", "force_download", "local_files_only", "token"}
-
-
-@dataclass
-class DriftPipelineOutput(BaseOutput):
-    """What a `DriftPipeline` returns: `images`, one per class label, of the type that was asked for."""
-
-    images: list[Image.Image] | np.ndarray | Tensor
 
 
 class DriftPipeline(DiffusionPipeline):
@@ -75,6 +64,7 @@ class DriftPipeline(DiffusionPipeline):
         self.register_modules(generator=generator, vae=vae)
         self.id2label = {int(label): name for label, name in (id2label or {}).items()}
         self.vae_reference = vae_reference
+        self.register_to_config(id2label=self.id2label, vae_reference=vae_reference)
 
     @property
     def labels(self) -> dict[str, int]:
@@ -87,17 +77,14 @@ class DriftPipeline(DiffusionPipeline):
 
     def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
         """Class numbers of class names; raises `UserError` for a name that no class has."""
-        names = self.labels
-        found = []
-        for name in [label] if isinstance(label, str) else label:
+        names, wanted = self.labels, [label] if isinstance(label, str) else label
+        for name in wanted:
             if name not in names:
-                near = ", ".join(other for other in names if name.lower() in other.lower())
-                known = near or ", ".join(list(names)[:10]) + (", ..." if len(names) > 10 else "")
+                near = [other for other in names if name.lower() in other.lower()] or list(names)
                 raise UserError(
-                    f"class {name!r}: no class has this name; there are: {known or 'no names at all'}"
+                    f"class {name!r}: no class has this name; try {', '.join(near[:10]) or 'numbers'}"
                 )
-            found.append(names[name])
-        return found
+        return [names[name] for name in wanted]
 
     @torch.no_grad()
     def __call__(
@@ -110,7 +97,7 @@ class DriftPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         rounding: Rounding = "nearest",
-    ) -> DriftPipelineOutput | tuple:
+    ) -> ImagePipelineOutput | tuple:
         """One image for each class label.
 
         Args:
@@ -123,46 +110,36 @@ class DriftPipeline(DiffusionPipeline):
             output_type: `pil`; `np`, float32 `[B, H, W, 3]` in 0 to 1; `pt`, the same as a tensor
                 `[B, 3, H, W]`; or `latent`, float32 `[B, C, h, w]` as the generator gives them. All but the
                 last have exactly the 8-bit values that a PNG holds.
-            return_dict: a `DriftPipelineOutput`, or else a tuple of the images.
+            return_dict: a `ImagePipelineOutput`, or else a tuple of the images.
             rounding: to 8 bits, as the setting `fid.rounding`.
 
-        Raises:
-            UserError: for a class, a number of generators or an output type that cannot be.
+        Raises `UserError` for a class, a number of generators or an output type that cannot be.
         """
         classes = self._class_numbers(class_labels)
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"output_type = {output_type!r}: allowed: {', '.join(OUTPUT_TYPES)}")
         if self.vae is None and output_type != "latent":
-            raise UserError(
-                "this pipeline has no VAE: give it one (vae=...), or ask for output_type='latent'"
-            )
+            raise UserError("this pipeline has no VAE: give it one (vae=...), or take output_type='latent'")
         device, dtype = self._execution_device, self.generator.dtype
         noise, style_indices = self._draw(len(classes), generator, noise, style_indices)
         strength = torch.as_tensor(omega, dtype=torch.float32, device=device).expand(len(classes))
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            latents = sample_latents(
-                self.generator,
-                noise.to(device, dtype),
-                torch.tensor(classes, device=device),
-                style_indices.to(device),
-                strength,
-            ).float()
+            inputs = noise.to(device, dtype), torch.tensor(classes, device=device), style_indices.to(device)
+            latents = sample_latents(self.generator, *inputs, strength).float()
         images = latents if output_type == "latent" else self._decode(latents, output_type, rounding)
         self.maybe_free_model_hooks()
-        return DriftPipelineOutput(images=images) if return_dict else (images,)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _class_numbers(self, class_labels: Any) -> list[int]:
         single = isinstance(class_labels, int | str) or getattr(class_labels, "ndim", 1) == 0
-        numbers = []
+        numbers, last = [], self.generator.config.num_classes - 1
         for label in [class_labels] if single else class_labels:
             try:
                 number = self.get_label_ids(label)[0] if isinstance(label, str) else operator.index(label)
             except TypeError:
                 raise UserError(f"class {label}: is neither a number nor a name of a class") from None
-            if not 0 <= number < self.generator.config.num_classes:
-                raise UserError(
-                    f"class {label}: the classes are 0 to {self.generator.config.num_classes - 1}"
-                )
+            if not 0 <= number <= last:
+                raise UserError(f"class {label}: the classes are 0 to {last}")
             numbers.append(number)
         if not numbers:
             raise UserError("class_labels is empty: give at least one class")
@@ -175,16 +152,17 @@ class DriftPipeline(DiffusionPipeline):
         noise: Tensor | None,
         style_indices: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
+        """Noise `[B, C, h, w]` and style indices `[B, S]`; what is given is only checked."""
         if generator is None or isinstance(generator, torch.Generator):
             generator = [generator] * count
         if len(generator) != count:
             raise UserError(
                 f"{len(generator)} generators for {count} class labels: give one, or one for each"
             )
-        drawn = [draw_sample(self.generator.config, each) for each in generator]
+        drawn = zip(*(draw_sample(self.generator.config, each) for each in generator), strict=True)
         chosen = []
-        for name, given, column in (("noise", noise, 0), ("style_indices", style_indices, 1)):
-            wanted = torch.stack([each[column] for each in drawn])
+        for name, given, own in zip(("noise", "style_indices"), (noise, style_indices), drawn, strict=True):
+            wanted = torch.stack(own)
             if given is not None and given.shape != wanted.shape:
                 raise UserError(f"{name} {list(given.shape)}: the shape must be {list(wanted.shape)}")
             chosen.append(wanted if given is None else given)
@@ -210,148 +188,105 @@ class DriftPipeline(DiffusionPipeline):
         """The random generators of the fid stage's samples number `indices` with the setting `seed`."""
         return [sample_generator(seed, index) for index in indices]
 
-    def save_pretrained(
-        self,
-        save_directory: str | Path,
-        include_vae: bool = True,
-        variant: str | None = None,
-        safe_serialization: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        """Write the pipeline into a folder; without the VAE, only where it came from.
+    def save_pretrained(self, save_directory: str | Path, include_vae: bool = True, **options: Any) -> None:
+        """Write the pipeline into a folder, with diffusers' `options`; without the VAE, only its origin.
 
-        `variant` is a word for the names of the files, such as fp16, by which `from_pretrained` finds them
-        again. Raises `UserError` if the VAE is to be left out and its origin is not known, or the weights are
-        not to be safetensors.
+        Raises `UserError` if the VAE is to be left out and its origin is not known.
         """
-        if not safe_serialization:
-            raise UserError("safe_serialization = False: weights are written as safetensors only")
-        if kwargs:
-            raise TypeError(f"save_pretrained takes no {', '.join(kwargs)}")
-        folder = Path(save_directory)
-        if self.vae is not None and not include_vae and self.vae_reference is None:
+        if self.vae is None or include_vae:
+            super().save_pretrained(save_directory, **options)
+        elif self.vae_reference is None:
             raise UserError("where the VAE came from is not known, so it must be saved (include_vae=True)")
-        folder.mkdir(parents=True, exist_ok=True)
-        self.generator.save_pretrained(folder / "generator", f"model.{variant}" if variant else "model")
-        has_vae = self.vae is not None and include_vae
-        if has_vae:
-            self.vae.save_pretrained(folder / "vae", safe_serialization=True, variant=variant)
-            config = json.loads((folder / "vae" / CONFIG_FILE).read_text(encoding="utf-8"))
-            config.pop("_name_or_path", None)  # where it was loaded from on this machine
-            write_json(folder / "vae" / CONFIG_FILE, config)
-        index = {
-            "_class_name": "DriftPipeline",
-            "generator": ["drift.models", "Generator"],
-            "vae": ["diffusers", "AutoencoderKL"] if has_vae else [None, None],
-            "vae_reference": self.vae_reference,
-            "id2label": {str(label): name for label, name in self.id2label.items()},
-        }
-        write_json(folder / INDEX_FILE, index)
+        else:
+            bare = type(self)(self.generator, None, self.id2label, self.vae_reference)
+            bare.save_pretrained(save_directory, **options)
 
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | Path,
+        source: str | Path,
         *,
         vae: AutoencoderKL | str | Path | None = None,
-        weights: str = "model",
-        revision: str | None = None,
-        torch_dtype: torch.dtype | None = None,
         load_vae: bool = True,
         variant: str | None = None,
+        revision: str | None = None,
+        torch_dtype: torch.dtype = torch.float32,
         **options: Any,
     ) -> "DriftPipeline":
         """Load a pipeline from a folder or from the Hugging Face hub, on the CPU.
 
-        Args:
-            pretrained_model_name_or_path: a folder that `save_pretrained` or the drift stage has written, or
-                a hub id of the former.
-            vae: an AutoencoderKL, or a folder or hub id of one, instead of the folder's or the one it names.
-            weights: which copy of the generator's weights, `model` or `ema_<decay>`.
-            revision: branch, tag or commit on the hub.
-            torch_dtype: of the weights; float32 if none is given.
-            load_vae: without it, the pipeline gives latents only.
-            variant: word in the names of the weights' files, such as fp16; the VAE's are taken without it
-                where there are none with it.
-            options: `cache_dir`, `force_download`, `local_files_only` and `token` as huggingface_hub's
-                `snapshot_download` has them; `use_safetensors`, which cannot be False.
+        Unlike diffusers' own loader it fills nothing that a file lacks with random numbers.
 
-        Raises:
-            UserError: if a file is missing or damaged, or the VAE is not known.
+        Args:
+            source: a folder that `save_pretrained` or the drift stage has written, or a hub id of the former.
+            vae: an AutoencoderKL, or a folder or hub id of one, instead of the folder's or the one it names.
+            load_vae: without it, the pipeline gives latents only.
+            variant: another copy of the weights, such as `ema_09999` or fp16; the VAE may have none of it.
+            revision: branch, tag or commit on the hub.
+            torch_dtype: of the weights.
+            options: `cache_dir`, `force_download`, `local_files_only` and `token` of huggingface_hub.
+
+        Raises `UserError` if a file is missing or damaged, or the VAE is not known.
         """
         if options.pop("use_safetensors", None) is False:
             raise UserError("use_safetensors = False: weights are read from safetensors only")
         if unknown := sorted(options.keys() - _HUB_OPTIONS):
             raise TypeError(f"from_pretrained takes no {', '.join(unknown)}")
-        if variant:
-            weights = f"{weights}.{variant}"
-        source = str(pretrained_model_name_or_path)
-        folder = Path(source)
-        if not folder.is_dir():
-            folder = download(
-                source,
-                revision,
-                ["*.json", "*.safetensors"],
-                what=f"{source}: is not a local folder, and",
-                way_out="name the folder of a generator or of a pipeline",
-                **options,
-            )
-        generator, own_vae, reference, id2label = _read_folder(source, folder, weights)
-        vae = own_vae if vae is None else vae
+        parts = _read_folder(str(source), revision, options)
+        generator = Generator.from_pretrained(parts.generator, variant=variant, torch_dtype=torch_dtype)
+        reference = parts.vae_reference
         if isinstance(vae, AutoencoderKL):
-            reference = None  # it may be another
-        elif load_vae:
-            if vae is None and reference is None:
-                raise UserError(
-                    f"{source}: does not say which VAE decodes its latents; name it (vae=..., or --vae)"
-                )
-            at = (reference["id"], reference["revision"]) if vae is None else (str(vae), None)
-            loaded = VAE.from_pretrained(*at, variant=variant, **options)
-            if vae is None or vae != own_vae:
-                reference = {"id": loaded.id, "revision": loaded.revision}
-            vae = loaded.model
-        pipeline = cls(generator, vae if load_vae else None, id2label, reference)
-        return pipeline if torch_dtype is None else pipeline.to(torch_dtype)
+            return cls(generator, vae, parts.id2label)
+        if not load_vae:
+            return cls(generator, None, parts.id2label, reference)
+        if vae is None and parts.vae is not None:
+            has_variant = (variant or "").replace(".", "") in weights_files(parts.vae)
+            loaded = VAE.from_pretrained(parts.vae, variant=variant if has_variant else None)
+        elif vae is None and reference is None:
+            raise UserError(f"{source}: does not say which VAE it needs; name it (vae=..., or --vae)")
+        else:
+            named = (reference["id"], reference["revision"]) if vae is None else (str(vae), None)
+            loaded = VAE.from_pretrained(*named, **options)
+            reference = {"id": loaded.id, "revision": loaded.revision}
+        return cls(generator, torch.nn.Module.to(loaded.model, torch_dtype), parts.id2label, reference)
 
 
-def _read_folder(
-    source: str, folder: Path, weights: str
-) -> tuple[Generator, Path | None, dict[str, str | None] | None, dict[int, str] | None]:
-    """The generator in a folder, the VAE's folder in it, where a VAE came from, and the classes' names."""
-    if (folder / INDEX_FILE).is_file():
-        index = _read_index(folder / INDEX_FILE)
-        generator = Generator.from_pretrained(folder / "generator", weights=weights)
-        own_vae = folder / "vae" if index["vae"][0] is not None else None
-        return generator, own_vae, index["vae_reference"], index["id2label"]
+class _Parts(NamedTuple):
+    generator: Path
+    vae: Path | None
+    vae_reference: dict[str, str | None] | None
+    id2label: dict[int, str]
+
+
+def _read_folder(source: str, revision: str | None, options: dict[str, Any]) -> _Parts:
+    """What a folder of the pipeline or of the drift stage holds; raises `UserError` if it is neither."""
+    folder = Path(source)
+    if not folder.is_dir():
+        what = f"{source}: is not a local folder, and"
+        patterns, way_out = ["*.json", "*.safetensors"], "name the folder of a generator or of a pipeline"
+        folder = download(source, revision, patterns, what=what, way_out=way_out, **options)
+    if (index_file := folder / INDEX_FILE).is_file():
+        try:
+            index = json.loads(index_file.read_text(encoding="utf-8"))
+            assert index["_class_name"] == "DriftPipeline"
+            vae = None if index["vae"][0] is None else folder / "vae"
+            names = {int(label): name for label, name in index["id2label"].items()}
+            return _Parts(folder / "generator", vae, index["vae_reference"], names)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError):
+            raise UserError(
+                f"{index_file}: damaged, or not of a DriftPipeline; run drift export again"
+            ) from None
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(
             f"{source}: has neither {INDEX_FILE}, of a pipeline, nor {CONFIG_FILE}, of a generator; name "
             "a folder of one of them"
         )
-    generator = Generator.from_pretrained(folder, weights=weights)
-    names = read_class_names(folder)
-    return generator, None, _made_with(folder), dict(enumerate(names)) if names else None
-
-
-def _read_index(path: Path) -> dict[str, Any]:
+    names = dict(enumerate(read_class_names(folder) or []))
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        whole = index["_class_name"] == "DriftPipeline" and isinstance(index["vae"], list)
-        whole = whole and all(key in index for key in ("vae_reference", "id2label"))
-        whole = whole and all(label.isdecimal() for label in index["id2label"])
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        whole = False
-    if not whole:
-        raise UserError(f"{path}: damaged, or not of a DriftPipeline; make the folder again (drift export)")
-    return index
-
-
-def _made_with(folder: Path) -> dict[str, str | None] | None:
-    """The VAE of the latents that a generator of the drift stage was trained on; None if it does not say."""
-    try:
-        settings = YAML(typ="safe", pure=True).load(folder / SETTINGS_FILE)
-        return {"id": settings["decides"]["vae"], "revision": settings["decides"]["vae_revision"]}
-    except (OSError, KeyError, TypeError):
-        return None
-    except YAMLError:
+        settings = yaml.safe_load((folder / SETTINGS_FILE).read_text(encoding="utf-8"))["decides"]
+        vae_reference = {"id": settings["vae"], "revision": settings["vae_revision"]}
+    except (OSError, KeyError, TypeError):  # an imported generator does not say
+        vae_reference = None
+    except yaml.YAMLError:
         raise UserError(f"{folder / SETTINGS_FILE}: damaged; get the folder again (dvc pull)") from None
+    return _Parts(folder, None, vae_reference, names)

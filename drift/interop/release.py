@@ -1,30 +1,25 @@
-"""Weights of others as models of ours: the release's (JAX), and the prior's encoders (PyTorch).
+"""The authors' release (JAX) as models of ours.
 
-A folder of the release (`Goodeat/drifting` on the Hugging Face hub) holds `metadata.json` and
-`ema_params.msgpack`, a tree of arrays in Flax's encoding; the prior's `ckpt_final.pt` is read with
-`weights_only`. Nothing in them is executed. Every array must find its place in a model of the size that the
-metadata tells, with the same shape, and every place its array.
+A folder of it (`Goodeat/drifting` on the Hugging Face hub) holds `metadata.json` and `ema_params.msgpack`, a
+tree of arrays in Flax's encoding. Nothing in them is executed. Every array must find its place in a model of
+the size that the metadata give, with the same shape, and every place its array.
 """
 
-import dataclasses
 import json
 import mmap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import msgpack
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from drift.models.base import PretrainedModel, make_config
-from drift.models.generator import Generator, GeneratorConfig, RMSNorm
-from drift.models.mae import LatentMAE, MAEConfig
-from drift.models.sinkhorn_mae import PriorMAE, PriorMAEConfig
+from drift.models.base import PretrainedModel, uninitialized
+from drift.models.generator import Generator, RMSNorm
+from drift.models.mae import LatentMAE
 from drift.runtime.errors import UserError
-from drift.runtime.files import check_writable, without_wrappers
+from drift.runtime.files import check_writable
 from drift.runtime.hub import download
 
 HUB_ID = "Goodeat/drifting"
@@ -36,32 +31,25 @@ RELEASES = {
 
 _WAY_OUT = "get a fresh copy"
 
-# Keys of the release's model_config: those that ours has under the same or another name, those that must
-# have one value because ours knows no other, and those that change no number of a forward pass in float32
+# Keys of the release's model_config by the names of ours, and those that change no number of a forward pass
+# in float32. The rest must have the one value that ours knows.
 _MAE_KEYS = {
-    "in_channels": "in_channels",
-    "base_channels": "base_channels",
-    "layers": "layers",
-    "patch_size": "patch_size",
-    "input_patch_size": "input_patch_size",
-    "num_classes": "num_classes",
+    name: name
+    for name in ("in_channels", "base_channels", "layers", "patch_size", "input_patch_size", "num_classes")
 }
 _MAE_IGNORED = {"dropout_prob", "use_bf16"}
 _MAE_NORM_GROUPS = 32  # fixed in the release
 _GENERATOR_KEYS = {
-    "in_channels": "in_channels",
-    "input_size": "input_size",
-    "num_classes": "num_classes",
-    "hidden_size": "hidden_size",
-    "depth": "depth",
-    "num_heads": "num_heads",
+    **{
+        name: name
+        for name in ("in_channels", "input_size", "num_classes", "hidden_size", "depth", "num_heads")
+    },
     "patch_size": "patch_size",
     "mlp_ratio": "mlp_ratio",
     "n_cls_tokens": "context_tokens",
     "noise_coords": "style_codebooks",
     "noise_classes": "style_entries",
 }
-_PRIOR_MAE_KEYS = {"in_ch": "in_channels", "base_width": "base_channels", "blocks_per_stage": "layers"}
 _GENERATOR_IGNORED = {"use_bf16", "attn_fp32", "use_remat"}
 # These may be absent: with another value there would be other arrays, or arrays of other shapes
 _SHOWN_BY_ARRAYS = {"cond_dim", "out_channels", "use_qknorm", "use_swiglu", "use_rmsnorm"}
@@ -102,95 +90,14 @@ def download_release(name: str, revision: str | None = None) -> Path:
     return root / folder
 
 
-def import_prior_mae(checkpoint: str | Path, destination: str | Path) -> PriorMAE:
-    """Write the EMA weights of the prior's MAE `checkpoint` (`ckpt_final.pt`) as a folder of ours.
-
-    Returns the model, which `LatentMAE.from_pretrained` loads from there. Raises `UserError` if the file is
-    missing, damaged or another's, if it does not hold exactly the parameters of its `mae_cfg`, or if
-    `destination` cannot be written.
-    """
-    checkpoint = Path(checkpoint)
-    content = _load_checkpoint(checkpoint)
-    try:
-        config, shadow = dict(content["mae_cfg"]), dict(content["ema"]["shadow"])
-    except (KeyError, TypeError, ValueError):
-        raise UserError(
-            f"{checkpoint}: has no mae_cfg and ema.shadow, so it is not an MAE checkpoint of the prior; name "
-            "its ckpt_final.pt"
-        ) from None
-    try:
-        model = convert_prior_mae(shadow, config)
-    except UserError as error:
-        raise UserError(f"{checkpoint}: {error}") from None
-    check_writable(destination)
-    model.save_pretrained(destination)
-    return model
-
-
-def convert_prior_mae(shadow: Mapping[str, Tensor], mae_cfg: Mapping[str, Any]) -> PriorMAE:
-    """A PriorMAE in evaluation mode from the prior's `mae_cfg` and its weights by name.
-
-    Raises `UserError` naming the first key or weight that does not fit.
-    """
-    values = _translate(mae_cfg, _PRIOR_MAE_KEYS, {"conv1_stride": 1}, set(), "mae_cfg")
-    defaults = dataclasses.asdict(PriorMAEConfig())
-    layers = values["layers"]
-    values["layers"] = list(layers) if isinstance(layers, tuple) else layers
-    model = PriorMAE.uninitialized(make_config(PriorMAEConfig, {**_as_json(defaults), **values}))
-    encoder, decoder = model.encoder, model.decoder
-    modules: dict[str, nn.Module] = {
-        "encoder.conv1": encoder.stem.conv,
-        "encoder.gn1": encoder.stem.norm,
-        "decoder.init.0": decoder.bridge.conv,
-        "decoder.init.1": decoder.bridge.norm,
-        "decoder.out": decoder.head,
-    }
-    for s, blocks in enumerate(encoder.stages, start=1):
-        for b, block in enumerate(blocks):
-            path = f"encoder.stage{s}.{b}"
-            modules[f"{path}.conv1"], modules[f"{path}.gn1"] = block.conv1, block.norm1
-            modules[f"{path}.conv2"], modules[f"{path}.gn2"] = block.conv2, block.norm2
-            if block.shortcut is not None:
-                modules[f"{path}.down.0"], modules[f"{path}.down.1"] = block.shortcut
-    for number, up in zip((3, 2, 1), decoder.ups, strict=True):
-        modules[f"decoder.up{number}.conv1"], modules[f"decoder.up{number}.gn1"] = up.proj.conv, up.proj.norm
-        modules[f"decoder.up{number}.conv2"] = up.refine.conv
-        modules[f"decoder.up{number}.gn2"] = up.refine.norm
-    views = {f"{path}.{name}": value for path, m in modules.items() for name, value in m.named_parameters()}
-    params = {name: value.float().numpy() for name, value in without_wrappers(shadow).items()}
-    _fill(model, views, params, "mae_cfg")
-    return model.eval()
-
-
-def _load_checkpoint(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such file; name the prior's ckpt_final.pt")
-    try:
-        # Mapped, since the optimizer's state in it is twice as large as the weights that are read
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except UnpicklingError:
-        raise UserError(
-            f"{path}: damaged, or holds objects that only executing code from it would load, which is not "
-            "done; get a fresh copy, or save its 'ema' and 'mae_cfg' alone where you trust it"
-        ) from None
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split()).partition(". ")[0]  # a paragraph of advice follows
-        raise UserError(f"{path}: damaged, or no checkpoint ({reason}); get a fresh copy") from None
-    return content if isinstance(content, Mapping) else {}
-
-
-def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-
-
 def convert_mae(params: Mapping[str, np.ndarray], model_config: Mapping[str, Any]) -> LatentMAE:
     """A LatentMAE in evaluation mode from the release's `model_config` and its arrays by path.
 
     Raises `UserError` naming the first key or array that does not fit.
     """
     config = _with_classes(model_config, params.get("fc/bias"))
-    values = _translate(config, _MAE_KEYS, {}, _MAE_IGNORED)
-    model = LatentMAE.uninitialized(make_config(MAEConfig, {**values, "norm_groups": _MAE_NORM_GROUPS}))
+    values = translate(config, _MAE_KEYS, {}, _MAE_IGNORED)
+    model = uninitialized(lambda: LatentMAE(**values, norm_groups=_MAE_NORM_GROUPS))
     encoder, decoder = model.encoder, model.decoder
     layers: dict[str, nn.Module] = {
         "encoder/conv1": encoder.stem.conv,
@@ -214,7 +121,7 @@ def convert_mae(params: Mapping[str, np.ndarray], model_config: Mapping[str, Any
         for part in ("proj", "refine"):
             layers[f"decoder/{name}/{part}/conv"] = up.get_submodule(part).conv
             layers[f"decoder/{name}/{part}/gn"] = up.get_submodule(part).norm
-    _fill(model, _views(layers), params)
+    fill(model, _views(layers), params)
     return model.eval()
 
 
@@ -229,8 +136,8 @@ def convert_generator(params: Mapping[str, np.ndarray], model_config: Mapping[st
         **dict.fromkeys(("use_qknorm", "use_swiglu", "use_rope", "use_rmsnorm"), True),
     }
     config = _with_classes(model_config, params.get("Embed_0/embedding"))
-    values = _translate(config, _GENERATOR_KEYS, required, _GENERATOR_IGNORED)
-    model = Generator.uninitialized(make_config(GeneratorConfig, values))
+    values = translate(config, _GENERATOR_KEYS, required, _GENERATOR_IGNORED)
+    model = uninitialized(lambda: Generator(**values))
     dit = "LightningDiT_0"
     layers: dict[str, nn.Module] = {
         "Embed_0": model.class_embedding,
@@ -261,9 +168,9 @@ def convert_generator(params: Mapping[str, np.ndarray], model_config: Mapping[st
         layers[f"{dit}/TorchLinear_1/Dense_0"] = model.context_projection
         views[f"{dit}/cls_embed"] = model.context_embedding
     if model.style_embedder is not None:
-        codebooks = model.style_embedder.weight.split(model.config.style_entries)
+        codebooks = model.style_embedder.weight.split(model.style_entries)
         views |= {f"noise_embeds_{i}/embedding": codebook for i, codebook in enumerate(codebooks)}
-    _fill(model, views | _views(layers), params)
+    fill(model, views | _views(layers), params)
     return model.eval()
 
 
@@ -308,25 +215,26 @@ def _with_classes(model_config: Mapping[str, Any], array: np.ndarray | None) -> 
     return {**model_config, "num_classes": array.shape[0]}
 
 
-def _translate(
-    model_config: Mapping[str, Any],
+def translate(
+    config: Mapping[str, Any],
     keys: Mapping[str, str],
     required: Mapping[str, Any],
     ignored: set[str],
     name: str = "model_config",
 ) -> dict[str, Any]:
-    """The values of another's config, which has the name `name` there, under our names."""
+    """The values of another code's config, called `name` there, by our names."""
     needed = keys.keys() | required.keys()
-    for key in sorted(model_config.keys() - needed - ignored):
+    for key in sorted(config.keys() - needed - ignored):
         raise UserError(
-            f"{name} has the unknown key {key}, which may change the model; take it out there if it does not"
+            f"{name} has the unknown key {key}, which may change the model; remove it if it does not"
         )
-    for key in sorted(needed - model_config.keys() - _SHOWN_BY_ARRAYS):
+    for key in sorted(needed - config.keys() - _SHOWN_BY_ARRAYS):
         raise UserError(f"{name} lacks the key {key}; add it with the value that the model was built with")
     for key, value in required.items():
-        if key in model_config and model_config[key] != value:
-            raise UserError(f"{name} has {key} = {model_config[key]!r}; only {value!r} can be imported")
-    return {ours: model_config[theirs] for theirs, ours in keys.items()}
+        if config.get(key, value) != value:
+            raise UserError(f"{name} has {key} = {config[key]!r}; only {value!r} can be imported")
+    values = {ours: config[theirs] for theirs, ours in keys.items()}
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
 
 
 def _views(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -349,7 +257,7 @@ def _views(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     return views
 
 
-def _fill(
+def fill(
     model: PretrainedModel,
     views: Mapping[str, Tensor],
     params: Mapping[str, np.ndarray],

@@ -1,9 +1,14 @@
-"""Networks. Names are imported when they are used, so that `drift.autoencoders.kl` does not load the rest."""
+"""The papers' networks. Names are imported when they are used: diffusers, their base, takes a second."""
 
 import importlib
 
-_HOMES = {"Generator": "drift.models.generator", "LatentMAE": "drift.models.mae"}
-__all__ = ["Generator", "LatentMAE"]
+_HOMES = {
+    "Generator": "drift.models.generator",
+    "LatentMAE": "drift.models.mae",
+    "SinkhornMAE": "drift.models.sinkhorn_mae",
+    "ImageClassifier": "drift.models.classifier",
+}
+__all__ = ["Generator", "ImageClassifier", "LatentMAE", "SinkhornMAE"]
 
 
 def __getattr__(name: str):

@@ -1,176 +1,174 @@
-"""Models on disk: a folder with `config.json` and one safetensors file per copy of the weights."""
+"""Models as folders in diffusers' format: `config.json`, and safetensors files for each copy of the weights.
 
-import dataclasses
-import hashlib
+Saving is diffusers'. Loading is stricter: diffusers fills parameters that a file lacks with random numbers
+and ignores unknown keys.
+"""
+
+import inspect
 import json
-import typing
-from collections.abc import Mapping
+import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor, nn
+from diffusers import ConfigMixin, ModelMixin
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
 
 from drift.runtime.errors import UserError
-from drift.runtime.files import atomic_write, without_wrappers, write_json
+from drift.runtime.files import without_wrappers
+from drift.runtime.hub import download
 
 CONFIG_FILE = "config.json"
-_DIGEST = "sha256"
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+_COPY = re.compile(r"diffusion_pytorch_model\.?(.*?)(?:-\d{5}-of-\d{5})?\.safetensors")
+_FORMER_COPY = re.compile(r"(?:model\.?|(?=ema_))(.*)\.safetensors")  # as drift named them at first
 _WAY_OUT = "make the folder again, or fetch it anew (dvc pull)"
 
+Model = TypeVar("Model", bound=ModelMixin)
 
-class PretrainedModel(nn.Module):
-    """A network that is built from a frozen dataclass, its config, and can be saved and loaded.
 
-    A subclass names the dataclass in `config_class` and takes one of it as its only argument. All its
-    tensors are parameters or persistent buffers: loading skips the initialisation, so others would be lost.
+class PretrainedModel(ModelMixin, ConfigMixin):
+    """A network with diffusers' `save_pretrained`; a subclass has its sizes by `register_to_config`.
+
+    Its tensors are parameters or persistent buffers: loading skips the initialisation, which sets others.
     """
 
-    config_class: ClassVar[type]
-
-    def __init__(self, config: Any):
-        super().__init__()
-        self.config = config
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return next(self.parameters()).dtype
-
-    def save_pretrained(self, folder: str | Path, weights: str = "model") -> None:
-        """Write `config.json` and `<weights>.safetensors` into `folder`, which is made if it is missing.
-
-        Several copies of the weights, such as those of several EMA decays, share a folder under different
-        names. Equal models give equal bytes. The file holds a SHA-256 of its tensors, so that a changed bit
-        is found by `from_pretrained`.
-        """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / CONFIG_FILE, {"model": type(self).__name__, **dataclasses.asdict(self.config)})
-        tensors = {name: tensor.contiguous().cpu() for name, tensor in self.state_dict().items()}
-        with atomic_write(folder / f"{weights}.safetensors") as file:
-            # One key: safetensors writes several in an order that changes from call to call
-            file.write(save(tensors, metadata={_DIGEST: _digest(tensors)}))
+    config_name = CONFIG_FILE
+    former_name: ClassVar[str | None] = None
+    """Name of the class in folders of an earlier version."""
+    former_keys: ClassVar[frozenset[str]] = frozenset()
+    """Keys of such folders that have no meaning any more."""
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, weights: str = "model") -> Self:
-        """The model in `folder` with the weights named `weights`, on the CPU, in evaluation mode.
+    def family(cls) -> list[type[Self]]:
+        """The classes that `from_pretrained` may return."""
+        return [cls]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        variant: str | None = None,
+        revision: str | None = None,
+        torch_dtype: torch.dtype = torch.float32,
+        **hub: Any,
+    ) -> Self:
+        """The model in a folder or on the Hugging Face hub, on the CPU, in evaluation mode.
+
+        Args:
+            source: a folder; a `str` that names none is a hub id.
+            variant: another copy of the weights, such as `ema_09999`; dots in it do not count.
+            revision: branch, tag or commit on the hub.
+            torch_dtype: of the weights.
+            hub: options of huggingface_hub's `snapshot_download`, such as `token`.
 
         Raises `UserError` if a file is missing or damaged, or if config and weights do not fit together.
         """
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise UserError(
-                f"{folder}: there is no such folder; name the folder of a {cls.__name__}, which a stage or "
-                "save_pretrained has written"
-            )
-        found, config = _read_config(folder / CONFIG_FILE, cls)
-        model = found.uninitialized(config)
-        model.load_state_dict(_read_weights(folder / f"{weights}.safetensors", model.state_dict()))
-        return model.eval()
-
-    @classmethod
-    def variants(cls) -> dict[str, type[Self]]:
-        """The classes that `from_pretrained` may give, by the name that their `config.json` has."""
-        return {cls.__name__: cls}
-
-    @classmethod
-    def uninitialized(cls, config: Any) -> Self:
-        """A model on the CPU whose tensors are still to be filled; saves the time of drawing them."""
-        with torch.device("meta"):
-            model = cls(config)
-        names = model.state_dict().keys()
-        assert all(name in names for name, _ in model.named_buffers()), "a non-persistent buffer"
-        return model.to_empty(device="cpu")
+        folder = model_folder(source, revision, variant, **hub)
+        found, sizes = _read_config(folder / CONFIG_FILE, cls)
+        model = load_model(lambda: found(**sizes), folder, variant)
+        return nn.Module.to(model, torch_dtype)  # diffusers' own `to` warns of every cast
 
 
-def make_config(config_class: type, values: Mapping[str, Any]) -> Any:
-    """A config dataclass from values as JSON holds them.
+def model_folder(source: str | Path, revision: str | None, variant: str | None, **hub: Any) -> Path:
+    """The local folder of a model, downloaded if `source` is a hub id; `UserError` if there is none."""
+    if Path(source).is_dir():
+        return Path(source)
+    if isinstance(source, Path):
+        raise UserError(f"{source}: there is no such folder; name one that a stage or save_pretrained wrote")
+    weights = f"diffusion_pytorch_model.*{variant}*" if variant else "diffusion_pytorch_model[.-][s0]*"
+    what = f"{source}: is not a local folder, and"
+    way_out = f"put its {CONFIG_FILE} and {WEIGHTS_FILE} into a folder and name that"
+    return download(source, revision, [CONFIG_FILE, weights], what=what, way_out=way_out, **hub)
 
-    Raises `UserError` naming the first key that is unknown, missing or of another type than its field.
+
+def weights_files(folder: Path) -> dict[str, list[Path]]:
+    """The files of each copy of the weights in `folder`, by its variant without dots, the main one by ""."""
+    found: dict[str, list[Path]] = {}
+    for pattern in (_FORMER_COPY, _COPY):  # the latter wins where a folder holds both
+        copies: dict[str, list[Path]] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            if match := pattern.fullmatch(path.name):
+                copies.setdefault(match[1].replace(".", ""), []).append(path)
+        found |= copies
+    return found
+
+
+def model_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """Config and weights of a model, in this order; `UserError` if there are no such weights."""
+    copies = weights_files(folder)
+    name = "" if variant in (None, "model") else variant.replace(".", "")
+    if name not in copies:
+        wanted = WEIGHTS_FILE.replace(".", f".{name}.") if name else WEIGHTS_FILE
+        there = ", ".join(sorted(path.name for path in folder.glob("*.safetensors"))) or "none"
+        raise UserError(f"{folder / wanted}: is missing; weights in that folder: {there}")
+    return [folder / CONFIG_FILE, *copies[name]]
+
+
+def load_model(build: Callable[[], Model], folder: Path, variant: str | None = None) -> Model:
+    """The model that `build` makes, with the weights in `folder`, on the CPU and in evaluation mode.
+
+    Raises `UserError` if they are missing or damaged, or are not exactly those of the model.
     """
-    hints = typing.get_type_hints(config_class)
-    for key in sorted(values.keys() | hints.keys()):
-        if key not in hints:
-            raise UserError(f"unknown key {key}; allowed: {', '.join(hints)}")
-        if key not in values:
-            raise UserError(f"the key {key} is missing; wanted: {', '.join(hints)}")
-        if not _fits(values[key], hints[key]):
-            wanted = getattr(hints[key], "__name__", str(hints[key]))
-            raise UserError(f"{key} is {values[key]!r} where {wanted} is wanted")
-    return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    config, *files = model_files(folder, variant)
+    where, what = config, "damaged"
+    try:
+        model = uninitialized(build)
+        where = files[0]
+        weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        what = f"does not fit {CONFIG_FILE}"
+        weights = without_wrappers(weights)
+        model._fix_state_dict_keys_on_load(weights)  # names of older versions of diffusers
+        model.load_state_dict(weights)
+    except (
+        UserError,
+        SafetensorError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{where}: {what} ({reason}); {_WAY_OUT}") from None
+    return model.eval()
 
 
-def require_at_least(minimum: int, config: Any, *names: str) -> None:
-    """Raises `UserError` if one of the named fields of `config` is smaller than `minimum`."""
-    for name in names:
-        if getattr(config, name) < minimum:
-            raise UserError(f"{name} is {getattr(config, name)}: give a number of at least {minimum}")
+def uninitialized(build: Callable[[], Model]) -> Model:
+    """The model that `build` makes, on the CPU, with tensors that are still to be filled."""
+    with torch.device("meta"):
+        model = build()
+    names = model.state_dict().keys()
+    assert all(name in names for name, _ in model.named_buffers()), "a non-persistent buffer"
+    return model.to_empty(device="cpu")
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value from JSON is of the type that a dataclass field declares."""
-    if typing.get_origin(hint) is tuple:
-        return isinstance(value, list) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
-    return type(value) in ((int, float) if hint is float else (hint,))
+def require_at_least(minimum: int, **sizes: Any) -> None:
+    """Raises `UserError` if one of `sizes` is no whole number of at least `minimum`, or no list of such."""
+    for name, value in sizes.items():
+        numbers = value if isinstance(value, list | tuple) else [value]
+        if not numbers or any(type(number) is not int or number < minimum for number in numbers):
+            raise UserError(f"{name} is {value!r}: give whole numbers of at least {minimum}")
 
 
-def _read_config(path: Path, cls: type[PretrainedModel]) -> tuple[type[PretrainedModel], Any]:
-    """The variant of `cls` that a config is of, and the config."""
+def _read_config(path: Path, cls: type[PretrainedModel]) -> tuple[type[PretrainedModel], dict[str, Any]]:
+    """The class that a config names, which must be of the family of `cls`, and its sizes."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {_WAY_OUT}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: damaged, not JSON ({error}); {_WAY_OUT}") from None
-    found = cls.variants().get(values.pop("model", None)) if isinstance(values, dict) else None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or f"not JSON: {error}"
+        raise UserError(f"{path}: missing or damaged ({reason}); {_WAY_OUT}") from None
+    name = values.get("_class_name", values.get("model")) if isinstance(values, dict) else None
+    found = next((c for c in cls.family() if name and name in (c.__name__, c.former_name)), None)
     if found is None:
         raise UserError(f"{path}: not the config of a {cls.__name__}; name the folder of one")
-    try:
-        return found, make_config(found.config_class, values)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-
-
-def _read_weights(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            announced = (file.metadata() or {}).get(_DIGEST)  # files of others have none
-    except FileNotFoundError:
-        there = ", ".join(sorted(other.stem for other in path.parent.glob("*.safetensors"))) or "none"
-        raise UserError(f"{path}: is missing; weights in that folder: {there}") from None
-    except (SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: damaged ({reason}); {_WAY_OUT}") from None
-    if announced is not None and announced != _digest(tensors):
-        raise UserError(f"{path}: damaged (the weights are not those that were written); {_WAY_OUT}")
-    tensors = without_wrappers(tensors)
-    for name in sorted(tensors.keys() | expected.keys()):
-        found, wanted = (_shape(side.get(name)) for side in (tensors, expected))
-        if found != wanted:
-            raise UserError(
-                f"{path}: parameter {name} is {found} where {CONFIG_FILE} makes it {wanted}: they are not of "
-                f"one model; {_WAY_OUT}"
-            )
-    return tensors
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes of contiguous CPU tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _shape(tensor: Tensor | None) -> str:
-    return "absent" if tensor is None else str(list(tensor.shape))
+    values = {key: value for key, value in values.items() if key[0] != "_" and key != "model"}
+    known = inspect.signature(found).parameters.keys()
+    for key in sorted(values.keys() - known - found.former_keys) + sorted(known - values.keys()):
+        problem = f"the key {key} is missing" if key in known else f"unknown key {key}"
+        raise UserError(f"{path}: {problem}; a {found.__name__} has {', '.join(known)}")
+    return found, {k: tuple(v) if isinstance(v := values[k], list) else v for k in known}

@@ -46,6 +46,9 @@ class EMA:
             average.copy_(state[name])
 
 
-def ema_file(decays: Sequence[float], decay: float) -> str:
-    """Name, without its ending, of the weights file of one of several EMA decays."""
-    return "model" if decay == decays[0] else f"ema_{decay:g}"
+def ema_variant(decays: Sequence[float], decay: float) -> str | None:
+    """The variant (see `PretrainedModel`) of one of several EMA decays: None for the first, else `ema_0999`.
+
+    Without the dot of 0.999, because diffusers' pipelines find no variants with dots.
+    """
+    return None if decay == decays[0] else f"ema_{decay:g}".replace(".", "")

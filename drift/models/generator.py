@@ -1,16 +1,16 @@
 """The one-step generator: a DiT from noise, class, CFG strength and style indices to a latent (paper A.2).
 
-Follows the release, whose parameters `drift.interop.release` converts. Shape letters: B batch, C channels, T tokens,
-D hidden size, S style codebooks.
+Follows the release, whose parameters `drift.interop.release` converts. Shape letters: B batch, C channels,
+T tokens, D hidden size, S style codebooks.
 """
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from diffusers.configuration_utils import FrozenDict, register_to_config
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -26,56 +26,41 @@ _OMEGA_FREQUENCIES = 128  # release: 256 sinusoids, half of them cosines
 _OMEGA_SCALE = 0.02  # release: of the normalised omega embedding, beside embeddings drawn from N(0, 0.02)
 
 
-@dataclass(frozen=True, kw_only=True)
-class GeneratorConfig:
-    """Sizes of a `Generator`; the defaults are the paper's B/2 on SD-VAE latents of ImageNet-256."""
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Adaptive layer norm's affine part: `[B, T, D]` by `[B, 1, D]`."""
+    return x * (1 + scale) + shift
 
-    in_channels: int = 4
-    """Channels of noise and latents."""
-    input_size: int = 32
-    """Side of noise and latents."""
-    num_classes: int = 1000
-    hidden_size: int = 768
-    depth: int = 12
-    """Transformer blocks."""
-    num_heads: int = 12
-    patch_size: int = 2
-    """Side of the squares that become one token."""
-    mlp_ratio: float = 4.0
-    """Hidden size of an MLP without gate of as many parameters as the SwiGLU, relative to `hidden_size`."""
-    context_tokens: int = 16
-    """Conditioning tokens in front of the sequence."""
-    style_codebooks: int = 32
-    style_entries: int = 64
-    """Entries of each style codebook."""
 
-    def __post_init__(self):
-        require_at_least(
-            1, self, "in_channels", "input_size", "num_classes", "hidden_size", "depth", "num_heads"
-        )
-        require_at_least(1, self, "patch_size", "style_entries")
-        require_at_least(0, self, "context_tokens", "style_codebooks")
-        if self.mlp_ratio <= 0:
-            raise UserError(f"mlp_ratio is {self.mlp_ratio}: give a positive number")
-        if self.hidden_size % (2 * self.num_heads):
-            raise UserError(
-                f"num_heads is {self.num_heads}: choose it such that hidden_size "
-                f"({self.hidden_size}) / num_heads is an even number, which RoPE needs"
-            )
-        if self.hidden_size % 4:
-            raise UserError(
-                f"hidden_size is {self.hidden_size}: choose a multiple of 4, which the 2-D position "
-                "embedding needs"
-            )
-        if self.input_size % self.patch_size:
-            raise UserError(
-                f"patch_size is {self.patch_size}: choose a divisor of input_size ({self.input_size})"
-            )
+def patchify(images: Tensor, patch: int) -> Tensor:
+    """`[B, C, H, W]` -> `[B, T, patch*patch*C]`: tokens row-major, inside them row, column, channel."""
+    x = images.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # [B, C, h, p, w, p]
+    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
-    @property
-    def mlp_hidden_size(self) -> int:
-        """Two thirds of the plain MLP's hidden size, rounded up to a multiple of 32 (release)."""
-        return math.ceil(int(self.hidden_size * self.mlp_ratio * 2 / 3) / 32) * 32
+
+def unpatchify(tokens: Tensor, patch: int, channels: int) -> Tensor:
+    """The inverse of `patchify`, for a square."""
+    side = math.isqrt(tokens.shape[1])
+    x = tokens.unflatten(2, (patch, patch, channels)).unflatten(1, (side, side))  # [B, h, w, p, p, C]
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
+def rope(tokens: int, head_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines `[T, head_size / 2]` of rotary position embedding by place in the sequence."""
+    places = torch.arange(tokens, device=device, dtype=torch.float32)
+    angles = places[:, None] * _frequencies(head_size // 2, device)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate `[..., T, d]` by the angles of `rope`; entry i forms a plane with entry i + d/2."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def _frequencies(count: int, device: torch.device) -> Tensor:
+    """Geometric from 1 down to, exclusively, 1 / `_MAX_PERIOD`."""
+    exponents = torch.arange(count, device=device, dtype=torch.float32) / count
+    return torch.exp(-math.log(_MAX_PERIOD) * exponents)
 
 
 class RMSNorm(nn.Module):
@@ -154,14 +139,13 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """Transformer block with adaLN-zero conditioning (DiT)."""
 
-    def __init__(self, config: GeneratorConfig):
+    def __init__(self, hidden_size: int, num_heads: int, mlp_hidden_size: int):
         super().__init__()
-        size = config.hidden_size
-        self.norm1 = RMSNorm(size)
-        self.attention = Attention(size, config.num_heads)
-        self.norm2 = RMSNorm(size)
-        self.mlp = SwiGLU(size, config.mlp_hidden_size)
-        self.modulation = nn.Linear(size, 6 * size)
+        self.norm1 = RMSNorm(hidden_size)
+        self.attention = Attention(hidden_size, num_heads)
+        self.norm2 = RMSNorm(hidden_size)
+        self.mlp = SwiGLU(hidden_size, mlp_hidden_size)
+        self.modulation = nn.Linear(hidden_size, 6 * hidden_size)
 
     def forward(self, x: Tensor, modulation: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation[:, None].chunk(6, dim=2)  # [B, 1, D] each
@@ -172,12 +156,11 @@ class Block(nn.Module):
 class FinalLayer(nn.Module):
     """Tokens -> pixels of their patches, modulated like the blocks."""
 
-    def __init__(self, config: GeneratorConfig):
+    def __init__(self, hidden_size: int, out_features: int):
         super().__init__()
-        size = config.hidden_size
-        self.norm = RMSNorm(size)
-        self.modulation = nn.Linear(size, 2 * size)
-        self.output = nn.Linear(size, config.patch_size**2 * config.in_channels)
+        self.norm = RMSNorm(hidden_size)
+        self.modulation = nn.Linear(hidden_size, 2 * hidden_size)
+        self.output = nn.Linear(hidden_size, out_features)
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         shift, scale = modulation[:, None].chunk(2, dim=2)
@@ -185,31 +168,61 @@ class FinalLayer(nn.Module):
 
 
 class Generator(PretrainedModel):
-    """`f(noise, class, omega, style indices) -> latent`, in one forward pass."""
+    """`f(noise, class, omega, style indices) -> latent`, in one forward pass.
 
-    config_class = GeneratorConfig
+    The defaults are the paper's B/2 on SD-VAE latents of ImageNet-256.
 
-    def __init__(self, config: GeneratorConfig):
-        super().__init__(config)
-        size = config.hidden_size
-        self.class_embedding = nn.Embedding(config.num_classes, size)
-        self.omega_embedder = OmegaEmbedder(size)
+    Args:
+        in_channels: channels of noise and latents.
+        input_size: side of noise and latents.
+        num_classes: classes of the labels.
+        hidden_size: D.
+        depth: transformer blocks.
+        num_heads: heads of each attention.
+        patch_size: side of the squares that become one token.
+        mlp_ratio: hidden size, relative to D, of an MLP without gate of as many parameters as the SwiGLU.
+        context_tokens: conditioning tokens in front of the sequence.
+        style_codebooks: S.
+        style_entries: entries of each style codebook.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 4,
+        input_size: int = 32,
+        num_classes: int = 1000,
+        hidden_size: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        patch_size: int = 2,
+        mlp_ratio: float = 4.0,
+        context_tokens: int = 16,
+        style_codebooks: int = 32,
+        style_entries: int = 64,
+    ):
+        super().__init__()
+        _check_sizes(self.config)
+        self.in_channels, self.patch_size, self.head_size = in_channels, patch_size, hidden_size // num_heads
+        self.context_tokens = context_tokens
+        self.style_codebooks, self.style_entries = style_codebooks, style_entries
+        # Two thirds of the plain MLP's hidden size, rounded up to a multiple of 32 (release)
+        mlp_hidden_size = math.ceil(int(hidden_size * mlp_ratio * 2 / 3) / 32) * 32
+
+        self.class_embedding = nn.Embedding(num_classes, hidden_size)
+        self.omega_embedder = OmegaEmbedder(hidden_size)
         self.style_embedder = None
-        if config.style_codebooks:
-            self.style_embedder = StyleEmbedder(config.style_codebooks, config.style_entries, size)
-        self.patch_embedding = nn.Linear(config.patch_size**2 * config.in_channels, size)
-        self.position_embedding = nn.Parameter(
-            torch.empty(1, (config.input_size // config.patch_size) ** 2, size)
-        )
+        if style_codebooks:
+            self.style_embedder = StyleEmbedder(style_codebooks, style_entries, hidden_size)
+        self.patch_embedding = nn.Linear(patch_size**2 * in_channels, hidden_size)
+        self.position_embedding = nn.Parameter(torch.empty(1, (input_size // patch_size) ** 2, hidden_size))
         self.context_projection = None
-        if config.context_tokens:
-            self.context_projection = nn.Linear(size, size)
-            self.context_embedding = nn.Parameter(torch.empty(1, config.context_tokens, size))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.final = FinalLayer(config)
-        self.activation_checkpointing = (
-            False  # True trades time for memory in training: see torch.utils.checkpoint
-        )
+        if context_tokens:
+            self.context_projection = nn.Linear(hidden_size, hidden_size)
+            self.context_embedding = nn.Parameter(torch.empty(1, context_tokens, hidden_size))
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_hidden_size) for _ in range(depth))
+        self.final = FinalLayer(hidden_size, patch_size**2 * in_channels)
+        self.activation_checkpointing = False  # True trades time for memory: see torch.utils.checkpoint
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
@@ -229,9 +242,9 @@ class Generator(PretrainedModel):
             nn.init.normal_(self.omega_embedder.mlp[i].weight, std=0.02)
 
         # Learned from there on
-        side = self.config.input_size // self.config.patch_size
+        _, places, hidden_size = self.position_embedding.shape
         with torch.no_grad():
-            self.position_embedding.copy_(sincos_positions(side, self.config.hidden_size))
+            self.position_embedding.copy_(sincos_positions(math.isqrt(places), hidden_size))
 
         # adaLN-zero: every block starts as the identity, and the output at zero
         for layer in [*(block.modulation for block in self.blocks), self.final.modulation, self.final.output]:
@@ -266,67 +279,35 @@ class Generator(PretrainedModel):
             modulations = [block.modulation(act) for block in self.blocks]
             final_modulation = self.final.modulation(act)
 
-        x = self.patch_embedding(patchify(noise, self.config.patch_size)) + self.position_embedding
+        x = self.patch_embedding(patchify(noise, self.patch_size)) + self.position_embedding
         x = torch.cat([context, x], dim=1)  # [B, T, D]
-        head_size = self.config.hidden_size // self.config.num_heads
-        rotation = rope(x.shape[1], head_size, x.device)
+        rotation = rope(x.shape[1], self.head_size, x.device)
         for block, modulation in zip(self.blocks, modulations, strict=True):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, modulation, rotation, use_reentrant=False)
             else:
                 x = block(x, modulation, rotation)
-        x = self.final(x[:, self.config.context_tokens :], final_modulation)
-        return unpatchify(x.float(), self.config.patch_size, self.config.in_channels)
+        x = self.final(x[:, self.context_tokens :], final_modulation)
+        return unpatchify(x.float(), self.patch_size, self.in_channels)
 
     def condition(self, labels: Tensor, omega: Tensor, style_indices: Tensor) -> Tensor:
         """Conditioning vector `[B, D]` of classes `[B]`, CFG strengths `[B]` and style indices `[B, S]`."""
         cond = self.class_embedding(labels) + self.omega_embedder(omega)
         if self.style_embedder is not None:
             cond = cond + self.style_embedder(style_indices)
-        return cond.to(self.dtype)
+        return cond.to(self.class_embedding.weight.dtype)
 
     def context(self, cond: Tensor) -> Tensor:
         """In-context conditioning tokens `[B, context_tokens, D]` from `cond [B, D]`."""
         if self.context_projection is None:
-            return cond.new_empty(len(cond), 0, self.config.hidden_size)
+            return cond.new_empty(len(cond), 0, cond.shape[1])
         return self.context_projection(cond)[:, None] + self.context_embedding
 
     def draw_style_indices(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
         """Style indices `[batch, S]`, uniform in each codebook, on the device of `generator`."""
         device = None if generator is None else generator.device
-        shape = (batch, self.config.style_codebooks)
-        return torch.randint(self.config.style_entries, shape, generator=generator, device=device)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Adaptive layer norm's affine part: `[B, T, D]` by `[B, 1, D]`."""
-    return x * (1 + scale) + shift
-
-
-def patchify(images: Tensor, patch: int) -> Tensor:
-    """`[B, C, H, W]` -> `[B, T, patch*patch*C]`: tokens row-major, inside them row, column, channel."""
-    x = images.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # [B, C, h, p, w, p]
-    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-
-
-def unpatchify(tokens: Tensor, patch: int, channels: int) -> Tensor:
-    """The inverse of `patchify`, for a square."""
-    side = math.isqrt(tokens.shape[1])
-    x = tokens.unflatten(2, (patch, patch, channels)).unflatten(1, (side, side))  # [B, h, w, p, p, C]
-    return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
-
-
-def rope(tokens: int, head_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `[T, head_size / 2]` of rotary position embedding by place in the sequence."""
-    places = torch.arange(tokens, device=device, dtype=torch.float32)
-    angles = places[:, None] * _frequencies(head_size // 2, device)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate `[..., T, d]` by the angles of `rope`; entry i forms a plane with entry i + d/2."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        shape = (batch, self.style_codebooks)
+        return torch.randint(self.style_entries, shape, generator=generator, device=device)
 
 
 def sincos_positions(side: int, size: int) -> Tensor:
@@ -338,16 +319,28 @@ def sincos_positions(side: int, size: int) -> Tensor:
     return torch.cat([columns, rows], dim=1)
 
 
-def _frequencies(count: int, device: torch.device) -> Tensor:
-    """Geometric from 1 down to, exclusively, 1 / `_MAX_PERIOD`."""
-    exponents = torch.arange(count, device=device, dtype=torch.float32) / count
-    return torch.exp(-math.log(_MAX_PERIOD) * exponents)
+def _check_sizes(sizes: FrozenDict) -> None:
+    positive = ("in_channels", "input_size", "num_classes", "hidden_size", "depth", "num_heads", "patch_size")
+    require_at_least(1, **{name: sizes[name] for name in (*positive, "style_entries")})
+    require_at_least(0, context_tokens=sizes.context_tokens, style_codebooks=sizes.style_codebooks)
+    if not sizes.mlp_ratio > 0:
+        raise UserError(f"mlp_ratio is {sizes.mlp_ratio}: give a positive number")
+    if sizes.hidden_size % (2 * sizes.num_heads):
+        raise UserError(f"num_heads is {sizes.num_heads}: RoPE needs an even hidden_size / num_heads")
+    if sizes.hidden_size % 4:
+        raise UserError(
+            f"hidden_size is {sizes.hidden_size}: the 2-D position embedding needs a multiple of 4"
+        )
+    if sizes.input_size % sizes.patch_size:
+        raise UserError(
+            f"patch_size is {sizes.patch_size}: choose a divisor of input_size ({sizes.input_size})"
+        )
 
 
 # The published sizes (paper Table 8); parameters: 133 M and 463 M
 SIZES = {
-    "B/2": GeneratorConfig(hidden_size=768, depth=12, num_heads=12),
-    "L/2": GeneratorConfig(hidden_size=1024, depth=24, num_heads=16),
+    "B/2": {"hidden_size": 768, "depth": 12, "num_heads": 12},
+    "L/2": {"hidden_size": 1024, "depth": 24, "num_heads": 16},
 }
 
 

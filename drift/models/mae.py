@@ -3,10 +3,11 @@
 A ResNet of basic blocks with GroupNorm and a U-Net decoder, at the release's conventions, but channels-first.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from drift.models.base import PretrainedModel, require_at_least
@@ -14,48 +15,6 @@ from drift.models.pooling import feature_sets, root_mean_square
 from drift.runtime.errors import UserError
 
 _EPS = 1e-6  # release: of every GroupNorm
-
-
-@dataclass(frozen=True, kw_only=True)
-class MAEConfig:
-    """Sizes of a `LatentMAE`; the defaults are the paper's ablation encoder on SD-VAE latents of ImageNet."""
-
-    in_channels: int = 4
-    """Channels of the input: 4 for SD-VAE latents, 3 for pixels."""
-    base_channels: int = 256
-    """Width of the first stage; the others are 2, 4 and 8 times as wide."""
-    layers: tuple[int, ...] = (3, 4, 6, 3)
-    """Residual blocks of each of the four stages."""
-    patch_size: int = 2
-    """Side of the squares that are masked together."""
-    input_patch_size: int = 1
-    """Side of the squares that are folded into channels before the network: 1 for latents, 8 for pixels."""
-    num_classes: int = 1000
-    """Classes of the linear head."""
-    norm_groups: int = 32
-    """Groups of every GroupNorm; a layer with fewer channels than that has one group per channel.
-
-    Of a map that was normalised by one group per channel, mean and std are the same for every sample, so
-    choose at most `base_channels / 2` for features that tell samples apart.
-    """
-
-    def __post_init__(self):
-        require_at_least(1, self, "in_channels", "base_channels", "patch_size", "input_patch_size")
-        require_at_least(1, self, "num_classes", "norm_groups")
-        if len(self.layers) != 4 or min(self.layers) < 1:
-            raise UserError(f"layers is {list(self.layers)}: give the blocks of four stages, at least 1 each")
-        for multiple in (1, 2, 3, 4, 6, 8, 12):  # widths of the stages and of the decoder's concatenations
-            channels = multiple * self.base_channels
-            if channels % min(self.norm_groups, channels):
-                raise UserError(
-                    f"norm_groups is {self.norm_groups}, which does not divide a layer of {channels} "
-                    f"channels: choose one that divides base_channels ({self.base_channels})"
-                )
-
-    @property
-    def folded_channels(self) -> int:
-        """Channels that the network sees."""
-        return self.in_channels * self.input_patch_size**2
 
 
 class ConvNormReLU(nn.Module):
@@ -92,25 +51,30 @@ class BasicBlock(nn.Module):
         return F.relu(self.norm2(self.conv2(x)) + shortcut)
 
 
-class Encoder(nn.Module):
-    """Stem without stride, then four stages that each end in a GroupNorm; stages 2 to 4 halve the map."""
+def residual_stages(width: int, layers: Sequence[int], norm_groups: int, eps: float = _EPS) -> nn.ModuleList:
+    """Stages of `layers` blocks each, twice as wide as the one before; each but the first halves the map."""
+    stages, in_channels = nn.ModuleList(), width
+    for stage, depth in enumerate(layers):
+        channels = width * 2**stage
+        blocks = nn.ModuleList()
+        for block in range(depth):
+            stride = 2 if stage > 0 and block == 0 else 1
+            blocks.append(BasicBlock(in_channels, channels, stride, norm_groups, eps))
+            in_channels = channels
+        stages.append(blocks)
+    return stages
 
-    def __init__(self, config: MAEConfig):
+
+class Encoder(nn.Module):
+    """Stem without stride, then four stages that each end in a GroupNorm."""
+
+    def __init__(self, in_channels: int, width: int, layers: Sequence[int], norm_groups: int):
         super().__init__()
-        width = config.base_channels
-        self.stem = ConvNormReLU(config.folded_channels, width, config.norm_groups)
-        self.stages = nn.ModuleList()
-        self.stage_norms = nn.ModuleList()
-        in_channels = width
-        for stage, depth in enumerate(config.layers):
-            channels = width * 2**stage
-            blocks = nn.ModuleList()
-            for block in range(depth):
-                stride = 2 if stage > 0 and block == 0 else 1
-                blocks.append(BasicBlock(in_channels, channels, stride, config.norm_groups))
-                in_channels = channels
-            self.stages.append(blocks)
-            self.stage_norms.append(_group_norm(channels, config.norm_groups))
+        self.stem = ConvNormReLU(in_channels, width, norm_groups)
+        self.stages = residual_stages(width, layers, norm_groups)
+        self.stage_norms = nn.ModuleList(
+            _group_norm(width * 2**stage, norm_groups) for stage in range(len(layers))
+        )
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """The maps that have features, in the order in which they arise, under the release's names.
@@ -133,11 +97,13 @@ class Encoder(nn.Module):
 class UpBlock(nn.Module):
     """Resize to the size of a skip connection, concatenate it, and mix with two 3x3 convolutions."""
 
-    def __init__(self, in_channels: int, skip_channels: int, out_channels: int, norm_groups: int):
+    def __init__(
+        self, in_channels: int, skip_channels: int, norm: nn.Module, norm_groups: int, eps: float = _EPS
+    ):
         super().__init__()
-        self.norm = _group_norm(in_channels + skip_channels, norm_groups)
-        self.proj = ConvNormReLU(in_channels + skip_channels, out_channels, norm_groups)
-        self.refine = ConvNormReLU(out_channels, out_channels, norm_groups)
+        self.norm = norm  # of the concatenation
+        self.proj = ConvNormReLU(in_channels + skip_channels, skip_channels, norm_groups, eps)
+        self.refine = ConvNormReLU(skip_channels, skip_channels, norm_groups, eps)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         if x.shape[-2:] != skip.shape[-2:]:
@@ -148,15 +114,19 @@ class UpBlock(nn.Module):
 class Decoder(nn.Module):
     """U-Net decoder from stage 4 back to the input, with skips from stages 3, 2, 1 and the stem."""
 
-    def __init__(self, config: MAEConfig):
+    def __init__(self, width: int, out_channels: int, norm_groups: int):
         super().__init__()
-        width, groups = config.base_channels, config.norm_groups
-        self.bridge = ConvNormReLU(8 * width, 8 * width, groups)
-        self.up43 = UpBlock(8 * width, 4 * width, 4 * width, groups)
-        self.up32 = UpBlock(4 * width, 2 * width, 2 * width, groups)
-        self.up21 = UpBlock(2 * width, width, width, groups)
-        self.up10 = UpBlock(width, width, width, groups)
-        self.head = nn.Conv2d(width, config.folded_channels, 1)
+
+        def up(in_channels: int, skip_channels: int) -> UpBlock:
+            norm = _group_norm(in_channels + skip_channels, norm_groups)
+            return UpBlock(in_channels, skip_channels, norm, norm_groups)
+
+        self.bridge = ConvNormReLU(8 * width, 8 * width, norm_groups)
+        self.up43 = up(8 * width, 4 * width)
+        self.up32 = up(4 * width, 2 * width)
+        self.up21 = up(2 * width, width)
+        self.up10 = up(width, width)
+        self.head = nn.Conv2d(width, out_channels, 1)
 
     def forward(self, maps: dict[str, Tensor]) -> Tensor:
         x = self.bridge(maps["layer4"])
@@ -170,24 +140,59 @@ class Decoder(nn.Module):
 class LatentMAE(PretrainedModel):
     """Masked autoencoder whose encoder gives the features that the drifting loss compares.
 
-    Works on SD-VAE latents or, with `input_patch_size` > 1, on pixels; "latents" below stands for both.
+    It works on SD-VAE latents or, with `input_patch_size` > 1, on pixels; "latents" below stands for both.
+    The defaults are the paper's ablation encoder on SD-VAE latents of ImageNet.
+
+    Args:
+        in_channels: of the input: 4 for SD-VAE latents, 3 for pixels.
+        base_channels: width of the first stage; the others are 2, 4 and 8 times as wide.
+        layers: residual blocks of each of the four stages.
+        patch_size: side of the squares that are masked together.
+        input_patch_size: side of the squares that are folded into channels before the network: 1 for latents,
+            8 for pixels.
+        num_classes: classes of the linear head.
+        norm_groups: groups of every GroupNorm; a layer with fewer channels has one group per channel. Such
+            a norm gives maps of the same mean and std for every sample, so choose at most
+            `base_channels / 2` for features that tell samples apart.
     """
 
-    config_class = MAEConfig
-
-    def __init__(self, config: MAEConfig):
-        super().__init__(config)
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
-        self.classifier = nn.Linear(8 * config.base_channels, config.num_classes)
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 4,
+        base_channels: int = 256,
+        layers: tuple[int, ...] = (3, 4, 6, 3),
+        patch_size: int = 2,
+        input_patch_size: int = 1,
+        num_classes: int = 1000,
+        norm_groups: int = 32,
+    ):
+        super().__init__()
+        require_at_least(1, in_channels=in_channels, base_channels=base_channels, patch_size=patch_size)
+        require_at_least(
+            1, input_patch_size=input_patch_size, num_classes=num_classes, norm_groups=norm_groups
+        )
+        check_layers(layers)
+        for multiple in (1, 2, 3, 4, 6, 8, 12):  # widths of the stages and of the decoder's concatenations
+            channels = multiple * base_channels
+            if channels % min(norm_groups, channels):
+                raise UserError(
+                    f"norm_groups is {norm_groups}, which does not divide a layer of {channels} channels: "
+                    f"choose one that divides base_channels ({base_channels})"
+                )
+        self.patch_size, self.input_patch_size, self.norm_groups = patch_size, input_patch_size, norm_groups
+        folded_channels = in_channels * input_patch_size**2
+        self.encoder = Encoder(folded_channels, base_channels, layers, norm_groups)
+        self.decoder = Decoder(base_channels, folded_channels, norm_groups)
+        self.classifier = nn.Linear(8 * base_channels, num_classes)
         self.initialize_weights()
 
     @classmethod
-    def variants(cls) -> dict[str, type["LatentMAE"]]:
-        """This class, and that of the prior's encoder."""
-        from drift.models.sinkhorn_mae import PriorMAE
+    def family(cls) -> list[type["LatentMAE"]]:
+        """This class, and the Sinkhorn paper's encoder, which takes its place."""
+        from drift.models.sinkhorn_mae import SinkhornMAE
 
-        return {"LatentMAE": LatentMAE, "PriorMAE": PriorMAE}
+        return [LatentMAE, SinkhornMAE]
 
     def initialize_weights(self) -> None:
         """Flax's defaults, as the release trains: LeCun-normal kernels, zero biases, norms at identity."""
@@ -232,7 +237,7 @@ class LatentMAE(PretrainedModel):
         """
         x = self.fold(latents)
         assert mask.shape[1:] == self.mask_grid(*latents.shape[-2:]), (mask.shape, latents.shape)
-        p = self.config.patch_size
+        p = self.patch_size
         hidden = mask.repeat_interleave(p, dim=1).repeat_interleave(p, dim=2)[:, None]  # [B, 1, H, W]
         reconstruction, logits = self._decode(x.masked_fill(hidden, 0))
         error = (reconstruction.float() - x.float()).square() * hidden
@@ -240,18 +245,18 @@ class LatentMAE(PretrainedModel):
 
     def mask_grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the mask of inputs `[B, C, height, width]`."""
-        side = self.config.input_patch_size * self.config.patch_size
+        side = self.input_patch_size * self.patch_size
         if height % side or width % side:
             raise UserError(
                 f"inputs of {height}x{width} cannot be masked in squares of {side}x{side} (patch_size "
-                f"{self.config.patch_size} x input_patch_size {self.config.input_patch_size}): "
+                f"{self.patch_size} x input_patch_size {self.input_patch_size}): "
                 "choose a patch_size that divides them"
             )
         return height // side, width // side
 
     def fold(self, latents: Tensor) -> Tensor:
         """`[B, C, H, W]` -> `[B, p*p*C, H/p, W/p]`, channels ordered by row in patch, column in patch, C."""
-        p = self.config.input_patch_size
+        p = self.input_patch_size
         if p > 1:
             x = latents.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # [B, C, H/p, p, W/p, p]
             latents = x.permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
@@ -265,6 +270,13 @@ class LatentMAE(PretrainedModel):
 def draw_mask(shape: tuple[int, int, int], ratio: float, generator: torch.Generator) -> Tensor:
     """A bool mask `[B, h, w]` that hides every square independently with probability `ratio` (paper A.3)."""
     return torch.rand(shape, generator=generator, device=generator.device) < ratio
+
+
+def check_layers(layers: Sequence[int]) -> None:
+    """Raises `UserError` unless `layers` are the blocks of four stages."""
+    if not isinstance(layers, list | tuple) or len(layers) != 4:
+        raise UserError(f"layers is {layers}: give the blocks of four stages")
+    require_at_least(1, layers=layers)
 
 
 def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:

@@ -1,21 +1,20 @@
-"""Finished work that DVC has taken over: what `drift clean` removes."""
+"""Finished work whose result DVC has stored: what `drift clean` removes."""
 
-import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-from ruamel.yaml import YAML
+from typing import TYPE_CHECKING
 
 from drift.runtime.errors import UserError
 from drift.runtime.files import remove
 from drift.runtime.lock import Holder, Lock
-from drift.runtime.work import dvc_hash, read_note, size_of
+from drift.runtime.work import read_note, size_of
+
+if TYPE_CHECKING:
+    from dvc.output import Output
 
 
 @dataclass(frozen=True)
-class Work:
+class WorkFolder:
     """A work folder, and whether its result is stored elsewhere."""
 
     folder: Path
@@ -26,21 +25,29 @@ class Work:
     """Bytes that removing it frees."""
 
 
-def find_work(root: Path) -> list[Work]:
-    """The work folders in `root`, with what `dvc.lock` and DVC's cache say of the result of each.
+def find_work(root: Path) -> list[WorkFolder]:
+    """The work folders in `root`, each with what DVC says of its result.
 
-    Raises `UserError` if there is no `dvc.lock`, or DVC does not tell where its cache is.
+    Raises `UserError` with DVC's reason if there is no DVC project here, or none that DVC can read.
     """
-    results, cache = _results(Path("dvc.lock")), _cache()
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
     found = []
-    for note in sorted(root.glob("*/*/work.json")):
-        stored, why = _judge(note.parent, results, cache)
-        found.append(Work(note.parent, stored, why, size_of(note.parent)))
+    try:
+        with Repo() as repo:
+            outputs = {out.hash_info.value: out for stage in repo.index.stages for out in stage.outs}
+            for note in sorted(root.glob("*/*/work.json")):
+                stored, why = _judge(note.parent, outputs)
+                found.append(WorkFolder(note.parent, stored, why, size_of(note.parent)))
+    except DvcException as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"DVC does not say what it has stored ({reason}); run this in the project") from None
     return found
 
 
-def remove_work(work: Work) -> bool:
-    """Remove the folder, unless a process is at work there just now; whether it is gone."""
+def remove_work(work: WorkFolder) -> bool:
+    """Remove the folder if its result is stored and no process works there; whether it is gone."""
     lock = Lock(work.folder)
     if not work.stored or not lock.acquire():
         return False
@@ -51,49 +58,17 @@ def remove_work(work: Work) -> bool:
     return True
 
 
-def _judge(folder: Path, results: dict[str, tuple[Path, int]], cache: Path) -> tuple[bool, str]:
+def _judge(folder: Path, outputs: "dict[str, Output]") -> tuple[bool, str]:
     note, holder = read_note(folder), Holder.of(folder)
-    if holder is not None and holder.at_work(folder) is not False:
+    if holder is not None and holder.at_work() is not False:
         return False, f"process {holder.pid} on {holder.host} is at work"
     if note is None or not note["finished"]:
         return False, "not finished"
-    digest = note.get("result")
-    if digest not in results:
+    out = outputs.get(note.get("result"))
+    if out is None:
         return False, "dvc.lock has no such result"
-    path, size = results[digest]
-    if digest.endswith(".dir"):
-        stored = _in_cache(digest, size, cache)
-        return stored, f"{path}, which DVC's cache {'has' if stored else 'lacks'}"
-    stored = path.is_file() and dvc_hash(path) == digest  # in git, and not in the cache
-    return stored, f"{path}, which {'is' if stored else 'has changed'}"
-
-
-def _in_cache(digest: str, size: int, cache: Path) -> bool:
-    """Whether the cache has all files of a folder."""
-    try:
-        listing = json.loads(_cached(digest, cache).read_text(encoding="utf-8"))
-        return sum(_cached(entry["md5"], cache).stat().st_size for entry in listing) == size
-    except FileNotFoundError:
-        return False
-
-
-def _cached(digest: str, cache: Path) -> Path:
-    return cache / "files" / "md5" / digest[:2] / digest[2:]
-
-
-def _results(lock: Path) -> dict[str, tuple[Path, int]]:
-    """Path and bytes of each output in `dvc.lock`, by its hash."""
-    if not lock.is_file():
-        raise UserError(
-            f"{lock}: none in {Path.cwd()}, so nothing is proven to be stored; run dvc repro there"
-        )
-    content = YAML(typ="safe", pure=True).load(lock)
-    outs = [out for stage in content["stages"].values() for out in stage.get("outs", ())]
-    return {out["md5"]: (Path(out["path"]), out["size"]) for out in outs}
-
-
-def _cache() -> Path:
-    done = subprocess.run([sys.executable, "-P", "-m", "dvc", "cache", "dir"], capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"DVC does not say where its cache is: {' '.join(done.stderr.split())}")
-    return Path(done.stdout.strip())
+    if out.use_cache:
+        stored = not out.changed_cache()
+        return stored, f"{out}, which DVC's cache {'has' if stored else 'lacks'}"
+    stored = not out.changed_checksum()  # in git
+    return stored, f"{out}, which {'is' if stored else 'has changed'}"

@@ -5,11 +5,12 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
@@ -24,16 +25,16 @@ Value = TypeVar("Value")
 _PARSING = threading.Lock()
 _NO_SUCH_CALL = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 # Words that torch.compile, FSDP and activation checkpointing put anywhere into a parameter's name
-_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """An open binary file that becomes `path` when the block ends without an error.
 
-    Until then `path` keeps its old content. A writer that wants a name instead of a file takes the
-    yielded file's `name`. The temporary name is a fixed one, so what a killed writer leaves behind is
-    overwritten by the next; two processes must not write the same `path` at once.
+    Until then `path` keeps its old content. A writer that wants a name takes the file's `name`. The temporary
+    name is a fixed one, so the next writer overwrites what a killed one leaves behind; two processes must not
+    write the same `path` at once.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -48,17 +49,15 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             except OSError as error:
                 if error.errno != errno.EBUSY:
                     raise
-                shutil.copyfile(temporary, path)  # it is mounted there, as containers do with single files
-                temporary.unlink()
-    except BaseException:
+                shutil.copyfile(temporary, path)  # a mount point, which containers make of single files
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
     sync(path.parent)
 
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Give `OSError`s within, such as that of a full disk, the name of the file, which only `open` does."""
+    """Name the file in `OSError`s within, such as that of a full disk, which only `open` does by itself."""
     try:
         yield
     except OSError as error:
@@ -70,7 +69,7 @@ def naming(path: str | Path) -> Iterator[None]:
 def write_json(path: str | Path, obj: Any) -> None:
     """Write `obj` atomically as JSON whose bytes depend on its content alone: keys sorted, indented.
 
-    Raises `ValueError` for a NaN or an infinity, which JSON does not know.
+    Raises `ValueError` for a NaN or an infinity, which JSON lacks.
     """
     text = json.dumps(obj, sort_keys=True, indent=2, allow_nan=False) + "\n"
     with atomic_write(path) as file:
@@ -78,46 +77,52 @@ def write_json(path: str | Path, obj: Any) -> None:
 
 
 def replace_folder(source: str | Path, destination: str | Path) -> None:
-    """Rename the finished folder `source` to `destination`, replacing what is there.
+    """Move the finished folder `source` to `destination`, on any filesystem, replacing what is there.
 
-    Old and new are swapped by renames, so `destination` is never half old and half new. Between
-    filesystems `source` is copied beside `destination` first, and removed last. Where this fails, `source`
-    and `destination` are as they were.
+    Renames swap old and new, so `destination` is never half old and half new, and stays as it was if this
+    fails. Only a folder that cannot be renamed, such as a mounted volume, gets new contents in its place.
+    `source` goes last.
     """
     source, destination = Path(source), Path(destination)
     destination.parent.mkdir(parents=True, exist_ok=True)
+    if not os.path.lexists(destination) and _renamed(source, destination):
+        sync(destination.parent)
+        return
+    new, old = (destination.with_name(f".{destination.name}.{what}") for what in ("replacing", "replaced"))
+    remove(old)
     try:
-        _swap_in(source, destination)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        copy = destination.with_name(f".{destination.name}.new")
-        try:
-            remove(copy)
-            _copy(source, copy)
-            _swap_in(copy, destination)
-        finally:
-            remove(copy)
-        remove(source)
+        link_folder(source, new)
+        if not os.path.lexists(destination):
+            os.rename(new, destination)
+        elif _renamed(destination, old):
+            try:
+                os.rename(new, destination)
+            except OSError:
+                os.rename(old, destination)
+                raise
+        else:
+            for path in destination.iterdir():
+                remove(path)
+            _copy(new, destination)
+    finally:
+        remove(new)
+    sync(destination.parent)
+    remove(old)
+    remove(source)
 
 
-def move(path: Path, name: Path) -> None:
-    """Rename `path`, or copy it where an overlay does not let go of a folder that a layer below holds."""
+def _renamed(path: Path, name: Path) -> bool:
     try:
         os.rename(path, name)
     except OSError as error:
-        if error.errno != errno.EXDEV:
+        if error.errno not in (errno.EBUSY, errno.EXDEV):  # a mount point; of an overlay's lower layer
             raise
-        try:
-            _copy(path, name)
-        except BaseException:
-            remove(name)
-            raise
-        remove(path)
+        return False
+    return True
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder with all that is in it; none is no error."""
+    """Remove a file, a link or a folder with all its contents, if there is one."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -125,41 +130,36 @@ def remove(path: Path) -> None:
 
 
 def link_folder(source: str | Path, destination: str | Path) -> Path:
-    """Make the folder `destination` with the files of `source`: by hard links, or copies if there are none.
+    """Make the folder `destination` with the files of `source`: hard links, or copies where there are none.
 
     Nobody may write into the files after that. Returns `destination`.
     """
     source, destination = Path(source), Path(destination)
     remove(destination)
-    _copy(source, destination, by_links=True)
+    _copy(source, destination)
     return destination
 
 
-def _copy(source: Path, destination: Path, *, by_links: bool = False) -> None:
+def _copy(source: Path, destination: Path) -> None:
     """Names and bytes alone, as some filesystems have no more; unlike `shutil.copytree`, says what failed."""
-    destination.mkdir()
+    destination.mkdir(exist_ok=True)
     for path in source.iterdir():
         copy = destination / path.name
         if path.is_dir() and not path.is_symlink():
-            _copy(path, copy, by_links=by_links)
-        elif not (by_links and _linked(path, copy)):
-            with naming(copy):
-                shutil.copyfile(path, copy, follow_symlinks=False)
-
-
-def _linked(path: Path, name: Path) -> bool:
-    try:
-        os.link(path, name)
-    except OSError:  # the filesystem knows no links
-        return False
-    return True
+            _copy(path, copy)
+            continue
+        with suppress(OSError):  # another filesystem, or one without links
+            os.link(path, copy, follow_symlinks=False)
+            continue
+        with naming(copy):
+            shutil.copyfile(path, copy, follow_symlinks=False)
 
 
 def check_writable(folder: str | Path) -> None:
-    """Make sure that files can be created in `folder`, which is made with its parents if it is missing.
+    """Make `folder` with its parents if it is missing, and make sure that files can be created in it.
 
-    Permission bits say little (root ignores them, a filesystem may be read-only), so a file is really
-    created and removed. Raises `UserError` with the folder and the operating system's reason.
+    Permission bits say little (root ignores them, a filesystem may be read-only), so this creates a file and
+    removes it. Raises `UserError` with the folder and the operating system's reason.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -174,11 +174,13 @@ def check_writable(folder: str | Path) -> None:
 def check_output(path: str | Path) -> None:
     """Make sure that a stage can put its output at `path` once it has finished, and that DVC can take it.
 
-    Raises `UserError` if the folder of `path` cannot be written, if a folder at `path` cannot give way (a
-    mounted volume), or if DVC runs the stage and a link leads out of the Git repository.
+    Raises `UserError` if the folder of `path`, or a folder at `path`, cannot be written, or if DVC runs the
+    stage and a link leads out of the Git repository.
     """
     path = Path(path)
     check_writable(path.parent)
+    if path.is_dir():
+        check_writable(path)
     if "DVC_STAGE" in os.environ:
         here, home = Path.cwd().resolve(), path.parent.resolve()
         project = next((folder for folder in (here, *here.parents) if (folder / ".git").exists()), here)
@@ -187,26 +189,6 @@ def check_output(path: str | Path) -> None:
                 f"{path}: a link leads to {home}, out of the Git repository, where DVC takes no outputs; put "
                 "a folder in the place of the link (dvc cache dir FOLDER moves what is large)"
             )
-    if path.is_dir() and not path.is_symlink():
-        _check_movable(path)
-
-
-def _check_movable(folder: Path) -> None:
-    # No folder takes the place of one that is not empty, so nothing is moved here; but the system says before
-    # that if `folder` cannot be moved at all
-    full = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".movable-"))
-    try:
-        (full / "file").touch()
-        os.rename(folder, full)
-    except OSError as error:
-        if error.errno in (errno.EBUSY, errno.EPERM, errno.EACCES):
-            raise UserError(
-                f"{folder}: cannot be replaced ({error.strerror}); name another folder, or if it is a "
-                "mounted volume, mount the folder above it"
-            ) from None
-    finally:
-        (full / "file").unlink()
-        full.rmdir()
 
 
 def check_readable(path: str | Path, what: str, way_out: str) -> None:
@@ -221,7 +203,7 @@ def check_readable(path: str | Path, what: str, way_out: str) -> None:
 
 
 def sync(path: str | Path) -> None:
-    """Flush a file, or the names in a folder, to the disk: a rename survives a power failure only then."""
+    """Flush a file, or the names in a folder, to the disk: only then a rename survives a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         _flush(descriptor)
@@ -230,7 +212,7 @@ def sync(path: str | Path) -> None:
 
 
 def _flush(descriptor: int) -> None:
-    """Wait until the disk has it, where the filesystem can tell: some cannot, above all for folders."""
+    """Wait for the disk, unless the filesystem cannot tell: some cannot, above all for folders."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -238,23 +220,26 @@ def _flush(descriptor: int) -> None:
             raise
 
 
+def sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 class RowFile:
     """Rows of a `.npy` file, read and overwritten in place, by any number of threads and processes.
 
-    The header is parsed once, when the file is opened, and by one thread at a time: NumPy has Python's
-    compiler do that, which in Python up to 3.11.7 fails at times when two threads are at it (`SystemError:
-    AST constructor recursion depth mismatch`, CPython issue 106905).
-
-    Not a memory map, which would be killed by a full disk (SIGBUS), whose pages would count as this process's
-    memory, and which, on a network filesystem, would write whole pages over the neighbouring rows of another
-    machine.
+    Not a memory map: a full disk kills its process (SIGBUS), its pages count as memory of the process, and on
+    a network filesystem it writes whole pages over the neighbouring rows of another machine.
     """
 
     def __init__(self, path: str | Path):
         """Raises `OSError` or `ValueError` if there is no such file or it is no `.npy` file."""
         import numpy as np
 
-        with _PARSING:
+        with (
+            _PARSING
+        ):  # NumPy compiles the header, which fails at times in two threads (CPython issue 106905)
             stored = np.load(path, mmap_mode="r")
         self.path = Path(path)
         self.shape: tuple[int, ...] = stored.shape
@@ -266,7 +251,7 @@ class RowFile:
     def create(cls, path: str | Path, dtype: "np.typing.DTypeLike", shape: tuple[int, ...]) -> "RowFile":
         """A new file of zeros, which take no room on the disk until they are overwritten.
 
-        Without a writable memory map, which some network filesystems do not have.
+        Without a writable memory map, which some network filesystems lack.
         """
         import numpy as np
 
@@ -288,21 +273,17 @@ class RowFile:
         found = np.empty((len(rows), *self.shape[1:]), self.dtype)
         buffer = found.reshape(-1).view(np.uint8)
         firsts = np.flatnonzero(np.diff(rows, prepend=-2) != 1).tolist()
-        with self.path.open("rb", buffering=0) as file:
+        with self.path.open("rb") as file:
             for first, end in pairwise([*firsts, len(rows)]):
                 file.seek(self._offset + int(rows[first]) * self._row_bytes)
                 part = buffer[first * self._row_bytes : end * self._row_bytes]
-                while len(part):  # one call reads at most 2 GiB
-                    count = file.readinto(part)
-                    assert count, f"{self.path} is cut short"
-                    part = part[count:]
+                assert file.readinto(part) == len(part), f"{self.path} is cut short"
         return found
 
     def write(self, start: int, rows: "np.ndarray", *, flush: bool = True) -> None:
         """Overwrite rows from row `start` on, and with `flush` wait until the disk has them."""
-        assert (
-            rows.dtype == self.dtype and rows.shape[1:] == self.shape[1:] and start + len(rows) <= len(self)
-        )
+        assert rows.dtype == self.dtype and rows.shape[1:] == self.shape[1:]
+        assert start + len(rows) <= len(self)
         with naming(self.path), self.path.open("r+b") as file:
             file.seek(self._offset + start * self._row_bytes)
             file.write(rows.tobytes())
@@ -311,41 +292,18 @@ class RowFile:
                 _flush(file.fileno())
 
 
-def sha256(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _swap_in(folder: Path, destination: Path) -> None:
-    old = destination.with_name(f".{destination.name}.old")
-    remove(old)
-    if os.path.lexists(destination):
-        move(destination, old)
-    try:
-        os.rename(folder, destination)
-    except OSError:
-        if os.path.lexists(old):
-            os.rename(old, destination)
-        raise
-    sync(destination.parent)
-    remove(old)
-
-
 def without_wrappers(tensors: Mapping[str, Value]) -> dict[str, Value]:
-    """Tensors, or what is known of them, by the names that they have in the bare model.
+    """Tensors by the names that they have in the bare model.
 
-    What was saved from inside DistributedDataParallel, torch.compile and the like has `module.` in front, or
-    words of theirs in between. Raises `UserError` if two tensors have one name without them.
+    DistributedDataParallel, torch.compile and the like put `module.` in front, or words in between. Raises
+    `UserError` if two tensors have one name without them.
     """
     bare: dict[str, Value] = {}
     for name, tensor in tensors.items():
-        words = [word for word in name.split(".") if word not in _WRAPPERS]
-        while len(words) > 1 and words[0] == "module":
-            del words[0]
-        if ".".join(words) in bare:
+        bare_name = re.sub(r"^(module\.)+", "", _WRAPPERS.sub("", name))
+        if bare_name in bare:
             raise UserError(
                 f"parameter {name} is there twice, with and without the prefix of a wrapper; save one of them"
             )
-        bare[".".join(words)] = tensor
+        bare[bare_name] = tensor
     return bare

@@ -1,4 +1,4 @@
-"""One process at a time at a place, on all machines that see it, and who that is."""
+"""One process at a time at a place, on all machines that see it, and which process that is."""
 
 import errno
 import fcntl
@@ -15,15 +15,14 @@ import psutil
 
 from drift.runtime.files import write_json
 
-_UNKNOWN_CALL = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL}
+_NO_FLOCK = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL}
 
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that works in a folder, as it says in a file beside the folder's lock.
+    """The process that works in a folder, as the file `FOLDER.run` names it.
 
-    Whoever only wants to know leaves the lock alone: to try it is to hold it for a moment, in which a stage
-    that starts would be refused.
+    Reading this file does not touch the lock, so looking never keeps a stage from starting.
     """
 
     host: str
@@ -33,86 +32,75 @@ class Holder:
 
     @classmethod
     def of(cls, folder: Path) -> "Holder | None":
-        """None if nobody has said so, or has taken it back."""
+        """None if no process is named, or its name is just being written."""
         try:
-            return cls(**json.loads(_holder_file(folder).read_text()))
-        except (FileNotFoundError, json.JSONDecodeError):  # cut short, or just being written
+            return cls(**json.loads(folder.with_suffix(".run").read_text()))
+        except (FileNotFoundError, json.JSONDecodeError):
             return None
 
-    def at_work(self, folder: Path) -> bool | None:
-        """Whether the process still has the lock; None if that cannot be seen from this machine.
-
-        A process that was killed has taken nothing back, and its number may be another's by now.
-        """
+    def at_work(self) -> bool | None:
+        """Whether the process is alive; None if that cannot be seen from this machine."""
         if self.host != platform.node():
             return None
-        lock = str(_lock_file(folder).resolve())
-        try:
-            process = psutil.Process(self.pid)
-            if process.create_time() > self.since + 1:  # another, which may be at the lock just now
-                return False
-            return lock in (file.path for file in process.open_files())
+        try:  # a process that began later has the number of one that was killed
+            return psutil.Process(self.pid).create_time() <= self.since + 1
         except psutil.NoSuchProcess:
             return False
-        except psutil.AccessDenied:  # of another user
-            return None
 
 
 class Lock:
-    """The lock of `folder`: `flock` on a file beside it.
+    """The lock of `folder`: `flock` on the file `FOLDER.lock`.
 
-    A filesystem may have no `flock`. There the file that names the holder is the lock: it exists for as long
-    as the lock is held. That its holder was killed is seen on the same machine alone.
+    Where the filesystem has no `flock`, `FOLDER.run` is the lock: it exists for as long as the lock is held.
+    Only the same machine notices then that its holder was killed.
     """
 
     def __init__(self, folder: Path):
+        self._file_name, self._run = folder.with_suffix(".lock"), folder.with_suffix(".run")
         self.folder = folder
-        self._file: IO[bytes] | None = None  # open as long as the lock is held: see `Holder.at_work`
-        self._by_existence = False
+        self._file: IO[bytes] | None = None  # open for as long as the lock is held
+        self._without_flock = False
 
     def acquire(self) -> bool:
         """Take the lock if nobody has it; whether this process has it now."""
-        file = _lock_file(self.folder).open("ab")
+        self._file, taken = self._file_name.open("ab"), False
         try:
-            taken = self._flock(file)
-        except BaseException:
-            file.close()
-            raise
-        if taken:
-            self._file = file
-        else:
-            file.close()
+            taken = self._take(self._file, asdict(Holder(platform.node(), os.getpid(), time.time())))
+        finally:
+            if not taken:
+                self._file.close()
+                self._file = None
         return taken
 
-    def _flock(self, file: IO[bytes]) -> bool:
+    def _take(self, file: IO[bytes], this: dict) -> bool:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return False
         except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                return False
-            if error.errno not in _UNKNOWN_CALL:
+            if error.errno not in _NO_FLOCK:
                 raise
-            self._by_existence = True
-            return self._create()
-        write_json(_holder_file(self.folder), _this_process())
+            self._without_flock = True
+            return self._create(this)
+        write_json(self._run, this)
         return True
 
-    def _create(self) -> bool:
+    def _create(self, this: dict) -> bool:
         holder = Holder.of(self.folder)
-        if holder is not None and holder.at_work(self.folder) is False:
-            _holder_file(self.folder).unlink(missing_ok=True)
+        if holder is not None and holder.at_work() is False:
+            self._run.unlink(missing_ok=True)
         try:
-            with _holder_file(self.folder).open("x") as file:
-                json.dump(_this_process(), file)
+            with self._run.open("x") as file:
+                json.dump(this, file)
         except FileExistsError:
             return False
         return True
 
     def release(self) -> None:
         if self._file is not None:
-            _holder_file(self.folder).unlink(missing_ok=True)
-            with suppress(OSError):  # there is none
-                fcntl.flock(self._file, fcntl.LOCK_UN)  # helpers that were forked have the file open as well
+            self._run.unlink(missing_ok=True)
+            with suppress(OSError):  # there is no flock
+                fcntl.flock(self._file, fcntl.LOCK_UN)  # forked helpers have the file open as well
             self._file.close()
             self._file = None
 
@@ -123,18 +111,4 @@ class Lock:
         if holder is not None:
             since = time.strftime("%Y-%m-%d %H:%M", time.localtime(holder.since))
             who = f"process {holder.pid} on {holder.host}, since {since}"
-        if self._by_existence:
-            who += f"; if that process is gone, delete {_holder_file(self.folder)}"
-        return who
-
-
-def _this_process() -> dict:
-    return asdict(Holder(platform.node(), os.getpid(), time.time()))
-
-
-def _lock_file(folder: Path) -> Path:
-    return folder.with_suffix(".lock")
-
-
-def _holder_file(folder: Path) -> Path:
-    return folder.with_suffix(".run")
+        return who + (f"; if that process is gone, delete {self._run}" if self._without_flock else "")

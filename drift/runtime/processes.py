@@ -1,8 +1,8 @@
-"""One process, or torchrun: who am I, which device, and how a stage ends.
+"""One process, or torchrun: which rank and device this is, and how a stage ends.
 
-A stage's `main()` checks its settings and inputs, then calls `spawn`, which starts the stage again under
-torch.distributed.run where more than one process is wanted; the processes enter `join` and get a `Ranks`.
-Under an existing torchrun `spawn` does nothing, so `torchrun --nnodes ... -m stages.drift` just joins.
+A stage's `main()` checks its settings and inputs, then calls `spawn`, which starts the stage again in several
+processes if more than one is wanted; the processes enter `join` and get a `Ranks`. Under an existing torchrun
+`spawn` does nothing, so `torchrun --nnodes ... -m stages.drift` just joins.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,9 +24,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from drift.runtime.errors import PeerLost, Stopped, UserError, escape_output
+from drift.runtime.errors import Stopped, UserError, escape_output
 from drift.runtime.signals import SAVE, STOP, when_parent_ends
-from drift.runtime.sums import pairwise_sum
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -37,7 +36,7 @@ _SPAWNED = "DRIFT_SPAWNED"  # environment variable, for processes that `spawn` s
 _KILLED_BY = {
     "SIGKILL": "by hand, or by the kernel for want of memory",
     "SIGBUS": "a file that it had mapped is gone or has become shorter",
-    "SIGTERM": "before it had begun, or after its last step",
+    "SIGTERM": "before its first step, or after its last one",
 }
 
 
@@ -57,81 +56,34 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor` summed over all processes, in place; the same bits on each, and see `drift.runtime.sums`."""
-        if self.world_size == 2:
-            with self.peers():
-                dist.all_reduce(tensor)  # a + b is b + a
-        elif self.world_size > 2:
-            self._sum_in_order(tensor)
+        """`tensor` summed over all processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
         return tensor
-
-    def _sum_in_order(self, tensor: torch.Tensor) -> None:
-        """Each process sums a part, in the order of the processes, which an all-reduce does not keep.
-
-        What is sent is as much as in a ring all-reduce.
-        """
-        part = -(-tensor.numel() // self.world_size)
-        mine = tensor.new_zeros(self.world_size, part)
-        mine.view(-1)[: tensor.numel()] = tensor.reshape(-1)
-        received = torch.empty_like(mine)
-        with self.peers():
-            dist.all_to_all_single(received, mine)
-            dist.all_gather_into_tensor(mine.view(-1), pairwise_sum(received.unbind()))
-        tensor.copy_(mine.view(-1)[: tensor.numel()].view_as(tensor))
 
     def highest(self, numbers: Sequence[int]) -> list[int]:
         """Each number's highest value over all processes, without a GPU."""
-        if self.world_size == 1:
-            return list(numbers)
         tensor = torch.tensor(numbers)
-        with self.peers():
+        if self.world_size > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
         return tensor.tolist()
 
     def from_first(self, value: T) -> T:
-        """The value that the first process has; what the others pass is not looked at."""
-        if self.world_size == 1:
-            return value
+        """The first process's `value`, whatever the others pass."""
         values = [value]
-        with self.peers():
+        if self.world_size > 1:
             dist.broadcast_object_list(values, src=0, group=self.control)
         return values[0]
-
-    def tensors_from_first(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """`from_first` for tensors by name, which arrive on the device of each process."""
-        if self.world_size == 1:
-            return dict(tensors)
-        received = {}
-        for name, dtype, shape in self.from_first([(n, t.dtype, t.shape) for n, t in tensors.items()]):
-            tensor = tensors[name] if self.first else torch.empty(shape, dtype=dtype)
-            received[name] = tensor.to(self.device)
-            with self.peers():
-                dist.broadcast(received[name], src=0)
-        return received
 
     def barrier(self) -> None:
         """Wait for all processes: what each has written before, all can read after.
 
-        By the group on CPUs, as a collective on a GPU returns to the host before it has begun.
+        Uses the group on CPUs, as a collective on a GPU returns to the host before it has begun.
         """
         self.highest([0])
 
-    @contextmanager
-    def peers(self) -> Iterator[None]:
-        """Tells a peer that is gone or silent beyond the time limit from mistakes of this process."""
-        try:
-            yield
-        except RuntimeError as error:
-            if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # gloo has no type for it
-                raise
-            reason = str(error).splitlines()[0].split(". ")[0]
-            raise PeerLost(f"process {self.rank}: the others are gone or silent ({reason})") from error
-
     def share(self, count: int, what: str) -> slice:
-        """This process's part of `count` things that must split evenly.
-
-        Raises `UserError` if they do not.
-        """
+        """This process's part of `count` things. Raises `UserError` if they do not split evenly."""
         if count % self.world_size:
             raise UserError(
                 f"{what} = {count} does not split evenly over {self.world_size} processes: "
@@ -154,10 +106,10 @@ def wanted_processes(nproc: int | None, processes: int | None) -> int:
 def spawn(module: str, arguments: Sequence[str], processes: int) -> int | None:
     """Run `python -m module arguments` in several processes of this machine, and wait for them.
 
-    Returns the exit code, or None where nothing was to be started: one process is wanted, or torchrun
-    is already there. SIGTERM, SIGINT and SIGUSR1 are passed on to the processes, which take the time that
-    they need. A process that fails takes the others down; mistakes of the user are told once, whichever
-    processes have noticed them. Raises `UserError` if the machine has CUDA devices, but fewer.
+    Returns the exit code, or None if there was nothing to start: one process is wanted, or torchrun runs
+    already. Passes SIGTERM, SIGINT and SIGUSR1 on to the processes, which take the time that they need. A
+    process that fails ends the others; the cause is printed once. Raises `UserError` if the machine has CUDA
+    devices, but fewer.
     """
     if processes == 1 or under_torchrun():
         return None
@@ -167,7 +119,7 @@ def spawn(module: str, arguments: Sequence[str], processes: int) -> int | None:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
-    # What torchrun does after it has read its command line, which would take some of ours for its own.
+    # As torchrun calls it; torchrun's command line would take some of our arguments for its own.
     # 127.0.0.1 and a free port: nothing outside this machine is listened to.
     config = LaunchConfig(
         min_nodes=1,
@@ -178,15 +130,15 @@ def spawn(module: str, arguments: Sequence[str], processes: int) -> int | None:
         rdzv_endpoint="127.0.0.1:0",
         local_addr="127.0.0.1",
         max_restarts=0,
-        signals_to_handle="SIGHUP,SIGQUIT",  # not ours: it kills what is at its checkpoint after 30 s
+        signals_to_handle="SIGHUP,SIGQUIT",  # not ours: it kills whoever writes a checkpoint after 30 s
     )
     os.environ[_SPAWNED] = str(os.getpid())
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)  # see _told
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     before = {number: signal.signal(number, _pass_on) for number in (*STOP, SAVE)}
     try:
         elastic_launch(config, sys.executable)("-u", "-m", module, *arguments)
     except ChildFailedError as error:
-        return _told(error.failures)
+        return _report(list(error.failures.values()))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -199,34 +151,30 @@ def _pass_on(number: int, frame: FrameType | None) -> None:
             child.send_signal(number)
 
 
-def _told(failures: Mapping[int, "ProcessFailure"]) -> int:
-    """Say why the first processes have failed, where they have not done so; the exit code of the whole."""
-    for consequence in (-signal.SIGTERM, _PEER_LOST):  # torchrun ends by SIGTERM the processes that are left
-        failures = {rank: f for rank, f in failures.items() if f.exitcode != consequence} or failures
-    codes = {failure.exitcode for failure in failures.values()}
-    if USER_ERROR in codes:
-        messages = (f.message for f in failures.values() if f.exitcode == USER_ERROR)
-        for message in dict.fromkeys(messages):
-            print(f"error: {message}", file=sys.stderr)
-        return USER_ERROR
-    for number in STOP:
-        if 128 + number in codes:  # the first process has told how far it came
-            return 128 + number
-    for rank, failure in sorted(failures.items()):
-        if failure.exitcode < 0:
-            name = signal.Signals(-failure.exitcode).name
-            print(
-                f"error: process {rank} was killed by {name} ({_KILLED_BY.get(name, 'a crash')}); "
-                "run the stage again to go on from what was saved",
-                file=sys.stderr,
-            )
-        else:
-            print(f"error: process {rank} failed, as its output above tells", file=sys.stderr)
-    return max(128 - code if code < 0 else code for code in codes)
+def _report(failures: "Sequence[ProcessFailure]") -> int:
+    """Print the cause, unless the process has printed it; the exit code of the whole."""
+    # torchrun ends the other processes by SIGTERM, and some notice first that a peer is lost
+    consequences = (USER_ERROR, None, _PEER_LOST, -signal.SIGTERM)
+    cause = min(
+        failures, key=lambda f: consequences.index(f.exitcode if f.exitcode in consequences else None)
+    )
+    code, process = cause.exitcode, f"process {cause.local_rank}"
+    if code == USER_ERROR:
+        print(f"error: {cause.message}", file=sys.stderr)
+    elif code < 0:
+        name = signal.Signals(-code).name
+        print(
+            f"error: {process} was killed by {name} ({_KILLED_BY.get(name, 'a crash')}); "
+            "run the stage again to go on from what was saved",
+            file=sys.stderr,
+        )
+    elif code != _PEER_LOST and code - 128 not in STOP:
+        print(f"error: {process} failed; its traceback is above", file=sys.stderr)
+    return 128 - code if code < 0 else code
 
 
 def _require_a_device_each(processes: int, way_out: str) -> None:
-    """Refuse what NCCL would: two processes on one CUDA device. Raises `UserError`."""
+    """Refuse two processes on one CUDA device, as NCCL would. Raises `UserError`."""
     devices = torch.cuda.device_count()
     if torch.cuda.is_available() and processes > devices:
         raise UserError(
@@ -240,8 +188,8 @@ def join(time_limit: float, *, deterministic: bool = False) -> Iterator[Ranks]:
     """Enter the process group, if there is one, and leave it at the end.
 
     A process that has waited `time_limit` minutes for the others gives up. With `deterministic`, this process
-    uses deterministic algorithms alone, from here to its end. Raises `UserError` if there are fewer CUDA
-    devices on this machine than processes, if there are any.
+    uses deterministic algorithms alone, from here to its end. Raises `UserError` if this machine has CUDA
+    devices, but fewer than processes.
     """
     if deterministic:
         make_deterministic()
@@ -253,15 +201,15 @@ def join(time_limit: float, *, deterministic: bool = False) -> Iterator[Ranks]:
         when_parent_ends(signal.SIGKILL)
         if os.getppid() != int(os.environ[_SPAWNED]):  # gone before that
             sys.exit(_PEER_LOST)
-    local_rank, limit = int(os.environ["LOCAL_RANK"]), timedelta(minutes=time_limit)
+    limit = timedelta(minutes=time_limit)
+    device, control = torch.device("cpu"), None
     if torch.cuda.is_available():
         _require_a_device_each(int(os.environ["LOCAL_WORLD_SIZE"]), "lower torchrun's --nproc-per-node")
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device, timeout=limit)
         control = dist.new_group(backend="gloo", timeout=limit)
     else:
-        device, control = torch.device("cpu"), None
         dist.init_process_group("gloo", timeout=limit)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device, control)
@@ -272,7 +220,7 @@ def join(time_limit: float, *, deterministic: bool = False) -> Iterator[Ranks]:
 def make_deterministic() -> None:
     """Same inputs, same bits, on a GPU too; must come before CUDA's first use in the process.
 
-    An operation that cannot be computed so raises RuntimeError.
+    An operation that has no deterministic algorithm then raises RuntimeError.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as PyTorch's notes on reproducibility ask
     torch.use_deterministic_algorithms(True)
@@ -300,9 +248,9 @@ def _positive(text: str) -> int:
 def run_stage(main: Callable[[], int | None], *, memory: str = "the batch") -> None:
     """Run a stage's or command's `main` and exit.
 
-    With 0; after one line with 2 for a mistake of the user, a full disk, or a device (a CPU as well) out of
-    memory, for which `memory` says what to make smaller; with 128 and its number for a signal. Bugs keep
-    their traceback.
+    The exit code is 0; 2 after one line for a mistake of the user, a full disk, or a device (or CPU) out of
+    memory, for which `memory` says what to make smaller; 3 after one line for lost peers; 128 and its number
+    for a signal. Bugs keep their traceback.
     """
     if "DVC_STAGE" in os.environ and _SPAWNED not in os.environ:
         when_parent_ends(signal.SIGTERM)  # a DVC that is killed tells its command nothing
@@ -315,30 +263,36 @@ def run_stage(main: Callable[[], int | None], *, memory: str = "the batch") -> N
         if str(stopped):
             print(stopped, file=sys.stderr)
         code = stopped.code
-    except PeerLost as lost:
-        print(lost, file=sys.stderr)
-        code = _PEER_LOST
     except KeyboardInterrupt:  # before the first step or after the last
         code = 128 + signal.SIGINT
-    except (RuntimeError, MemoryError) as error:
-        of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not of_memory and "DefaultCPUAllocator" not in str(error):
+    except (RuntimeError, MemoryError, OSError) as error:
+        code = _known_error(error, memory)
+        if code is None:
             raise
-        reason = str(error).splitlines()[0].rpartition("DefaultCPUAllocator: ")[2]
-        code = _user_error(f"out of memory ({reason}); lower {memory} and run again: what was saved is whole")
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        code = _user_error(
-            f"{where}{error.strerror}; make room or move the work folder (DRIFT_WORK_DIR), and run again: "
-            "what was saved is whole"
-        )
     sys.exit(code)
 
 
+def _known_error(error: Exception, memory: str) -> int | None:
+    """The exit code after a line on what ran out or who is lost; None for a bug."""
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    again = "and run again: what was saved is whole"
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in reason:
+        reason = reason.rpartition("DefaultCPUAllocator: ")[2]
+        return _user_error(f"out of memory ({reason}); lower {memory} {again}")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f"{error.filename}: " if error.filename else ""
+        return _user_error(
+            f"{where}{error.strerror}; make room or move the work folder (DRIFT_WORK_DIR), {again}"
+        )
+    if under_torchrun() and (isinstance(error, dist.DistError) or "/gloo/" in reason):  # gloo's have no type
+        reason = reason.split(". ")[0]
+        print(f"process {os.environ['RANK']}: the others are gone or silent ({reason})", file=sys.stderr)
+        return _PEER_LOST
+    return None
+
+
 def _user_error(message: str) -> int:
-    """Tell a mistake of the user: by a line, or to the process that started this one and its peers."""
+    """Print a mistake of the user, or pass it to `spawn`, as the other processes may notice it as well."""
     if _SPAWNED in os.environ and under_torchrun():
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": message}))
     else:

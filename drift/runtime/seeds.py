@@ -1,7 +1,7 @@
 """Randomness as a function of (seed, what is drawn, index), never of history or of world size.
 
-Every random number of the project comes from a generator made here, so that a resumed run, another
-number of processes or another batch size draws the same numbers.
+Every random number of the project comes from a generator made here. A resumed run, another number of
+processes and another batch size therefore draw the same numbers.
 """
 
 import hashlib
@@ -16,8 +16,8 @@ _TWISTER = slice(3, 3 + 624)
 def derive_seed(*what: int | str) -> int:
     """A 63-bit seed from a path such as `(seed, "mae/init")`, for what takes a seed and no generator.
 
-    Two different paths give unrelated seeds. But PyTorch's CPU generator keeps 32 bits of a seed, which is
-    too few for one per sample: of 50 000 samples, a pair would share its noise in every fourth seed.
+    PyTorch's CPU generator keeps 32 bits of a seed, which is too few for one per sample: among 50 000
+    samples, a pair would share its noise for every fourth seed.
     """
     return int.from_bytes(_digest(what, 8), "little") >> 1
 
@@ -25,7 +25,7 @@ def derive_seed(*what: int | str) -> int:
 def torch_generator(*what: int | str) -> torch.Generator:
     """A fresh `torch.Generator` on the CPU for one thing that is drawn, such as `(seed, "fid/noise", index)`.
 
-    All 19 968 bits of its state come from a hash of the path: no two things share their numbers.
+    All 19 968 bits of its state come from a hash of the path, so no two things share their numbers.
     """
     generator = torch.Generator()
     state = generator.get_state()  # uint8: seed, position, words, cached normals
@@ -35,14 +35,11 @@ def torch_generator(*what: int | str) -> torch.Generator:
 
 
 def numpy_generator(*what: int | str) -> np.random.Generator:
-    """A fresh NumPy generator for one thing that is drawn, for example `(seed, "encode/crop", index)`."""
+    """A fresh NumPy generator for one thing that is drawn, such as `(seed, "encode/crop", index)`."""
     return np.random.default_rng(int.from_bytes(_digest(what, 16), "little"))
 
 
 def _digest(what: tuple[int | str, ...], size: int) -> bytes:
-    """A hash of `size` bytes of a path. Types and lengths are in it: `("a", 1)` and `("a1",)` differ.
-
-    NumPy's integers count as Python's. A shorter hash is the beginning of a longer one.
-    """
+    """`size` bytes of a hash of a path: `("a", 1)` and `("a1",)` differ, NumPy's integers equal Python's."""
     path = tuple(part if isinstance(part, str) else int(part) for part in what)
     return hashlib.shake_256(repr(path).encode()).digest(size)

@@ -1,20 +1,20 @@
-"""What the stages at work, and those that have been, say in their work folders: `drift watch`.
+"""`drift watch`: what the work folders say of the runs at work, and of those before.
 
-It only reads, and only the ends of logs, so it may run beside a stage, as often as one likes and on another
-machine that sees the folder. It imports no torch, to be there at once.
+It only reads, and only the ends of logs, so it may run beside a stage, and on another machine that sees the
+folder. It imports no torch, to start at once.
 """
 
 import json
 import math
 import os
 import shutil
-import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
+
+from tqdm import tqdm
 
 from drift.runtime.lock import Holder
 from drift.runtime.progress import done, read_log
@@ -22,113 +22,34 @@ from drift.runtime.work import read_note
 
 STAGES = ("encode", "mae", "drift", "fid")
 VALUES = ("loss", "drift_rms", "reconstruction", "held_out")
-WINDOW_S = 60.0
-"""What a rolling rate looks back on."""
-SILENT_S = 300.0
-"""A run on another machine that has said nothing for so long is taken for dead."""
+WINDOW_S = 60.0  # what the speed looks back on
+SILENT_S = 300.0  # a run on another machine that has logged nothing for so long counts as stopped
 _TAIL = 1 << 18  # bytes of a log; its lines have some 10 KB at most
 
 
-@dataclass(frozen=True)
-class Run:
-    """A work folder at one moment."""
+def page(root: Path, stages: Sequence[str]) -> list[str]:
+    """The runs of `stages` in the work folder `root`, two or three lines each.
 
-    stage: str
-    folder: Path
-    state: str
-    """`starting`, `running`, `stopped` or `finished`, and what that rests on where it cannot be seen."""
-    alive: bool
-    lines: Sequence[Mapping[str, Any]]
-    """The last lines of the log."""
-    since: float | None
-    """When the process that works there has begun, in Unix seconds; None if there is none."""
-    checkpoint: int | None
-    """Steps of the newest checkpoint."""
-    decides: Mapping[str, Any]
-    """The settings and inputs of the run."""
-
-    @property
-    def current(self) -> Sequence[Mapping[str, Any]]:
-        """Those lines that the process at work has written; all, if there is none."""
-        return [line for line in self.lines if self.since is None or line["time"] >= self.since]
-
-    @property
-    def rate(self) -> float | None:
-        """Rolling, per second: over the last minute of the process at work, or its last two lines."""
-        lines = self.current
-        if self.since is None or len(lines) < 2:
-            return None
-        last = lines[-1]
-        recent = [line for line in lines[:-1] if last["time"] - line["time"] <= WINDOW_S]
-        first = recent[0] if recent else lines[-2]
-        span = last["time"] - first["time"]
-        return (done(last) - done(first)) / span if span > 0 else None
-
-    @property
-    def mean_rate(self) -> float | None:
-        """Per second, since the first line of the process at work, or of the last one."""
-        return self.current[-1].get("steps_per_s") if self.current else None
-
-    @property
-    def seconds_left(self) -> float | None:
-        """At the rolling rate, from the last line on."""
-        if not self.rate:
-            return None
-        return (self.lines[-1]["steps"] - done(self.lines[-1])) / self.rate
-
-
-def find_runs(root: Path, stages: Sequence[str], now: float) -> list[Run]:
-    """The runs of `stages` in the work folder `root` at `now`, in Unix seconds.
-
-    Those at work come first, in the order of the stages; then the others, the latest first.
+    Those at work come first, in the order of the stages; then the others, the latest first. Beside a run
+    stand the settings and inputs in which it differs from other runs of its stage.
     """
-    runs = []
+    now, runs = time.time(), []
     for stage in stages:
-        for folder in sorted((root / stage).glob("*/")):
-            with suppress(FileNotFoundError):  # cleared away just now
-                runs.append(_read(stage, folder, now))
-    at_work = [run for run in runs if run.alive]
-    others = [run for run in runs if not run.alive]
-    return at_work + sorted(others, key=lambda run: run.lines[-1]["time"] if run.lines else 0, reverse=True)
-
-
-def _read(stage: str, folder: Path, now: float) -> Run:
-    # The note last: a run that has ended since is finished and not stopped
-    holder = Holder.of(folder)
-    at_work = holder.at_work(folder) if holder else False
-    # Logs of earlier versions have no times
-    lines = [line for line in read_log(folder / "logs.jsonl", last=_TAIL) if "time" in line]
-    note = read_note(folder)
-    latest = max(holder.since if holder else 0.0, lines[-1]["time"] if lines else 0.0)
-    if note is not None and note["finished"]:
-        state, alive = "finished", False
-    elif at_work is None:
-        alive = now - latest < SILENT_S
-        state = f"{'running' if alive else 'stopped'} on {holder.host}, by the age of its log"
-    elif at_work:
-        alive = True
-        state = "running" if lines and lines[-1]["time"] >= holder.since else "starting"
-    else:
-        state, alive = "stopped", False
-    return Run(
-        stage=stage,
-        folder=folder,
-        state=state,
-        alive=alive,
-        lines=lines,
-        since=holder.since if alive else None,
-        # As drift.training.checkpoint names them
-        checkpoint=max((int(path.name[5:]) for path in folder.glob("step-*")), default=None),
-        decides=note["decides"] if note else {},
-    )
-
-
-def differences(decides: Sequence[Mapping[str, Any]]) -> list[str]:
-    """For each of some runs of a stage, the settings in which they are not all alike: `key=value ...`."""
-    flat = [_flat(one) for one in decides]
-    keys = dict.fromkeys(key for one in flat for key in one)
-    telling = [key for key in keys if len({one.get(key) for one in flat}) > 1]
-    return ["  ".join(f"{key}={one[key][:20]}" for key in telling if key in one) for one in flat]
+        folders = sorted((root / stage).glob("*/"))
+        inputs = {folder: _flat((read_note(folder) or {"decides": {}})["decides"]) for folder in folders}
+        for folder in folders:
+            different = [
+                f"{key}={value[:20]}"
+                for key, value in inputs[folder].items()
+                if any(others.get(key) != value for others in inputs.values())
+            ]
+            with suppress(FileNotFoundError):  # removed just now
+                runs.append(_describe(stage, folder, different, now))
+    runs.sort(key=lambda run: run[0], reverse=True)
+    return [line for _, lines in runs for line in lines] or [
+        f"no runs of {', '.join(stages)} in {root.absolute()}",
+        "(dvc repro starts one; --work or DRIFT_WORK_DIR name another folder)",
+    ]
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -142,110 +63,74 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def describe(run: Run, now: float, difference: str = "") -> list[str]:
-    """A run in three lines, or two where nothing has been logged."""
-    head = f"{run.stage} {run.folder.name[:8]}  {run.state}"
-    if difference:
-        head += f"  {difference}"
-    saved = [] if run.checkpoint is None else [f"checkpoint {run.checkpoint:,}"]
-    if not run.lines:
-        return [head, "  " + "  ".join(["nothing logged yet" if run.alive else "nothing logged", *saved])]
-    last = run.lines[-1]
-    unit = "steps" if last["unit"] == "step" else last["unit"]
-    share = math.floor(1000 * done(last) / last["steps"]) / 10
-    progress = [f"{done(last):,} of {last['steps']:,} {unit} ({share:.1f}%)"]
-    mean = None if run.mean_rate is None else f"mean {_rate(run.mean_rate)}"
-    if run.rate is not None:
-        progress.append(f"{_rate(run.rate)} {unit}/s" + (f" ({mean})" if mean else ""))
-    elif mean:
-        progress.append(f"{mean} {unit}/s")
-    if run.seconds_left is not None:
-        progress.append(f"ETA {_duration(run.seconds_left)}")
-    values = []
-    for name in VALUES:
-        # Not every line has what is measured only now and then
-        latest = next((line[name] for line in reversed(run.lines) if name in line), None)
-        if latest is not None:
-            values.append(f"{name} {latest:.4g}")
-    age = f"logged {_age(now - last['time'])} ago"
-    return [head, "  " + "  ".join(progress), "  " + "  ".join([*values, *saved, age])]
+def _describe(stage: str, folder: Path, different: Sequence[str], now: float) -> tuple[float, list[str]]:
+    """When a run was last at work, in Unix seconds (infinite: it still is), and its lines."""
+    holder = Holder.of(folder)
+    at_work = holder.at_work() if holder else False
+    log = [line for line in read_log(folder / "logs.jsonl", last=_TAIL) if "time" in line]
+    latest = log[-1]["time"] if log else 0.0
+    if at_work is None:
+        at_work = now - max(holder.since, latest) < SILENT_S
+    if (read_note(folder) or {}).get("finished"):  # looked at last, as a run may end meanwhile
+        state, at_work = "finished", False
+    elif at_work:
+        state = "running" if latest >= holder.since else "starting"
+        state += f"  (process {holder.pid} on {holder.host})"
+    else:
+        state = "stopped"
+    lines = ["  ".join([f"{stage} {folder.name[:8]}", state, *different])]
+    # Not every line has what is measured only now and then
+    values = {name: value for line in log for name, value in line.items() if name in VALUES}
+    facts = [f"{name} {values[name]:.4g}" for name in VALUES if name in values]
+    # As drift.training.checkpoint names them
+    if checkpoints := [int(path.name[5:]) for path in folder.glob("step-*")]:
+        facts.append(f"checkpoint {max(checkpoints):,}")
+    if log:
+        lines.append(
+            "  " + _progress([line for line in log if at_work and line["time"] >= holder.since], log[-1])
+        )
+        facts.append(f"logged {tqdm.format_interval(max(0, now - latest))} ago")
+    lines.append("  " + ("  ".join(facts) or "nothing logged yet"))
+    return math.inf if at_work else latest, lines
 
 
-def _rate(rate: float) -> str:
-    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds >= 86400:
-        return f"{seconds / 86400:.1f} days"
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
-
-
-def _age(seconds: float) -> str:
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{max(0, seconds):.0f} s"  # the clock of another machine may be ahead
-
-
-def page(runs: Sequence[Run], now: float, width: int | None = None, height: int | None = None) -> list[str]:
-    """All runs, cut to `width` columns and, by leaving out the last ones, to `height` lines."""
-    told_apart: dict[Path, str] = {}
-    for stage in STAGES:
-        alike = [run for run in runs if run.stage == stage]
-        texts = differences([run.decides for run in alike])
-        told_apart |= {run.folder: text for run, text in zip(alike, texts, strict=True)}
-    blocks = [describe(run, now, told_apart[run.folder]) for run in runs]
-    shown = len(blocks)
-    if height is not None and sum(map(len, blocks)) > height:
-        while shown and sum(map(len, blocks[:shown])) > height - 1:
-            shown -= 1
-    lines = [line for block in blocks[:shown] for line in block]
-    if shown < len(blocks):
-        lines.append(f"and {len(blocks) - shown} more")
-    return [line[:width] for line in lines]
-
-
-def look(root: Path, stages: Sequence[str], width: int | None = None, height: int | None = None) -> list[str]:
-    """The page of the runs in `root` as they are now, or a line that says where there are none."""
-    now = time.time()
-    runs = find_runs(root, stages, now)
-    if runs:
-        return page(runs, now, width, height)
-    told = (
-        f"no runs of {', '.join(stages)} in {root.absolute()}: a stage makes one when it starts (dvc repro); "
-        "--work or DRIFT_WORK_DIR name another folder"
+def _progress(log: Sequence[Mapping[str, Any]], last: Mapping[str, Any]) -> str:
+    """Position, speed and time left from the `last` line and those of the process at work."""
+    rate = None
+    if len(log) > 1:
+        first = next(line for line in log if last["time"] - line["time"] <= WINDOW_S or line is log[-2])
+        rate = (done(last) - done(first)) / max(1e-3, last["time"] - first["time"])
+    return tqdm.format_meter(
+        done(last),
+        last["steps"],
+        elapsed=0,
+        unit=" steps" if last["unit"] == "step" else f" {last['unit']}",
+        rate=rate,
+        bar_format="{n:,} of {total:,}{unit} ({percentage:.1f}%)"
+        + ("  {rate_noinv_fmt}  ETA {remaining}" if rate else ""),
     )
-    return [told] if width is None else textwrap.wrap(told, width)
 
 
 def show(root: Path, stages: Sequence[str], out: TextIO) -> None:
     """Write the runs of `stages` in `root` once."""
-    width = shutil.get_terminal_size().columns if out.isatty() else None
-    print(*look(root, stages, width), sep="\n", file=out)
+    print(*page(root, stages), sep="\n", file=out)
 
 
 def follow(root: Path, stages: Sequence[str], out: TextIO, interval: float | None = None) -> None:
     """Write the runs of `stages` in `root` again and again, until Ctrl-C.
 
-    A terminal shows them in place, every 2 seconds unless there is an `interval`; what cannot move its
-    cursor gets a new block each time, every 30 seconds.
+    A terminal shows them in place, every 2 seconds unless there is an `interval`; what cannot clear its
+    screen gets a new block each time, every 30 seconds.
     """
-    terminal = out.isatty()
-    in_place = terminal and os.environ.get("TERM", "dumb") != "dumb"
-    width = height = None
-    written = 0
+    in_place = out.isatty() and os.environ.get("TERM", "dumb") != "dumb"
     while True:
-        if terminal:
+        lines = [f"{time.strftime('%H:%M:%S')}  {root}  (Ctrl-C ends)", *page(root, stages)]
+        if in_place:
             columns, rows = shutil.get_terminal_size()
-            width = columns - 1  # after the last column some terminals go to the next line
-            height = rows - 2 if in_place else None  # and one line each for the head and the cursor
-        head = f"{time.strftime('%H:%M:%S')}  {root}  (Ctrl-C ends)"
-        lines = [head[:width], *look(root, stages, width, height)]
-        if in_place and written:
-            out.write(f"\033[{written}A\033[J")  # up, and clear from there to the end of the screen
+            if len(lines) >= rows:
+                lines[rows - 2 :] = ["..."]
+            lines = [line[: columns - 1] for line in lines]  # some terminals wrap after the last column
+            out.write("\033[H\033[2J")
         out.write("".join(line + "\n" for line in lines))
         out.flush()
-        written = len(lines)
         time.sleep(interval or (2.0 if in_place else 30.0))

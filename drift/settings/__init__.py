@@ -29,7 +29,18 @@ from drift.settings.sections import (
     Section,
 )
 
-__all__ = ["ROUNDING_KEYS", "Data", "Drift", "Encode", "Fid", "Hardware", "Mae", "Optimizer", "Settings", "load_settings"]
+__all__ = [
+    "ROUNDING_KEYS",
+    "Data",
+    "Drift",
+    "Encode",
+    "Fid",
+    "Hardware",
+    "Mae",
+    "Optimizer",
+    "Settings",
+    "load_settings",
+]
 
 OUTPUTS = ("artifacts/latents", "artifacts/mae", "artifacts/generator", "reports")
 """Folders that the stages write."""

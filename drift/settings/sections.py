@@ -1,7 +1,7 @@
 """The sections of `params.yaml`: every key, its default, and what it does.
 
 The defaults are those of the paper's ablation on ImageNet, with the release's choices. A default never
-changes without a line in CHANGELOG.md and tests/defaults.yaml: neither DVC nor a run's fingerprint would notice.
+changes without a line in CHANGELOG.md and tests/defaults.yaml: neither DVC nor a fingerprint would notice.
 """
 
 from typing import Annotated, Literal

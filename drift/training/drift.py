@@ -8,7 +8,7 @@ second_batch` another N samples repel the first. `hardware.classes_per_pass` tak
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from drift.field.couplings import COUPLINGS
 from drift.field.loss import Totals
 from drift.field.settings import FieldSettings
 from drift.models.ema import EMA
-from drift.models.generator import Generator, GeneratorConfig
+from drift.models.generator import Generator
 from drift.runtime.errors import one_of
 from drift.runtime.seeds import derive_seed, torch_generator
 from drift.settings import Drift
@@ -44,22 +44,22 @@ def _by_temperature(field: FieldSettings) -> list[str]:
     return ["drift_rms", "neighbours", *COUPLINGS[field.coupling].statistics]
 
 
-def generator_config(options: Drift, store: LatentStore) -> GeneratorConfig:
+def generator_config(options: Drift, store: LatentStore) -> dict[str, Any]:
     """Sizes of the generator of `options` for the latents of `store`."""
     _, channels, height, _ = store.shape
-    return GeneratorConfig(
-        in_channels=channels,
-        input_size=height,
-        num_classes=store.num_classes,
-        hidden_size=options.hidden,
-        depth=options.depth,
-        num_heads=options.heads,
-        patch_size=options.patch,
-        mlp_ratio=options.mlp_ratio,
-        context_tokens=options.context_tokens,
-        style_codebooks=options.style_codebooks,
-        style_entries=options.style_entries,
-    )
+    return {
+        "in_channels": channels,
+        "input_size": height,
+        "num_classes": store.num_classes,
+        "hidden_size": options.hidden,
+        "depth": options.depth,
+        "num_heads": options.heads,
+        "patch_size": options.patch,
+        "mlp_ratio": options.mlp_ratio,
+        "context_tokens": options.context_tokens,
+        "style_codebooks": options.style_codebooks,
+        "style_entries": options.style_entries,
+    }
 
 
 class Batch(NamedTuple):
@@ -90,7 +90,7 @@ class GeneratorTraining(Task[Batch]):
         self._slots = range(share.start, share.stop)  # of the Nc class slots, those of this process
         self.count = len(self._slots)
         torch.manual_seed(derive_seed(seed, "drift/init"))
-        self.model = Generator(generator_config(options, store)).to(ranks.device)
+        self.model = Generator(**generator_config(options, store)).to(ranks.device)
         self.model.activation_checkpointing = hardware.activation_checkpointing
         self._encoder = encoder.to(ranks.device)
         if hardware.compile:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from drift.models.base import PretrainedModel
-from drift.models.ema import EMA, ema_file
+from drift.models.ema import EMA, ema_variant
 from drift.training.log import write_plot
 from drift.training.loop import LOG_FILE
 
@@ -23,7 +23,7 @@ def export_run(
     decays = [ema.decay for ema in emas]
     for ema in reversed(emas):
         ema.copy_to(model)
-        model.save_pretrained(export, weights=ema_file(decays, ema.decay))
+        model.save_pretrained(export, variant=ema_variant(decays, ema.decay))
     shutil.copyfile(folder / LOG_FILE, export / LOG_FILE)
     for plot, columns in plots.items():
         write_plot(folder / LOG_FILE, plot, columns)

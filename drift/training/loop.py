@@ -137,9 +137,8 @@ class Learner:
         if ranks.first:
             load(saved, tensors)
         if ranks.world_size > 1:
-            with ranks.peers():
-                for tensor in tensors.values():
-                    dist.broadcast(tensor, src=0)
+            for tensor in tensors.values():
+                dist.broadcast(tensor, src=0)
         if saved.state["scaler"]:  # empty if it was not in use
             self.scaler.load_state_dict(saved.state["scaler"])
         return saved
@@ -253,8 +252,7 @@ def _gradients(task: Task, network: nn.Module, batch: Any, learner: Learner, ran
         alone = part is slices[-1] or ranks.world_size == 1
         with nullcontext() if alone else network.no_sync():
             loss, statistics = task.loss(network, batch, part, totals)
-            with ranks.peers():
-                learner.scaler.scale(share * loss).backward()
+            learner.scaler.scale(share * loss).backward()
         gathered.append(share * torch.cat([leaf.detach().float().flatten() for leaf in leaves(statistics)]))
     means = ranks.sum(torch.stack(gathered).sum(dim=0)) / ranks.world_size
     return rebuilt(statistics, means)

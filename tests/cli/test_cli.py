@@ -1,4 +1,4 @@
-"""The command `drift`: its exit codes, and that watching starts without what is heavy."""
+"""The command `drift`: its exit codes, its help, and that watching starts without what is heavy."""
 
 import json
 import os
@@ -10,9 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from golden_weights import GOLDEN
 from imports import ROOT
 
 from drift import cli
+from drift.models import LatentMAE
 from drift.runtime.errors import UserError
 
 LINE = {"step": 4, "steps": 10, "unit": "step", "loss": 0.5, "time": 1_700_000_000.0}
@@ -20,29 +23,22 @@ LINE = {"step": 4, "steps": 10, "unit": "step", "loss": 0.5, "time": 1_700_000_0
 
 @pytest.fixture
 def work(tmp_path):
-    folder = tmp_path / "mae" / "0123456789abcdef"
+    folder = tmp_path / "mae/0123456789abcdef"
     folder.mkdir(parents=True)
     (folder / "logs.jsonl").write_text(json.dumps(LINE) + "\n")
     return tmp_path
 
 
 def start(*arguments, **options):
-    return subprocess.Popen(
-        [sys.executable, "-m", "drift.cli", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
+    command = [sys.executable, "-m", "drift.cli", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
 def test_watch_once_as_one_runs_it(work):
     process = start("watch", "--once", env={**os.environ, "DRIFT_WORK_DIR": str(work)})
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (0, "")
-    lines = out.splitlines()
-    assert lines[:2] == ["mae 01234567  stopped", "  5 of 10 steps (50.0%)"]
-    assert lines[2].startswith("  loss 0.5  logged ")
+    assert out.startswith("mae 01234567  stopped\n  5 of 10 steps (50.0%)\n  loss 0.5  logged ")
 
 
 def test_ctrl_c_ends_following_quietly(work):
@@ -67,29 +63,27 @@ def test_watch_does_not_wait_for_torch(work):
         "import sys; from drift.cli import main; main(['watch', '--work', sys.argv[1]]); "
         "print(sorted({'torch', 'numpy', 'diffusers'} & sys.modules.keys()))"
     )
-    out = subprocess.run(
-        [sys.executable, "-c", program, work], capture_output=True, text=True, check=True
-    ).stdout
+    out = subprocess.check_output([sys.executable, "-c", program, work], text=True)
     assert out.splitlines()[-1] == "[]"
-
-
-def test_no_runs_are_no_error(tmp_path, capsys):
-    assert cli.main(["watch", "--work", str(tmp_path)]) == 0
-    assert str(tmp_path) in capsys.readouterr().out
 
 
 def test_stages_can_be_chosen(work, capsys):
     assert cli.main(["watch", "--work", str(work), "drift", "fid"]) == 0
     assert capsys.readouterr().out.startswith("no runs of drift, fid in ")
+    assert cli.main(["watch", "mea"]) == 2
+    assert "mea: the stages are encode, mae, drift, fid" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["watch", "mea"], "mea: the stages are encode, mae, drift, fid"),
-        (["watch", "--interval", "0"], "0: a number of seconds above 0"),
-        (["watch", "--interval", "soon"], "soon: a number of seconds above 0"),
-        (["watch", "--once", "--follow"], "not allowed with"),
+        (["watch", "--interval", "0"], "0: a number above 0 is needed"),
+        (["watch", "--interval", "soon"], "soon: a number above 0 is needed"),
+        (["sample", "--count", "0"], "0: a whole number above 0 is needed"),
+        (["sample", "--omega", "nan"], "nan: a number above 0 is needed"),
+        (["adopt", "latents", "x"], "--view"),
+        (["adopt", "latents", "x", "--view", "y"], "invalid choice: 'y'"),
+        (["inspect"], "WHAT"),
         (["wacht"], "wacht"),
         ([], "COMMAND"),
     ],
@@ -103,16 +97,11 @@ def test_a_wrong_argument_is_code_2(arguments, told, capsys):
 
 def test_a_mistake_of_the_user_is_one_line_and_a_bug_keeps_its_traceback(monkeypatch, capsys):
     def fail(error):
-        def command(parser):
-            """fails"""
+        def run(args):
+            raise error
 
-            def run(args):
-                raise error
-
-            return run
-
-        monkeypatch.setitem(cli._COMMANDS, "fail", command)
-        return cli.main(["fail"])
+        monkeypatch.setattr("drift.cli.clean.run", run)
+        return cli.main(["clean"])
 
     assert fail(UserError("the thing: value; way out")) == 2
     assert capsys.readouterr().err == "error: the thing: value; way out\n"
@@ -120,11 +109,22 @@ def test_a_mistake_of_the_user_is_one_line_and_a_bug_keeps_its_traceback(monkeyp
         fail(ZeroDivisionError())
 
 
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
+def test_help_has_an_example_of_every_command(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*command.split(), "--help"])
+    assert caught.value.code == 0
+    said = capsys.readouterr().out
+    if command:
+        assert f"\nexamples:\n  drift {command}" in said
+    else:
+        assert all(name.split()[0] in said for name in cli.COMMANDS)
+
+
 def test_fid_selftest_tells_what_it_found_and_refuses_what_is_wrong(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("DRIFT_WORK_DIR", str(tmp_path / "work"))
-    arguments = ["fid-selftest", "--params", "presets/digits.yaml"]
-    assert cli.main(arguments) == 0
+    assert cli.main(["fid-selftest", "--params", "presets/digits.yaml"]) == 0
     lines = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
     assert "360 images" in lines["reference"]
     assert abs(float(lines["itself"].split(",")[0])) < 1e-6
@@ -133,27 +133,68 @@ def test_fid_selftest_tells_what_it_found_and_refuses_what_is_wrong(tmp_path, mo
         assert float(measured) == pytest.approx(float(expected), rel=1e-6)
     assert float(lines["floor"]) > 0
 
+    def with_reference(reference):
+        text = Path("presets/digits.yaml").read_text().replace("held_out\n", f"{reference}\n  metrics: []\n")
+        text = text.replace("  metrics: [kid, inception_score, precision_recall]\n", "")
+        (tmp_path / "params.yaml").write_text(text)
+        return cli.main(["fid-selftest", "--params", str(tmp_path / "params.yaml")])
+
     # What it has measured, on a machine that has the file alone
     copy = shutil.copy(lines["statistics"].split(" (")[0].strip(), tmp_path / "digits.npz")
-    settings = Path("presets/digits.yaml").read_text()
-    settings = settings.replace("[kid, inception_score, precision_recall]", "[]")
-    (tmp_path / "params.yaml").write_text(settings.replace("reference: held_out", f"reference: {copy}"))
-    assert cli.main(["fid-selftest", "--params", str(tmp_path / "params.yaml")]) == 0
+    assert with_reference(copy) == 0
     elsewhere = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
     assert "360 images" in elsewhere["reference"] and elsewhere["moved"] == lines["moved"]
-
     broken = np.eye(64)
     broken[0, 1] = broken[1, 0] = 3
     np.savez(tmp_path / "broken.npz", mu=np.zeros(64), sigma=broken)
-    settings = settings.replace("reference: held_out", f"reference: {tmp_path}/broken.npz")
-    (tmp_path / "params.yaml").write_text(settings)
-    assert cli.main(["fid-selftest", "--params", str(tmp_path / "params.yaml")]) == 2
+    assert with_reference(tmp_path / "broken.npz") == 2
     assert "broken.npz: 'same' gives" in capsys.readouterr().err
 
 
-def test_help_names_every_command(capsys):
-    with pytest.raises(SystemExit) as caught:
-        cli.main(["--help"])
-    assert caught.value.code == 0
-    said = capsys.readouterr().out
-    assert all(name in said for name in cli._COMMANDS)
+RELEASE, CHECKPOINT = GOLDEN / "release_generator", GOLDEN / "prior_mae/ckpt_final.pt"
+
+
+def test_import_release_takes_its_names_from_the_hub(tmp_path, monkeypatch, capsys):
+    """From a stand-in of the hub's client: the layout of the release, and only the folder that is needed."""
+    asked = []
+
+    def snapshot_download(repository, *, revision, allow_patterns):
+        asked.append((repository, revision, allow_patterns))
+        folder = tmp_path / "hub/models/gen/jax/latent_L_sota"
+        shutil.copytree(RELEASE / "params_ema", folder)
+        return tmp_path / "hub"
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    ours = tmp_path / "ours"
+    assert cli.main(["import-release", "latent_L_sota", str(ours), "--revision", "abc"]) == 0
+    assert asked == [("Goodeat/drifting", "abc", ["models/gen/jax/latent_L_sota/*"])]
+    assert f"wrote {ours}" in capsys.readouterr().out and (ours / "config.json").exists()
+
+
+def test_without_a_network_the_way_out_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert cli.main(["import-release", "mae_latent_640", str(tmp_path / "ours")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "mae_latent_640" in error and "models/mae/jax/mae_latent_640/" in error
+
+
+@pytest.mark.parametrize("name", ["metadata.json", "ema_params.msgpack"])
+def test_truncated_files_are_named_and_nothing_is_written(tmp_path, capsys, name):
+    source = shutil.copytree(RELEASE / "params_ema", tmp_path / "source")
+    os.truncate(source / name, (source / name).stat().st_size // 2)
+    assert cli.main(["import-release", str(source), str(tmp_path / "ours")]) == 2
+    assert name in capsys.readouterr().err
+    assert not (tmp_path / "ours").exists()
+
+
+def test_import_sinkhorn(tmp_path, capsys):
+    assert cli.main(["import-sinkhorn", str(CHECKPOINT), str(tmp_path / "ours")]) == 0
+    out = capsys.readouterr().out
+    assert f"wrote {tmp_path / 'ours'}" in out and f"mae.source={tmp_path / 'ours'}" in out
+    shadow = torch.load(CHECKPOINT, weights_only=True)["ema"]["shadow"]
+    weights = LatentMAE.from_pretrained(tmp_path / "ours").encoder.stem.conv.weight
+    assert torch.equal(weights, shadow["encoder.conv1.weight"])
+    assert cli.main(["import-sinkhorn", str(tmp_path / "nothing.pt"), str(tmp_path / "x")]) == 2
+    assert "nothing.pt" in capsys.readouterr().err

@@ -29,7 +29,7 @@ def direct(seed: int = 3) -> DirectSampling:
 
 
 def assert_binomial(counts: np.ndarray, n: int, p: float) -> None:
-    assert np.abs(counts - n * p).max() < 4 * np.sqrt(n * p * (1 - p))
+    assert np.abs(counts - n * p).max() <= 4 * np.sqrt(n * p * (1 - p))
 
 
 # Epochs and batches
@@ -173,12 +173,12 @@ def test_seeds_and_kinds_of_sampling_have_randomness_of_their_own():
 @pytest.mark.parametrize(
     ("sampling", "positives", "unconditional", "message"),
     [
-        (queue(), 9, 5, "drift.positives = 9: the queue keeps 8 images per class"),
+        (queue(per_class=4), 5, 5, "drift.positives = 5: drift.queue_per_class is 4"),
         (queue(), 8, 5, "drift.positives = 8: class e has only 5 images"),
-        (queue(), 2, 21, "drift.unconditional = 21: the global queue keeps 20 images"),
-        (queue(global_size=1000), 1, 151, "drift.unconditional = 151: there are only 150 images"),
+        (queue(), 2, 21, "drift.unconditional = 21: drift.queue_global is 20"),
+        (queue(global_size=1000), 1, 151, "drift.unconditional = 151: the data set has only 150 images"),
         (direct(), 6, 0, "drift.positives = 6: class e has only 5 images"),
-        (direct(), 1, 151, "drift.unconditional = 151: there are only 150 images"),
+        (direct(), 1, 151, "drift.unconditional = 151: the data set has only 150 images"),
     ],
 )
 def test_too_many_drawn_is_one_line(sampling, positives, unconditional, message):

@@ -1,12 +1,75 @@
-"""Networks with random weights and the interface of Inception's published files."""
+"""Small stand-ins: images whose features are known by looking, Inception's interface, ranks in threads."""
 
 import threading
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from drift.evaluation.reference import Peers
+from drift.evaluation.networks import FeatureNetwork
 from drift.runtime.torchvision import ensure_torchvision
+
+ensure_torchvision()  # before whatever imports torchvision
+CLASSES = 3
+
+
+class Source:
+    """Real images in memory: noise around a grey that tells the class."""
+
+    split, passed_over = "train", ""
+
+    def __init__(self, count, seed):
+        rng = np.random.default_rng(seed)
+        self.labels = np.arange(count) % CLASSES
+        greys = 40 + 80 * self.labels[:, None, None, None]
+        self.images = (greys + rng.integers(-30, 31, (count, 4, 4, 3))).astype(np.uint8)
+        self.digest = f"{count} {seed}"
+        self.loaded = []
+
+    def __len__(self):
+        return len(self.labels)
+
+    def load(self, index):
+        self.loaded.append(int(index))
+        return Image.fromarray(self.images[index])
+
+
+class Decoder:
+    def decode(self, latents):
+        return latents
+
+
+class Painter:
+    """Generates the greys of `Source`; below omega 1.2 every fifth noise gives the next class instead."""
+
+    config = SimpleNamespace(in_channels=3, input_size=4, style_codebooks=1, style_entries=2)
+    device = torch.device("cpu")
+
+    def __call__(self, noise, labels, omega, style_indices):
+        slips = (noise[:, 0, 0, 0] > 0.84) & (omega < 1.2)
+        grey = 40 + 80 * ((labels + slips) % CLASSES)
+        return (grey[:, None, None, None] + 8 * noise) / 127.5 - 1
+
+
+def flat(images):
+    """The features of images `[N, H, W, 3]`, as NumPy sees them."""
+    return np.asarray(images).reshape(len(images), -1)[:, :7].astype(np.float64)
+
+
+def pixel_network():
+    """Seven pixels are the features, their mean grey tells the class."""
+    return FeatureNetwork(
+        name="pixels",
+        dimension=7,
+        digest="pixels",
+        device=torch.device("cpu"),
+        resize=lambda image: image,
+        extract=lambda x: x.permute(0, 2, 3, 1).flatten(1)[:, :7],
+        classify=lambda f: -(f.mean(1, keepdim=True) - torch.tensor([40.0, 120.0, 200.0])).abs(),
+        labels=True,
+    )
 
 
 class Layers(torch.nn.Module):
@@ -40,8 +103,8 @@ class Inception(torch.nn.Module):
         return self.output(features).softmax(1)
 
 
-def save_inception(path, seed=0):
-    torch.manual_seed(seed)
+def save_inception(path):
+    torch.manual_seed(0)
     model = Inception()
     torch.nn.init.normal_(model.output.weight, std=0.1)
     torch.jit.script(model).save(str(path))
@@ -49,7 +112,6 @@ def save_inception(path, seed=0):
 
 def random_port():
     """Inception as pytorch-fid ports it, with random weights of a size that lets the images through."""
-    ensure_torchvision()
     from cleanfid import inception_pytorch
 
     torch.manual_seed(0)
@@ -63,26 +125,34 @@ def random_port():
     return network.eval()
 
 
-def peers_of(rank, world_size, all_reduce_sum):
-    """For `work` of `run_ranks`, where a sum makes everybody wait."""
-    return Peers(rank, world_size, all_reduce_sum, wait=lambda: all_reduce_sum(torch.zeros(())))
+class Rank:
+    """What `Ranks` offers, for one of several threads."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, rank, barrier, slots):
+        self.rank, self.world_size, self.first = rank, len(slots), rank == 0
+        self._barrier, self._slots = barrier, slots
+
+    def barrier(self):
+        self._barrier.wait()
+
+    def from_first(self, value):
+        self._slots[self.rank] = value
+        self._barrier.wait()
+        found = self._slots[0]
+        self._barrier.wait()
+        return found
 
 
 def run_ranks(world_size, work):
-    """`work(rank, all_reduce_sum)` of every rank, in threads that really wait for each other."""
+    """`work(ranks)` of every rank, in threads that really wait for each other."""
     barrier = threading.Barrier(world_size, timeout=60)
     slots, results = [None] * world_size, [None] * world_size
 
     def run(rank):
-        def all_reduce_sum(tensor):
-            slots[rank] = tensor
-            barrier.wait()
-            total = torch.stack(slots).sum(0)
-            barrier.wait()
-            return total
-
         try:
-            results[rank] = work(rank, all_reduce_sum)
+            results[rank] = work(Rank(rank, barrier, slots))
         except BaseException as error:
             results[rank] = error
             barrier.abort()

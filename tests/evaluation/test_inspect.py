@@ -14,20 +14,18 @@ from PIL import Image
 
 from drift import cli
 from drift.autoencoders.kl import VAE, to_uint8
-from drift.data.images import DigitImages, open_images
+from drift.data.datasets import DigitImages, open_images
 from drift.data.latents import LatentStore, latent_files, write_latents
 from drift.evaluation import inspect_latents as inspection_of_latents
-from drift.evaluation.inspect_features import check_feature_sets, error_of_means, inspect_mae
+from drift.evaluation.inspect_features import Masked, check_feature_sets, inspect_mae
 from drift.evaluation.inspect_latents import (
-    Distribution,
     histogram_picture,
     inspect_latents,
     latent_warnings,
     measure_latents,
 )
-from drift.evaluation.inspect_reading import SourceImages
-from drift.evaluation.inspect_writing import bands
-from drift.models.mae import LatentMAE, MAEConfig, draw_mask
+from drift.evaluation.inspection import Look, SourceImages, bands
+from drift.models.mae import LatentMAE, draw_mask
 from drift.runtime.seeds import torch_generator
 from drift.settings import load_settings
 from drift.training.encode import encode_view
@@ -37,7 +35,13 @@ VAE_FOLDER = "pretrained/digits_vae"
 CLASSES, IMAGES = 3, 4  # per class
 SCALE = 3  # that an image of 32 pixels is shown at
 STEP = SCALE * 32 + 2  # from one image of a picture to the next
-MAE = MAEConfig(in_channels=4, base_channels=16, layers=(1, 1, 1, 1), norm_groups=8, num_classes=CLASSES)
+MAE = {
+    "in_channels": 4,
+    "base_channels": 16,
+    "layers": (1, 1, 1, 1),
+    "norm_groups": 8,
+    "num_classes": CLASSES,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -137,9 +141,9 @@ def trained(world):
     return world / "mae"
 
 
-def random_mae(config: MAEConfig = MAE) -> LatentMAE:
+def random_mae(config: dict = MAE) -> LatentMAE:
     torch.manual_seed(0)
-    return LatentMAE(config).eval()
+    return LatentMAE(**config).eval()
 
 
 def make_store(folder, latents, labels=None, **meta) -> LatentStore:
@@ -157,8 +161,8 @@ def normal(n=60, shape=(4, 8, 8)) -> np.ndarray:
 def cell(picture: np.ndarray, index: int, kind: int, n: int, kinds: int) -> np.ndarray:
     """The image of thing `index` in its `kind`, at its own size, from a picture of `bands`."""
     columns, strips = min(8, n), -(-n // 8)
-    height = (len(picture) + 12) // strips - 12
-    top = (index // 8) * (height + 12) + height - kinds * STEP + kind * STEP
+    height = len(picture) // strips
+    top = (index // 8) * height + height - kinds * STEP + kind * STEP
     left = picture.shape[1] - (columns - index % 8) * STEP
     block = picture[top : top + 32 * SCALE, left : left + 32 * SCALE]
     assert np.array_equal(block, block[::SCALE, ::SCALE].repeat(SCALE, 0).repeat(SCALE, 1))
@@ -207,21 +211,13 @@ def test_statistics_are_those_of_the_whole_array(tmp_path, monkeypatch, block):
     assert found.per_class.tolist() == [20, 20, 20]
     described = found.as_json()
     assert described["not_finite_rows"] == {"count": 3, "first": [11, 12, 59]}
-    assert described["rows_per_class"]["median"] == 20
-    json.dumps(described, allow_nan=False)
 
 
 def test_without_any_finite_number_there_are_no_statistics(tmp_path):
     found = measure_latents(make_store(tmp_path, np.full((3, 4, 8, 8), np.nan)), CLASSES)
-    assert found.as_json()["all"] == {
-        "mean": None, "std": None, "min": None, "max": None, "nans": 768, "infinities": 0
-    }  # fmt: skip
+    assert found.all.nans == 768 and math.isnan(found.all.mean) and math.isnan(found.all.max)
     assert "768 NaN" in latent_warnings(found, 1.0, CLASSES, [])[0]
-    assert histogram_picture(found).startswith(b"\x89PNG")
-
-
-def test_an_empty_distribution():
-    assert math.isnan(Distribution().mean) and math.isnan(Distribution().max)
+    assert histogram_picture(found).size == (800, 450)
 
 
 def warnings_of(tmp_path, latents, labels=None, scaling_factor=1.82155, classes=CLASSES):
@@ -251,23 +247,17 @@ def constant_at_5(latents):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda x: x / 1.82155, "expected 0.7 to 1.4; they look as if the scaling factor had been left out"),
-        (lambda x: x / 1.82155, "had been left out (1.82155)"),
+        (lambda x: x / 1.82155, "as if the scaling factor had been left out (1.82155)"),
         (lambda x: x * 1.82155, "had been applied twice"),
-        (lambda x: x * 20, "of all latents is 20"),
+        (lambda x: x * 20, "of all latents is 20, expected 0.7 to 1.4"),
         (nan_at_2, "1 NaN and 0 infinite numbers in 1 row (2)"),
         (constant_at_5, "1 row (5) with one and the same number"),
         (lambda x: x + np.array([0, 3, 0, 0])[:, None, None], "the mean of channel 1 is 3"),
-        (lambda x: x * np.array([1, 1, 1, 1e-3])[:, None, None], "channel 3 has nearly one value only"),
+        (lambda x: x * np.array([1, 1, 1, 1e-3])[:, None, None], "channel 3 is nearly constant"),
     ],
 )
 def test_what_is_wrong_is_told(tmp_path, change, told):
     assert any(told in line for line in warnings_of(tmp_path, change(normal())))
-
-
-def test_a_wrong_scale_of_unknown_origin_has_no_hint(tmp_path):
-    (line,) = warnings_of(tmp_path, 20 * normal(), scaling_factor=1.5)
-    assert line.endswith("expected 0.7 to 1.4")
 
 
 def test_classes(tmp_path):
@@ -301,18 +291,13 @@ def test_other_images_are_refused(world, settings, copy, tmp_path):
     assert SourceImages(LatentStore.open(copy), settings, str(images)).name(0) == "a/00.png"
     shutil.copy(images / "train" / "b" / "04.png", images / "train" / "b" / "new.png")
 
-    def look(root, **changes):
-        return complaint(
-            lambda: inspect_latents(
-                copy, settings.model_copy(update=changes), tmp_path / "out", compare=True, root=root
-            )
-        )
+    def look(root):
+        how = Look(compare=True, root=root)
+        return complaint(lambda: inspect_latents(copy, settings, tmp_path / "out", how))
 
     told = look(str(images))
     assert str(images) in told and "are not those that were encoded" in told
     assert "--compare-images nowhere: there is no such folder" in look("nowhere")
-    digits = settings.data.model_copy(update={"dataset": "digits", "root": None})
-    assert "which has no folder" in look(str(images), data=digits)
     meta_path = latent_files(copy)[2]
     meta = json.loads(meta_path.read_text())
     meta_path.write_text(json.dumps({k: v for k, v in meta.items() if k != "images_sha256"}))
@@ -320,34 +305,12 @@ def test_other_images_are_refused(world, settings, copy, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_labels_that_are_not_those_of_the_images_are_refused(world, settings, copy):
-    meta = json.loads(latent_files(copy)[2].read_text())
-    labels = np.load(latent_files(copy)[1])
-    write_latents(copy, "train", np.load(latent_files(copy)[0]), labels[::-1], meta)
-    assert "labels are not those of the images" in complaint(
-        lambda: SourceImages(LatentStore.open(copy), settings)
-    )
-
-
-def test_an_image_that_no_longer_decodes_is_named(world, settings, tmp_path):
-    images = Path(shutil.copytree(world / "images", tmp_path / "images"))
-    sources = SourceImages(LatentStore.open(world / "center"), settings, str(images))
-    path = images / "train" / "a" / "00.png"
-    path.write_bytes(b"x" * 100)
-    assert f"{path}: does not decode" in complaint(lambda: sources.picture(0))
-
-
 # drift inspect latents
 
 
 def test_the_picture_has_each_latent_above_its_image(world, settings, tmp_path):
-    found = inspect_latents(world / "center", settings, tmp_path / "out", count=13, compare=True)
+    found = inspect_latents(world / "center", settings, tmp_path / "out", Look(13, compare=True))
     assert found.warnings == []
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "histogram.png",
-        "latents.png",
-        "meta.json",
-    ]
     assert [p.name for p in found.files] == ["latents.png", "histogram.png", "meta.json"]
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
     store = LatentStore.open(world / "center")
@@ -370,7 +333,7 @@ def test_the_picture_has_each_latent_above_its_image(world, settings, tmp_path):
 
 def test_the_same_again_and_another_seed(world, settings, tmp_path):
     for name, seed in (("one", 0), ("two", 0), ("three", 1)):
-        inspect_latents(world / "augmented", settings, tmp_path / name, count=4, seed=seed)
+        inspect_latents(world / "augmented", settings, tmp_path / name, Look(4, seed))
     one, two, three = (
         [(tmp_path / name / file).read_bytes() for file in ("latents.png", "histogram.png", "meta.json")]
         for name in ("one", "two", "three")
@@ -378,30 +341,29 @@ def test_the_same_again_and_another_seed(world, settings, tmp_path):
     assert one == two and one[0] != three[0] and one[1] == three[1]
 
 
-def test_latents_of_other_images_are_told(world, settings, tmp_path):
+def test_latents_of_other_images_or_labels_are_told(world, settings, tmp_path):
     meta = json.loads(latent_files(world / "center")[2].read_text())
     latents, labels = (np.load(path) for path in latent_files(world / "center")[:2])
     shuffled = np.random.default_rng(3).permutation(len(latents))
     write_latents(tmp_path / "latents", "train", latents[shuffled], labels, meta)
-    found = inspect_latents(tmp_path / "latents", settings, tmp_path / "out", compare=True)
+    found = inspect_latents(tmp_path / "latents", settings, tmp_path / "out", Look(compare=True))
     assert any("differ from their images" in line for line in found.warnings)
+    write_latents(tmp_path / "latents", "train", latents, labels[::-1], meta)
+    told = complaint(lambda: SourceImages(LatentStore.open(tmp_path / "latents"), settings))
+    assert "labels are not those of the images" in told
 
 
 def test_a_latent_that_is_not_finite_is_red(settings, tmp_path):
     make_store(tmp_path / "latents", nan_at_2(normal(3)))
-    inspect_latents(tmp_path / "latents", settings, tmp_path / "out", count=3)
+    inspect_latents(tmp_path / "latents", settings, tmp_path / "out", Look(3))
     picture = read_png(tmp_path / "out" / "latents.png")
     colours = [tuple(cell(picture, index, 0, 3, 1)[0, 0]) for index in range(3)]
     assert colours.count((200, 0, 0)) == 1
 
 
 def test_the_histogram_shows_the_channels(tmp_path):
-    store = make_store(tmp_path, normal())
-    content = histogram_picture(measure_latents(store, CLASSES))
-    (tmp_path / "histogram.png").write_bytes(content)
-    picture = read_png(tmp_path / "histogram.png")
-    assert picture.shape[:2] == (450, 800)
-    blue = (np.abs(picture[..., :3].astype(int) - (31, 119, 180)).sum(-1) < 30).nonzero()
+    picture = np.asarray(histogram_picture(measure_latents(make_store(tmp_path, normal()), CLASSES)))
+    blue = (np.abs(picture.astype(int) - (31, 119, 180)).sum(-1) < 30).nonzero()
     assert blue[1].max() - blue[1].min() > 300  # the first curve crosses the picture
 
 
@@ -427,10 +389,10 @@ def naive_error(model, latents, masks, patch) -> float:
 def test_the_masked_error_is_that_of_a_plain_loop(world, settings, tmp_path):
     model = random_mae()
     model.save_pretrained(tmp_path / "mae")
-    found = inspect_mae(tmp_path / "mae", world / "center", settings, tmp_path / "out", count=2)
+    found = inspect_mae(tmp_path / "mae", world / "center", settings, tmp_path / "out", Look(2))
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
     store = LatentStore.open(world / "center")
-    assert meta["masked_error"]["held_out"]["rows"] == 6 and meta["masked_error"]["others"]["rows"] == 16
+    assert meta["masked_error"]["held out"]["rows"] == 6 and meta["masked_error"]["others"]["rows"] == 16
     shown = [entry["row"] for entry in meta["shown"]]
     masks = torch.cat([draw_mask((1, 4, 4), 0.5, torch_generator(0, "inspect/mask", r)) for r in shown])
     errors = [entry["masked_error"] for entry in meta["shown"]]
@@ -440,13 +402,13 @@ def test_the_masked_error_is_that_of_a_plain_loop(world, settings, tmp_path):
     every = np.arange(len(store))
     masks = torch.cat([draw_mask((1, 4, 4), 0.5, torch_generator(0, "mae/held_out", int(r))) for r in every])
     naive = naive_error(model, store.rows(every), masks, 2)
-    both = sum(meta["masked_error"][name]["error"] * meta["masked_error"][name]["rows"] for name in errors_of)
+    both = sum(
+        meta["masked_error"][name]["error"] * meta["masked_error"][name]["rows"]
+        for name in ("held out", "others")
+    )
     assert both / len(store) == pytest.approx(naive, rel=1e-5)
     assert any("it has learnt nothing" in line for line in found.warnings)
-    assert meta["logged_held_out"] is None and meta["feature_sets"] is None
-
-
-errors_of = ("held_out", "others")
+    assert meta["feature_sets"] == []
 
 
 def test_the_error_of_the_means_is_that_of_a_network_that_gives_them(world):
@@ -457,36 +419,22 @@ def test_the_error_of_the_means_is_that_of_a_network_that_gives_them(world):
         def _decode(self, x):
             return means[None, :, None, None].expand_as(x), x.new_zeros(len(x), 1)
 
-    masks = torch.cat([draw_mask((1, 4, 4), 0.5, torch_generator(7, "mae/held_out", int(r))) for r in rows])
-    naive = naive_error(Means(MAE), store.rows(rows), masks, 2)
-    assert error_of_means(random_mae(), store, rows, 0.5, 7) == pytest.approx(naive, rel=1e-5)
+    masked = Masked.of(Means(**MAE), store, rows, 0.5, 7, "x")
+    assert masked.error_of_means() == pytest.approx(float(masked.errors.mean()), rel=1e-5)
 
 
 def test_on_the_latents_of_its_training_the_error_is_that_of_the_log(world, settings, trained, tmp_path):
     out = tmp_path / "out"
-    found = inspect_mae(trained, world / "augmented", settings, out)
-    meta = json.loads((out / "meta.json").read_text())
+    inspect_mae(trained, world / "augmented", settings, out)
     last = json.loads((trained / "logs.jsonl").read_text().splitlines()[-1])
-    assert meta["logged_held_out"] == last["held_out"]
-    assert meta["masked_error"]["held_out"]["error"] == pytest.approx(last["held_out"], rel=1e-6)
-    assert not any("log" in line for line in found.warnings)
-    assert any("at the end of training" in line for line in found.lines)
-    # On other latents the log says nothing
-    inspect_mae(trained, world / "center", settings, out)
-    assert json.loads((out / "meta.json").read_text())["logged_held_out"] is None
-
-    changed = Path(shutil.copytree(trained, tmp_path / "changed"))
-    model = LatentMAE.from_pretrained(trained)
-    model.decoder.head.weight.data *= 3
-    model.save_pretrained(changed)
-    found = inspect_mae(changed, world / "augmented", settings, out)
-    assert any("weights and log are not of one run" in line for line in found.warnings)
+    error = json.loads((out / "meta.json").read_text())["masked_error"]["held out"]["error"]
+    assert error == pytest.approx(last["held_out"], rel=1e-6)
     found = inspect_mae(trained, world / "augmented", settings.model_copy(update={"seed": 5}), out)
     assert any("seed was 0" in line for line in found.warnings)
 
 
 def test_the_picture_of_the_mae(world, settings, trained, tmp_path):
-    inspect_mae(trained, world / "center", settings, tmp_path / "out", count=5, seed=3, compare=True)
+    inspect_mae(trained, world / "center", settings, tmp_path / "out", Look(5, 3, compare=True))
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
     picture = read_png(tmp_path / "out" / "mae.png")
     store, model = LatentStore.open(world / "center"), LatentMAE.from_pretrained(trained)
@@ -539,12 +487,9 @@ def test_the_scale_is_the_mean_distance_of_a_plain_loop():
         assert found[name].rms == pytest.approx(math.sqrt((values**2).mean()), rel=1e-5)
         assert (found[name].locations, found[name].channels) == values.shape[1:]
     assert found["global"].channels == 256
-
-
-def test_a_network_that_works_has_no_problem():
-    found = check(random_mae()).values()
-    assert all(c.problem is None and not c.by_construction for c in found)
-    assert all(c.not_finite == 0 and c.constant_channels == 0 for c in found)
+    for one in found.values():
+        assert one.problem is None and not one.by_construction
+        assert one.not_finite == one.constant_channels == 0
 
 
 def test_zeroed_weights_are_flagged(world, settings, tmp_path):
@@ -564,22 +509,19 @@ def test_zeroed_weights_are_flagged(world, settings, tmp_path):
     assert {c["name"] for c in meta["feature_sets"] if c["problem"]} == {c.name for c in others}
 
 
-def test_a_stage_whose_weights_are_zero_is_the_only_one_flagged():
+def test_a_stage_of_zeros_and_an_encoder_that_does_not_look_at_its_input():
     model = random_mae()
     for parameter in model.encoder.stages[3].parameters():
         parameter.data.zero_()
     found = check(model)
     assert {c.problem for name, c in found.items() if not name.startswith("layer4")} == {None}
     assert found["layer4"].problem == "constant"
-
-
-def test_an_encoder_that_does_not_look_at_its_input():
     model = random_mae()
     model.encoder.stem.conv.weight.data.zero_()
     model.encoder.stem.norm.bias.data.normal_()
-    found = check(model)
-    assert found["layer1"].problem == "the same for every sample"  # the edges differ from the middle
-    assert found["layer1"].constant_channels < 1
+    found = check(model)["layer1"]
+    assert found.problem == "the same for every sample"  # the edges differ from the middle
+    assert found.constant_channels < 1
 
 
 def test_weights_that_are_not_finite(world, settings, tmp_path):
@@ -598,13 +540,13 @@ def test_weights_that_are_not_finite(world, settings, tmp_path):
 
 def test_features_below_the_guard_of_the_field():
     latents = 1e-4 * torch.from_numpy(normal(12)).float()
-    assert check(random_mae(), latents=latents)["global"].problem == "smaller than the field's guard (0.001)"
+    assert "smaller than the field's guard" in check(random_mae(), latents=latents)["global"].problem
     assert check(random_mae(), latents=latents, guard=1e-6)["global"].problem is None
 
 
 def test_sets_that_are_constant_by_construction_are_no_warning():
     """With one channel per group in the first two stages, whatever the weights are."""
-    model = random_mae(MAEConfig(base_channels=16, layers=(1, 1, 1, 1), norm_groups=16, num_classes=3))
+    model = random_mae({"base_channels": 16, "layers": (1, 1, 1, 1), "norm_groups": 16, "num_classes": 3})
     for module in model.modules():
         if isinstance(module, torch.nn.GroupNorm):
             module.weight.data.normal_()
@@ -648,22 +590,20 @@ def set_meta(**changes):
         (0, flip_a_byte, "is not what train_meta.json was written for"),
         (1, flip_a_byte, "labels"),
         (0, cut, "is cut short"),
-        (1, cut, "is cut short"),
         (2, cut, "is not JSON"),
-        (0, Path.unlink, "is missing"),
         (2, Path.unlink, "is missing"),
         (2, lambda path: path.write_text("[1]"), "holds list"),
-        (2, set_meta(num_classes="3"), 'num_classes is "3" where int'),
+        (2, set_meta(num_classes="3"), 'num_classes is "3"'),
         (2, set_meta(num_classes=2), "labels 0 to 2"),
-        (2, set_meta(class_names=["a", "b"]), "2 class_names for 3 classes"),
-        (2, set_meta(class_names=["a", "b", 3]), "class_names is"),
+        (2, set_meta(class_names=["a", "b"]), "class_names is"),
+        (2, set_meta(class_names=["a", "b", 3]), "class_names.2 is 3"),
         (2, set_meta(shape=[1, 2]), "shape is [1, 2]"),
         (2, set_meta(view="side"), 'view is "side"'),
-        (2, set_meta(sha256={}), "sha256 is {}"),
-        (2, set_meta(skipped_images={"count": 1}), "skipped_images is"),
+        (2, set_meta(sha256={}), "sha256.latents is {}"),
+        (2, set_meta(skipped_images={"count": 1}), "skipped_images.names is"),
         (2, set_meta(images=50), "49 images"),
         (2, set_meta(images=0), "images is 0"),
-        (2, set_meta(mirror=1), "mirror is 1 where bool"),
+        (2, set_meta(mirror=1), "mirror is 1"),
         (2, set_meta(image_size=64), "image_size is 64"),
         (2, set_meta(scaling_factor=1.0), "scaling_factor is 1.0"),
         (2, set_meta(vae_sha256="0" * 64), "other weights of pretrained/digits_vae"),
@@ -679,30 +619,26 @@ def test_what_was_changed_is_named_and_nothing_written(settings, copy, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
-def test_latents_of_another_shape_than_the_vae_has(settings, tmp_path):
-    make_store(tmp_path / "latents", normal(6, (4, 4, 4)))
-    told = complaint(lambda: inspect_latents(tmp_path / "latents", settings, tmp_path / "out"))
-    assert "latents of [4, 4, 4]" in told and "[4, 8, 8]" in told
-
-
-def test_a_wrong_folder_or_view(world, settings, tmp_path):
+def test_a_wrong_folder_view_or_shape(world, settings, tmp_path):
     def look(folder, out=tmp_path / "out", **options):
         return complaint(lambda: inspect_latents(folder, settings, out, **options))
 
     assert "there is no such folder of latents" in look(tmp_path / "nowhere")
     assert 'view is "center"' in look(world / "center", view="augmented")
     assert "is what is inspected" in look(world / "center", out=world / "center")
+    make_store(tmp_path / "latents", normal(6, (4, 4, 4)))
+    told = look(tmp_path / "latents")
+    assert "latents of [4, 4, 4]" in told and "[4, 8, 8]" in told
 
 
 @pytest.mark.parametrize(
     ("tamper", "told"),
     [
-        (lambda f: cut(f / "model.safetensors"), "model.safetensors: damaged"),
-        (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: is missing"),
-        (lambda f: cut(f / "config.json"), "config.json: damaged"),
+        (
+            lambda f: cut(f / "diffusion_pytorch_model.safetensors"),
+            "diffusion_pytorch_model.safetensors: damaged",
+        ),
         (lambda f: set_meta(base_channels=8)(f / "config.json"), "they are not of one model"),
-        (lambda f: set_meta(model="Generator")(f / "config.json"), "not the config of a LatentMAE"),
-        (lambda f: (f / "settings.yaml").write_text("decides: 3"), "settings.yaml: not what the stage mae"),
         (lambda f: (f / "settings.yaml").write_text("{"), "settings.yaml: not what the stage mae"),
         (shutil.rmtree, "there is no such folder"),
     ],
@@ -721,9 +657,9 @@ def test_an_mae_of_other_inputs(world, settings, tmp_path):
         return complaint(lambda: inspect_mae(tmp_path / "mae", world / "center", settings, tmp_path / "out"))
 
     shape = {"base_channels": 8, "layers": (1, 1, 1, 1), "norm_groups": 2}
-    assert "3 channels" in look(MAEConfig(in_channels=3, **shape))
-    assert "an MAE of pixels" in look(MAEConfig(input_patch_size=2, **shape))
-    assert "cannot be masked in squares" in look(MAEConfig(patch_size=3, **shape))
+    assert "3 channels" in look(dict(in_channels=3, **shape))
+    assert "an MAE of pixels" in look(dict(input_patch_size=2, **shape))
+    assert "cannot be masked in squares" in look(dict(patch_size=3, **shape))
 
 
 def test_one_latent_has_no_features_to_compare(settings, tmp_path):
@@ -742,20 +678,15 @@ def test_one_latent_has_no_features_to_compare(settings, tmp_path):
 def test_bands_put_kinds_below_each_other_and_go_on_below():
     colours = np.arange(10, 130, 10, dtype=np.uint8)  # of 12 things
     one = np.broadcast_to(colours[:, None, None, None], (12, 32, 32, 3))
-    picture = np.asarray(bands({"one": one, "two": one + 100}, [str(c) for c in colours]))
+    captions = ["Mergus serrator, the red-breasted merganser"] * 12
+    picture = np.asarray(bands({"one": one, "two": one + 100}, captions))
     for index, colour in enumerate(colours):
         assert (cell(picture, index, 0, 12, 2) == colour).all()
         assert (cell(picture, index, 1, 12, 2) == colour + 100).all()
-    assert (picture[:, :20] < 128).any()  # the names of the kinds
-    alone = np.asarray(bands({"one": one[:3]}, ["a", "b", "c"]))
-    assert alone.shape[1] == 3 * STEP + 2
-
-
-def test_a_long_caption_stays_within_its_image():
-    image = np.full((2, 96, 96, 3), 200, np.uint8)
-    picture = np.asarray(bands({"one": image}, ["Mergus serrator, the red-breasted merganser", ""]))
-    ink = (picture[: -STEP - 2] < 128).any((0, 2)).nonzero()[0]
-    assert ink.min() >= 2 and 60 < ink.max() <= 98
+    left = picture.shape[1] - 8 * STEP
+    assert (picture[:, : left - 4] < 128).any()  # the names of the kinds
+    heads = picture[: len(picture) // 2 - 2 * STEP - 2, left : left + STEP]
+    assert (heads < 128).any() and (heads[:, -2:] == 255).all()  # a long caption stays within its image
 
 
 # The command
@@ -768,40 +699,26 @@ def run(capsys, *arguments):
 
 
 def test_the_command_prints_numbers_warnings_and_files(world, tmp_path, capsys, trained):
-    params = ["--params", world / "params.yaml"]
-    code, out, err = run(
-        capsys,
-        "latents",
-        world / "center",
-        *params,
-        "--count",
-        3,
-        "--out",
-        tmp_path / "a",
-        "--compare-images",
-    )
+    params = ["--params", world / "params.yaml", "--out", tmp_path / "a"]
+    some = ["--count", 3, "--compare-images"]
+    code, out, err = run(capsys, "latents", world / "center", *params, *some)
     assert (code, err) == (0, "")
     assert "mean" in out and "difference:" in out and "warning" not in out
     assert f"written: {tmp_path / 'a' / 'latents.png'}" in out
 
-    latents = np.load(latent_files(world / "center")[0]) / 1.82155
-    make_store(tmp_path / "unscaled", latents)
-    code, out, _ = run(capsys, "latents", tmp_path / "unscaled", *params, "--out", tmp_path / "b")
-    assert code == 0
-    assert "warning: the standard deviation of all latents is" in out
+    make_store(tmp_path / "unscaled", np.load(latent_files(world / "center")[0]) / 1.82155)
+    code, out, _ = run(capsys, "latents", tmp_path / "unscaled", *params)
+    assert code == 0 and "warning: the standard deviation of all latents is" in out
 
-    code, out, _ = run(
-        capsys, "mae", trained, "--latents", world / "augmented", *params, "--out", tmp_path / "c",
-        "--check-feature-sets", "--compare-images", world / "images",
-    )  # fmt: skip
-    assert code == 0
-    assert "masked error:" in out and "layer3_mean_2" not in out and "layer3_mean " in out
-    assert {path.name for path in (tmp_path / "c").iterdir()} == {"mae.png", "meta.json"}
+    more = ["--check-feature-sets", "--compare-images", world / "images"]
+    code, out, _ = run(capsys, "mae", trained, "--latents", world / "augmented", *params, *more)
+    assert code == 0 and "layer3_mean_2" not in out and "layer3_mean " in out
+    assert {path.name for path in (tmp_path / "a").iterdir()} >= {"mae.png", "meta.json"}
 
-    cut(Path(shutil.copytree(trained, tmp_path / "cut")) / "model.safetensors")
+    cut(Path(shutil.copytree(trained, tmp_path / "cut")) / "diffusion_pytorch_model.safetensors")
     code, out, err = run(capsys, "mae", tmp_path / "cut", "--latents", world / "center", *params)
     assert (code, out) == (2, "")
-    assert err.startswith("error: ") and err.count("\n") == 1 and "model.safetensors" in err
+    assert err.startswith("error: ") and err.count("\n") == 1 and "diffusion_pytorch_model.safetensors" in err
 
 
 def test_without_a_folder_it_is_that_of_the_view(world, tmp_path, capsys, monkeypatch):
@@ -814,29 +731,7 @@ def test_without_a_folder_it_is_that_of_the_view(world, tmp_path, capsys, monkey
     assert code == 0 and "outputs/latents-augmented/meta.json" in out
     code, _, err = run(capsys, "latents")
     assert code == 2 and "artifacts/latents/center: there is no such folder" in err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        ([], "WHAT"),
-        (["latent"], "latent"),
-        (["latents", "--count", "0"], "0: a whole number above 0"),
-        (["mae", "--rows", "many"], "many: a whole number"),
-        (["latents", "--view", "side"], "side"),
-    ],
-)
-def test_a_wrong_argument_is_code_2(arguments, told, capsys):
-    with pytest.raises(SystemExit) as caught:
-        cli.main(["inspect", *arguments])
-    assert caught.value.code == 2 and told in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("arguments", [[], ["latents"], ["mae"]])
-def test_help_is_a_page(arguments, capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["inspect", *arguments, "--help"])
-    said = capsys.readouterr().out
-    assert all(len(line) <= 100 for line in said.splitlines()) and "inspect" in said
-    if arguments:
-        assert "examples:" in said and "OUT/meta.json" in said
+    for arguments, told in ((["latents", "--count", "0"], "0: a whole number above 0"), ([], "WHAT")):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["inspect", *arguments])
+        assert told in capsys.readouterr().err

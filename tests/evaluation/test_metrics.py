@@ -1,21 +1,201 @@
-"""Metrics against torch-fidelity, clean-fid and loops."""
+"""Batches, the feature store, and all metrics, against torch-fidelity, clean-fid, closed forms and loops."""
+
+import threading
+import warnings
 
 import numpy as np
 import pytest
+import scipy.linalg
+import standins  # noqa: F401  (before torch-fidelity imports torchvision)
 import torch
-from standins import run_ranks
-from torch_fidelity_shim import calculate_precision_recall_full, isc_features_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_prc import calculate_precision_recall_full
 
-from drift.evaluation.metrics import InceptionScore, kernel_distance, precision_recall
-from drift.evaluation.moments import alone
+from drift.evaluation import moments as moments_module
+from drift.evaluation import store as store_module
+from drift.evaluation.batches import BATCH, in_batches, one_behind
+from drift.evaluation.metrics import inception_score, kernel_distance, precision_recall
+from drift.evaluation.moments import Moments, frechet_distance, trace_by_eigenvalues, trace_by_square_root
+from drift.evaluation.store import FeatureStore
 from drift.runtime.seeds import derive_seed, numpy_generator
 
+# Batches
 
-def sets(seed=0, n=300, m=250, dimension=5):
+
+@pytest.mark.parametrize("rows", [1, 7, BATCH, BATCH + 1, 3 * BATCH])
+def test_the_function_sees_one_shape_and_every_row_has_its_result(rows):
+    shapes = []
+
+    def difference(a, b):
+        shapes.append((a.shape, b.shape))
+        return a.sum(1) - b
+
+    a, b = torch.randn(rows, 5), torch.arange(rows)
+    assert torch.equal(in_batches(difference, a, b), a.sum(1) - b)
+    assert shapes == [((BATCH, 5), (BATCH,))] * -(-rows // BATCH)
+
+
+def test_a_row_does_not_feel_its_company_nor_its_place():
+    """A plain product does: its kernel is chosen by the number of rows."""
+    generator = torch.Generator().manual_seed(0)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 32, 3, padding=1), torch.nn.SiLU(), torch.nn.Flatten(), torch.nn.Linear(8192, 200)
+    )
+    images = torch.randn(100, 3, 16, 16, generator=generator)
+    with torch.inference_mode():
+        whole = in_batches(network, images)
+        order = torch.randperm(100, generator=generator)
+        for size in (1, 7, 64):
+            for part in order.split(size):
+                assert torch.equal(in_batches(network, images[part]), whole[part])
+
+
+def test_work_is_done_in_order_while_the_next_item_is_made():
+    """Each is only finished once the next is being made, so one after the other would never end."""
+    made = [threading.Event() for _ in range(4)]
+
+    def items():
+        for i in range(3):
+            made[i].set()
+            yield i
+        made[3].set()
+
+    def work(i):
+        assert made[i + 1].wait(30)
+        return 10 * i
+
+    assert list(one_behind(items(), work)) == [(0, 0), (1, 10), (2, 20)]
+    with pytest.raises(ZeroDivisionError):
+        list(one_behind([1, 0], lambda i: 1 / i))
+
+
+# The feature store
+
+
+@pytest.fixture
+def features():
+    return np.random.default_rng(0).standard_normal((20, 3)).astype(np.float32)
+
+
+def test_rows_come_back_in_any_order(tmp_path, features, monkeypatch):
+    store = FeatureStore.create(tmp_path / "x", 20, 3)
+    assert (store.shape, len(store), len(store.missing())) == ((20, 3), 20, 20)
+    first, second = np.array([0, 1, 2, 7, 9, 10]), np.array([3, 4, 5, 6, 8, *range(11, 20)])
+    store.write(first, features[first])
+    assert store.missing().tolist() == second.tolist()
+    with pytest.raises(AssertionError, match="nobody has measured"):
+        next(store.blocks())
+    FeatureStore(tmp_path / "x").write(second, features[second])
+    order = np.random.default_rng(1).permutation(20)[:11]
+    assert np.array_equal(store[order], features[order])
+    assert store[np.array([], int)].shape == (0, 3)
+    monkeypatch.setattr(store_module, "BLOCK", 6)
+    rows, blocks = zip(*store.blocks(), strict=True)
+    assert [part.start for part in rows] == [0, 6, 12, 18]
+    assert np.array_equal(np.concatenate(blocks), features)
+    assert np.array_equal(np.load(tmp_path / "x/features.npy"), features)
+
+
+def test_what_is_there_is_kept_if_it_fits(tmp_path, features):
+    store = FeatureStore.create(tmp_path / "x", 20, 3)
+    store.write([4], features[4:5])
+    assert 4 not in FeatureStore.create(tmp_path / "x", 20, 3).missing()
+    assert 4 in FeatureStore.create(tmp_path / "x", 21, 3).missing()
+    (tmp_path / "x/done.npy").unlink()
+    assert len(FeatureStore.create(tmp_path / "x", 21, 3).missing()) == 21
+
+
+# Fréchet distance
+
+
+def covariances(seed, dimension=24, samples=60):
     rng = np.random.default_rng(seed)
-    real = rng.standard_normal((m, dimension))
-    generated = 0.7 * rng.standard_normal((n, dimension)) + 0.4
-    return generated.astype(np.float32), real.astype(np.float32)
+    mix = lambda: rng.standard_normal((samples, dimension)) @ rng.standard_normal((dimension, dimension))  # noqa: E731
+    return [np.cov(mix(), rowvar=False) for _ in range(2)]
+
+
+@pytest.mark.parametrize("sizes", [[1000], [1, 999], [3, 500, 7, 490], [1] * 1000])
+def test_moments_are_numpys(sizes):
+    rng = np.random.default_rng(0)
+    # Far from the origin, where sums of squares would lose the covariance
+    values = rng.standard_normal((1000, 6)) @ rng.standard_normal((6, 6)) + 1e6
+    moments = Moments(6)
+    for part in torch.from_numpy(values).split(sizes):
+        moments.update(part)
+    assert moments.count == 1000
+    np.testing.assert_allclose(moments.mean, values.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(moments.covariance, np.cov(values, rowvar=False), rtol=1e-6, atol=1e-8)
+
+
+def test_distance_of_commuting_gaussians_and_a_shift():
+    rng = np.random.default_rng(1)
+    basis = np.linalg.qr(rng.standard_normal((5, 5)))[0]
+    s1, s2 = rng.uniform(0.5, 3, (2, 5))  # standard deviations
+    sigma1, sigma2 = (basis * s1**2) @ basis.T, (basis * s2**2) @ basis.T
+    zero, shift = np.zeros(5), np.full(5, 2.0)
+    expected = ((s1 - s2) ** 2).sum() + 5 * 2.0**2
+    assert frechet_distance(shift, sigma1, zero, sigma2) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:The `disp` argument")
+def test_distance_is_cleanfids_by_either_road():
+    from cleanfid import fid as cleanfid
+
+    for seed in range(4):
+        a, b = covariances(seed)
+        mu1, mu2 = np.random.default_rng(seed).standard_normal((2, 24))
+        expected = cleanfid.frechet_distance(mu1, a, mu2, b)
+        assert frechet_distance(mu1, a, mu2, b) == pytest.approx(expected, rel=1e-9)
+        assert trace_by_square_root(a, b) == pytest.approx(trace_by_eigenvalues(a, b), rel=1e-9)
+
+
+def test_singular_covariances():
+    """Of projections, whose closed form is known: the planes share the first axis alone."""
+    a, b = np.diag([4.0, 1, 0, 0]), np.diag([9.0, 0, 1, 0])
+    expected = 4 + 1 + 9 + 1 - 2 * np.sqrt(4 * 9)
+    assert frechet_distance(np.zeros(4), a, np.zeros(4), b) == pytest.approx(expected, rel=1e-9)
+    a, b = covariances(0, dimension=30, samples=20)
+    mu = np.zeros(30)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = frechet_distance(mu, a, mu, b)
+        assert abs(frechet_distance(mu, a, mu, a)) < 1e-6 * np.trace(a)
+    # tr (ab)^1/2 is the nuclear norm of a^1/2 b^1/2
+    roots = [(v * np.sqrt(w.clip(0))) @ v.T for w, v in (np.linalg.eigh(x) for x in (a, b))]
+    expected = np.trace(a) + np.trace(b) - 2 * np.linalg.norm(roots[0] @ roots[1], "nuc")
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def fail(product):
+    raise scipy.linalg.LinAlgError("no")
+
+
+@pytest.mark.parametrize(
+    "root", [lambda p: p, lambda p: np.full_like(p, np.nan), lambda p: 1j * np.eye(len(p)), fail]
+)
+def test_a_broken_square_root_is_noticed(monkeypatch, root):
+    a, b = covariances(0)
+    mu = np.zeros(len(a))
+    expected = frechet_distance(mu, a, mu, b)
+    monkeypatch.setattr(moments_module.scipy.linalg, "sqrtm", root)
+    assert trace_by_square_root(a, b) is None
+    assert frechet_distance(mu, a, mu, b) == pytest.approx(expected, rel=1e-9)
+
+
+def test_distance_that_is_not_finite_is_an_error():
+    mu, sigma = np.zeros(2), np.eye(2)
+    with pytest.raises(FloatingPointError, match="sigma2"):
+        frechet_distance(mu, sigma, mu, np.full((2, 2), np.nan))
+    with pytest.raises(FloatingPointError, match="distance is inf"), np.errstate(over="ignore"):
+        frechet_distance(np.full(2, 1e200), sigma, mu, sigma)
+
+
+# Inception Score
+
+
+def score(logits, size, seed):
+    rows = (slice(start, start + size) for start in range(0, len(logits), size))
+    return inception_score(((r, logits[r]) for r in rows), len(logits), seed)
 
 
 @pytest.mark.parametrize("count", [100, 137])
@@ -23,18 +203,8 @@ def test_inception_score_is_torch_fidelitys(count):
     logits = 3 * torch.randn(count, 7, generator=torch.Generator().manual_seed(0))
     order = numpy_generator(3, "fid/inception_score").permutation(count)
     expected = isc_features_to_metric(logits[order], splits=10, shuffle=False)
-
-    def work(rank, all_reduce_sum):
-        score = InceptionScore(count, 7, seed=3)
-        for part in (
-            torch.randperm(count, generator=torch.Generator().manual_seed(1))[rank::3].contiguous().split(13)
-        ):
-            score.update(part, logits[part])
-        return score.compute(all_reduce_sum)
-
-    for mean, std in run_ranks(3, work):
-        assert mean == pytest.approx(expected["inception_score_mean"], rel=1e-9)
-        assert std == pytest.approx(expected["inception_score_std"], rel=1e-9)
+    wanted = expected["inception_score_mean"], expected["inception_score_std"]
+    assert score(logits, 13, seed=3) == pytest.approx(wanted, rel=1e-9)
 
 
 def test_inception_score_of_what_is_known():
@@ -44,12 +214,18 @@ def test_inception_score_of_what_is_known():
     shuffled = isc_features_to_metric(sure, splits=10, shuffle=True)["inception_score_mean"]
     assert 48 < shuffled < 50
     for order in (np.arange(10_000), np.arange(10_000).reshape(50, 200).T.reshape(-1)):
-        score = InceptionScore(10_000, 50, seed=0)
-        score.update(torch.arange(10_000), sure[order])
-        assert score.compute(alone)[0] == pytest.approx(shuffled, rel=0.01)
-    score = InceptionScore(200, 50, seed=0)
-    score.update(torch.arange(200), sure[:1].expand(200, -1))
-    assert score.compute(alone)[0] == pytest.approx(1)
+        assert score(sure[order], 1024, seed=0)[0] == pytest.approx(shuffled, rel=0.01)
+    assert score(sure[:200], 200, seed=0)[0] == pytest.approx(1)
+
+
+# KID, precision and recall
+
+
+def sets(seed=0, n=300, m=250, dimension=5):
+    rng = np.random.default_rng(seed)
+    real = rng.standard_normal((m, dimension))
+    generated = 0.7 * rng.standard_normal((n, dimension)) + 0.4
+    return generated.astype(np.float32), real.astype(np.float32)
 
 
 def test_kernel_distance_is_cleanfids_and_leaves_numpys_state():
@@ -83,27 +259,6 @@ def test_precision_and_recall_are_torch_fidelitys(seed, monkeypatch):
     found = precision_recall(generated, real, images=10_000, seed=0)
     assert found == pytest.approx(expected, abs=1e-6)
     assert 0.2 < found[1] < found[0] < 1
-
-
-def test_precision_and_recall_by_a_loop():
-    generated, real = sets(n=30, m=40)
-
-    def covered(points, others):
-        count = 0
-        for point in points:
-            for i, other in enumerate(others):
-                distances = sorted(np.linalg.norm(other - x) for j, x in enumerate(others) if j != i)
-                if np.linalg.norm(point - other) <= distances[2]:
-                    count += 1
-                    break
-        return count / len(points)
-
-    some, others = (
-        rows[numpy_generator(7, "fid/precision_recall", name).permutation(len(rows))[:25]]
-        for name, rows in (("generated", generated), ("real", real))
-    )
-    expected = covered(some, others), covered(others, some)
-    assert precision_recall(generated, real, images=25, seed=7) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("sorted_by_class", ["real", "generated", "both"])

@@ -5,7 +5,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from drift.features import ENCODERS, Encoder, FeatureEncoder, LatentFeatures, MAEFeatures, load_encoders
-from drift.models.mae import LatentMAE, MAEConfig
+from drift.models.mae import LatentMAE
 from drift.runtime.errors import UserError
 
 LATENTS = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -14,8 +14,14 @@ LATENTS = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 @pytest.fixture
 def mae(tmp_path):
     torch.manual_seed(0)
-    config = MAEConfig(in_channels=4, base_channels=8, layers=(1, 1, 1, 1), num_classes=2, norm_groups=2)
-    LatentMAE(config).save_pretrained(tmp_path / "mae")
+    config = {
+        "in_channels": 4,
+        "base_channels": 8,
+        "layers": (1, 1, 1, 1),
+        "num_classes": 2,
+        "norm_groups": 2,
+    }
+    LatentMAE(**config).save_pretrained(tmp_path / "mae")
     return tmp_path / "mae"
 
 

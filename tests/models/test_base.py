@@ -1,94 +1,138 @@
-import json
+"""Folders of models: what is written is read again, by former names too; what does not fit is one line."""
 
+import json
+import shutil
+
+import huggingface_hub
 import pytest
 import torch
 from complaints import complaint
 from safetensors.torch import load_file, save_file
 
-from drift.models.generator import Generator, GeneratorConfig
-from drift.models.mae import LatentMAE, MAEConfig
+from drift.models import Generator, LatentMAE, SinkhornMAE
+from drift.models.base import CONFIG_FILE, WEIGHTS_FILE, model_files
+from drift.models.ema import ema_variant
 from drift.runtime.files import without_wrappers
 
-MODELS = {
-    LatentMAE: MAEConfig(in_channels=3, base_channels=8, layers=(1, 1, 1, 1), num_classes=5, norm_groups=4),
-    Generator: GeneratorConfig(
-        in_channels=3, input_size=4, num_classes=5, hidden_size=16, depth=1, num_heads=2, style_codebooks=2
-    ),
-}
+MAE = {"in_channels": 3, "base_channels": 8, "layers": (1, 1, 1, 1), "num_classes": 5, "norm_groups": 4}
+GENERATOR = {
+    "in_channels": 3, "input_size": 4, "num_classes": 5, "hidden_size": 16, "depth": 1, "num_heads": 2,
+    "style_codebooks": 2,
+}  # fmt: skip
 
 
-@pytest.fixture(params=MODELS, ids=lambda cls: cls.__name__)
+def make(cls, seed=0):
+    torch.manual_seed(seed)
+    return cls(**(GENERATOR if cls is Generator else MAE))
+
+
+@pytest.fixture(params=[LatentMAE, Generator], ids=lambda cls: cls.__name__)
 def model(request):
-    torch.manual_seed(0)
-    return request.param(MODELS[request.param])
+    return make(request.param)
 
 
-def assert_same_weights(found, expected):
+@pytest.fixture
+def folder(model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def assert_same(found, expected):
     assert found.state_dict().keys() == expected.state_dict().keys()
-    for name, value in expected.state_dict().items():
-        assert torch.equal(found.state_dict()[name], value), name
+    assert all(torch.equal(found.state_dict()[name], value) for name, value in expected.state_dict().items())
 
 
-def test_round_trip(model, tmp_path):
-    model.save_pretrained(tmp_path / "new" / "folder")
-    loaded = type(model).from_pretrained(tmp_path / "new" / "folder")
-    assert loaded.config == model.config
-    assert not loaded.training
-    assert_same_weights(loaded, model)
-    assert all(parameter.requires_grad for parameter in loaded.parameters())
+def edit(folder, change):
+    path = folder / CONFIG_FILE
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
 
 
-def test_loading_draws_nothing(model, tmp_path):
-    model.save_pretrained(tmp_path)
+def write_former(model, folder, name, copies):
+    """As the first version wrote it."""
+    folder.mkdir()
+    sizes = {key: value for key, value in model.config.items() if key[0] != "_"}
+    (folder / CONFIG_FILE).write_text(json.dumps({"model": name, **sizes}))
+    for copy, state in copies.items():
+        save_file(state, folder / f"{copy}.safetensors", metadata={"sha256": "0" * 64})
+
+
+def test_round_trip_draws_nothing_and_gives_equal_bytes(model, folder, tmp_path):
     before = torch.get_rng_state()
-    type(model).from_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(folder)
     assert torch.equal(torch.get_rng_state(), before)
+    assert not loaded.training and all(parameter.requires_grad for parameter in loaded.parameters())
+    assert_same(loaded, model)
+    loaded.save_pretrained(tmp_path / "again")
+    files = [
+        {path.name: path.read_bytes() for path in (tmp_path / at).iterdir()} for at in ("model", "again")
+    ]
+    assert files[0] == files[1] and files[0].keys() == {CONFIG_FILE, WEIGHTS_FILE}
 
 
-def test_equal_models_give_equal_bytes(model, tmp_path):
-    model.save_pretrained(tmp_path / "a")
-    type(model).from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
-    for _ in range(9):  # a hash table's order would show
-        model.save_pretrained(tmp_path / "b")
-        assert (tmp_path / "b/model.safetensors").read_bytes() == (
-            tmp_path / "a/model.safetensors"
-        ).read_bytes()
-    files = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
-    assert files.keys() == {"config.json", "model.safetensors"}
-    assert files == {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()}
+def test_copies_of_the_weights_share_a_folder(model, folder):
+    decays = [0.999, 0.9995, 0.5]
+    names = [ema_variant(decays, decay) for decay in decays]
+    assert names == [None, "ema_09995", "ema_05"]
+    other = make(type(model), seed=1)
+    other.save_pretrained(folder, variant="ema_09995")
+    for main in (None, "model"):
+        assert_same(type(model).from_pretrained(folder, variant=main), model)
+    for variant in ("ema_09995", "ema_0.9995"):
+        assert_same(type(model).from_pretrained(folder, variant=variant), other)
+        assert [path.name for path in model_files(folder, variant)] == [
+            CONFIG_FILE, "diffusion_pytorch_model.ema_09995.safetensors"
+        ]  # fmt: skip
+    message = complaint(lambda: type(model).from_pretrained(folder, variant="ema_05"))
+    assert "diffusion_pytorch_model.ema_05.safetensors: is missing" in message and "ema_09995" in message
 
 
-def test_several_weights_share_a_folder(model, tmp_path):
-    other = type(model)(model.config)
-    model.save_pretrained(tmp_path)
-    other.save_pretrained(tmp_path, weights="ema_0.9995")
-    assert_same_weights(type(model).from_pretrained(tmp_path), model)
-    assert_same_weights(type(model).from_pretrained(tmp_path, weights="ema_0.9995"), other)
-    message = complaint(lambda: type(model).from_pretrained(tmp_path, weights="ema_0.5"))
-    assert "ema_0.5.safetensors" in message and "ema_0.9995, model" in message
+@pytest.mark.parametrize("variant", [None, "half"])
+def test_shards_are_read(model, tmp_path, variant):
+    model.save_pretrained(tmp_path, max_shard_size="10KB", variant=variant)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert_same(type(model).from_pretrained(tmp_path, variant=variant), model)
+    next(tmp_path.glob("*-00002-of-*")).unlink()
+    assert "Missing key" in complaint(lambda: type(model).from_pretrained(tmp_path, variant=variant))
 
 
-def test_half_precision_weights_are_loaded_in_float32(model, tmp_path):
-    model.save_pretrained(tmp_path)
-    path = tmp_path / "model.safetensors"
+def test_folders_of_the_first_version_are_read(model, tmp_path):
+    other = make(type(model), seed=1)
+    copies = {"model": model.state_dict(), "ema_0.9995": other.state_dict()}
+    write_former(model, tmp_path / "former", type(model).__name__, copies)
+    assert_same(type(model).from_pretrained(tmp_path / "former"), model)
+    for variant in ("ema_0.9995", "ema_09995"):
+        assert_same(type(model).from_pretrained(tmp_path / "former", variant=variant), other)
+    other.save_pretrained(tmp_path / "former")  # over it: the new files count
+    assert_same(type(model).from_pretrained(tmp_path / "former"), other)
+
+
+def test_the_sinkhorn_encoder_of_the_first_version_is_read(tmp_path):
+    encoder = SinkhornMAE(in_channels=3, base_channels=8, layers=(1, 1, 1, 1))
+    write_former(encoder, tmp_path / "former", "PriorMAE", {"model": encoder.state_dict()})
+    edit(tmp_path / "former", lambda c: c | {"num_classes": 0, "input_patch_size": 1})
+    loaded = LatentMAE.from_pretrained(tmp_path / "former")
+    assert type(loaded) is SinkhornMAE
+    assert_same(loaded, encoder)
+
+
+def test_half_precision_files_and_models(model, folder):
+    path = folder / WEIGHTS_FILE
     save_file({name: value.bfloat16() for name, value in load_file(path).items()}, path)
-    loaded = type(model).from_pretrained(tmp_path)
-    assert_same_weights(loaded, model.bfloat16().float())
+    assert_same(type(model).from_pretrained(folder), model.bfloat16().float())
+    assert type(model).from_pretrained(folder, torch_dtype=torch.float16).dtype == torch.float16
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
-def test_names_of_wrappers_are_taken_off(model, tmp_path, prefix):
-    model.save_pretrained(tmp_path)
-    save_file({prefix + k: v for k, v in model.state_dict().items()}, tmp_path / "model.safetensors")
-    assert_same_weights(type(model).from_pretrained(tmp_path), model)
-    one = dict([next(iter(model.state_dict().items()))])
-    twice = model.state_dict() | {prefix + name: tensor + 1 for name, tensor in one.items()}
-    save_file(twice, tmp_path / "model.safetensors")
-    assert "twice" in complaint(lambda: type(model).from_pretrained(tmp_path))
+def test_names_of_wrappers_are_taken_off(model, folder, prefix):
+    save_file({prefix + name: value for name, value in model.state_dict().items()}, folder / WEIGHTS_FILE)
+    assert_same(type(model).from_pretrained(folder), model)
+    name, tensor = next(iter(model.state_dict().items()))
+    save_file(model.state_dict() | {prefix + name: tensor + 1}, folder / WEIGHTS_FILE)
+    assert "twice" in complaint(lambda: type(model).from_pretrained(folder))
 
 
 def test_names_that_real_wrappers_make():
-    model = LatentMAE(MODELS[LatentMAE])
+    model = make(LatentMAE)
     names = model.state_dict().keys()
     model.encoder = torch.compile(torch.nn.Sequential(model.encoder)[0])  # within, not around
     outside = torch.nn.DataParallel(torch.compile(model)).state_dict()
@@ -97,57 +141,33 @@ def test_names_that_real_wrappers_make():
 
 
 def test_channels_last_models_can_be_saved(tmp_path):
-    torch.manual_seed(0)
-    model = LatentMAE(MODELS[LatentMAE]).to(memory_format=torch.channels_last)
+    model = make(LatentMAE).to(memory_format=torch.channels_last)
     model.save_pretrained(tmp_path)
-    assert_same_weights(LatentMAE.from_pretrained(tmp_path), model)
+    assert_same(LatentMAE.from_pretrained(tmp_path), model)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.9, 0.9999])
-def test_truncated_weights(model, tmp_path, share):
-    model.save_pretrained(tmp_path)
-    path = tmp_path / "model.safetensors"
-    content = path.read_bytes()
-    path.write_bytes(content[: int(share * len(content))])
-    message = complaint(lambda: type(model).from_pretrained(tmp_path))
-    assert str(path) in message and "damaged" in message
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.9999])
+def test_truncated_weights(model, folder, share):
+    content = (folder / WEIGHTS_FILE).read_bytes()
+    (folder / WEIGHTS_FILE).write_bytes(content[: int(share * len(content))])
+    assert f"{folder / WEIGHTS_FILE}: damaged" in complaint(lambda: type(model).from_pretrained(folder))
 
 
-def test_a_changed_bit_is_found(model, tmp_path):
-    model.save_pretrained(tmp_path)
-    path = tmp_path / "model.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-100] ^= 1
-    path.write_bytes(content)
-    message = complaint(lambda: type(model).from_pretrained(tmp_path))
-    assert message.startswith(f"{path}: damaged (the weights are not those that were written)")
-
-
-def test_weights_of_another_shape(model, tmp_path):
-    model.save_pretrained(tmp_path)
-    config = tmp_path / "config.json"
-    config.write_text(config.read_text().replace('"num_classes": 5', '"num_classes": 7'))
-    message = complaint(lambda: type(model).from_pretrained(tmp_path))
-    name = {LatentMAE: "classifier.bias", Generator: "class_embedding.weight"}[type(model)]
-    shape = list(model.get_parameter(name).shape)
-    assert f"parameter {name} is {shape} where config.json makes it {[7, *shape[1:]]}" in message
-    assert str(tmp_path / "model.safetensors") in message
-
-
-@pytest.mark.parametrize("change", ["lost", "added"])
-def test_weights_of_other_names(model, tmp_path, change):
-    model.save_pretrained(tmp_path)
-    path = tmp_path / "model.safetensors"
-    tensors = load_file(path)
-    name, value = next(iter(tensors.items()))
-    if change == "lost":
-        del tensors[name]
-        expected = f"parameter {name} is absent where config.json makes it {list(value.shape)}"
-    else:
-        tensors["a.new.one"] = value.clone()
-        expected = f"parameter a.new.one is {list(value.shape)} where config.json makes it absent"
-    save_file(tensors, path)
-    assert expected in complaint(lambda: type(model).from_pretrained(tmp_path))
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda w: dict(list(w.items())[1:]), "Missing key(s)"),
+        (lambda w: w | {"a.new.one": torch.zeros(1)}, "a.new.one"),
+        (
+            lambda w: {name: value.repeat(2, *[1] * (value.ndim - 1)) for name, value in w.items()},
+            "size mismatch",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit(model, folder, change, named):
+    save_file(change(load_file(folder / WEIGHTS_FILE)), folder / WEIGHTS_FILE)
+    message = complaint(lambda: type(model).from_pretrained(folder))
+    assert named in message and str(folder / WEIGHTS_FILE) in message
 
 
 @pytest.mark.parametrize(
@@ -155,29 +175,35 @@ def test_weights_of_other_names(model, tmp_path, change):
     [
         (lambda c: c | {"colour": 3}, "unknown key colour"),
         (lambda c: {k: v for k, v in c.items() if k != "num_classes"}, "num_classes is missing"),
-        (lambda c: c | {"num_classes": "5"}, "num_classes is '5' where int is wanted"),
+        (lambda c: c | {"num_classes": "5"}, "num_classes is '5'"),
         (lambda c: c | {"num_classes": True}, "num_classes is True"),
         (lambda c: c | {"num_classes": 0}, "num_classes is 0"),
-        (lambda c: c | {"model": "Other"}, "not the config of a"),
+        (lambda c: c | {"_class_name": "Other"}, "not the config of a"),
         (lambda c: [c], "not the config of a"),
     ],
 )
-def test_wrong_configs(model, tmp_path, change, named):
-    model.save_pretrained(tmp_path)
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(change(json.loads(path.read_text()))))
-    message = complaint(lambda: type(model).from_pretrained(tmp_path))
-    assert str(path) in message and named in message
+def test_configs_that_do_not_fit(model, folder, change, named):
+    edit(folder, change)
+    message = complaint(lambda: type(model).from_pretrained(folder))
+    assert named in message and str(folder / CONFIG_FILE) in message
 
 
-def test_missing_and_damaged_files(model, tmp_path):
+def test_missing_and_damaged_files(model, folder):
     load = type(model).from_pretrained
-    assert "no such folder" in complaint(lambda: load(tmp_path / "nowhere"))
-    assert "config.json: cannot be read" in complaint(lambda: load(tmp_path))
-    (tmp_path / "config.json").write_text('{"model": ')
-    assert "config.json: damaged" in complaint(lambda: load(tmp_path))
-    (tmp_path / "config.json").write_bytes(b"\xff\xfe")
-    assert "config.json: damaged" in complaint(lambda: load(tmp_path))
-    model.save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    assert "model.safetensors: is missing" in complaint(lambda: load(tmp_path))
+    (folder / WEIGHTS_FILE).unlink()
+    assert f"{WEIGHTS_FILE}: is missing" in complaint(lambda: load(folder))
+    for content in (b'{"_class_name": ', b"\xff\xfe"):
+        (folder / CONFIG_FILE).write_bytes(content)
+        assert f"{CONFIG_FILE}: missing or damaged" in complaint(lambda: load(folder))
+    shutil.rmtree(folder)
+    assert "no such folder" in complaint(lambda: load(folder))
+
+
+def test_hub_ids_go_through_the_hub(model, folder, monkeypatch):
+    def snapshot_download(repository, *, revision, allow_patterns, token):
+        assert (repository, revision, token) == ("someone/model", "main", "secret")
+        assert len(allow_patterns) == 2
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert_same(type(model).from_pretrained("someone/model", revision="main", token="secret"), model)

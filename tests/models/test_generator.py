@@ -5,21 +5,13 @@ import torch
 from golden_weights import golden_config, golden_numbers, golden_params
 
 from drift.interop.release import convert_generator
-from drift.models.generator import SIZES, Generator, GeneratorConfig, rope, rotate
+from drift.models.generator import SIZES, Generator, rope, rotate
 from drift.runtime.errors import UserError
 
 TINY = {
-    "in_channels": 3,
-    "input_size": 4,
-    "num_classes": 5,
-    "hidden_size": 16,
-    "depth": 2,
-    "num_heads": 2,
-    "patch_size": 2,
-    "context_tokens": 3,
-    "style_codebooks": 4,
-    "style_entries": 6,
-}
+    "in_channels": 3, "input_size": 4, "num_classes": 5, "hidden_size": 16, "depth": 2, "num_heads": 2,
+    "patch_size": 2, "context_tokens": 3, "style_codebooks": 4, "style_entries": 6,
+}  # fmt: skip
 
 
 def relative_error(found, expected):
@@ -29,7 +21,7 @@ def relative_error(found, expected):
 def tiny_model(**changes):
     """A small generator whose layers that start at zero have been filled."""
     torch.manual_seed(0)
-    model = Generator(GeneratorConfig(**{**TINY, **changes}))
+    model = Generator(**{**TINY, **changes})
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():
@@ -37,13 +29,12 @@ def tiny_model(**changes):
     return model.eval()
 
 
-def inputs(batch=3, **changes):
-    config = GeneratorConfig(**{**TINY, **changes})
+def inputs(batch=3, codebooks=4):
     generator = torch.Generator().manual_seed(1)
-    noise = torch.randn(batch, config.in_channels, config.input_size, config.input_size, generator=generator)
-    labels = torch.randint(config.num_classes, (batch,), generator=generator)
+    noise = torch.randn(batch, 3, 4, 4, generator=generator)
+    labels = torch.randint(5, (batch,), generator=generator)
     omega = 1 + 3 * torch.rand(batch, generator=generator)
-    style = torch.randint(config.style_entries, (batch, config.style_codebooks), generator=generator)
+    style = torch.randint(6, (batch, codebooks), generator=generator)
     return noise, labels, omega, style
 
 
@@ -60,16 +51,15 @@ def test_condition_and_latent_match_the_release():
 @pytest.mark.parametrize(("size", "millions"), [("B/2", 133), ("L/2", 463)])
 def test_published_sizes_have_the_published_parameters(size, millions):
     with torch.device("meta"):
-        model = Generator(SIZES[size])
+        model = Generator(**SIZES[size])
     assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions
 
 
 @torch.no_grad()
 def test_initialisation():
     torch.manual_seed(0)
-    config = GeneratorConfig(**{**TINY, "hidden_size": 64, "num_heads": 4, "num_classes": 200})
-    model = Generator(config)
-    assert not model(*inputs(hidden_size=64, num_heads=4)).any()
+    model = Generator(**{**TINY, "hidden_size": 64, "num_heads": 4, "num_classes": 200})
+    assert not model(*inputs()).any()
     tokens = torch.randn(2, 7, 64)
     block = model.blocks[0]
     assert torch.equal(
@@ -83,8 +73,9 @@ def test_initialisation():
 
 
 def test_position_embedding_starts_as_sines_and_cosines_of_both_coordinates():
-    config = GeneratorConfig(**{**TINY, "input_size": 6})
-    position = Generator(config).position_embedding[0]  # [9, 16]: four frequencies, two functions, two axes
+    position = Generator(**{**TINY, "input_size": 6}).position_embedding[
+        0
+    ]  # [9, 16]: four frequencies, two functions, two axes
     for row in range(3):
         for column in range(3):
             expected = []
@@ -146,7 +137,7 @@ def test_style_indices_are_drawn_from_the_generator():
 def test_without_styles_and_context_tokens():
     changes = {"style_codebooks": 0, "context_tokens": 0}
     model = tiny_model(**changes)
-    noise, labels, omega, style = inputs(**changes)
+    noise, labels, omega, style = inputs(codebooks=0)
     latents = model(noise, labels, omega, style)
     assert torch.equal(latents, model(noise, labels, omega))
     latents.square().mean().backward()
@@ -170,13 +161,8 @@ def test_conditioning_stays_float32_under_mixed_precision():
     model = tiny_model()
     exact = model(*inputs())
     seen = {}
-    for name in (
-        "omega_embedder",
-        "context_projection",
-        "blocks.1.modulation",
-        "final.modulation",
-        "blocks.1.mlp",
-    ):
+    names = "omega_embedder", "context_projection", "blocks.1.modulation", "final.modulation", "blocks.1.mlp"
+    for name in names:
         module = model.get_submodule(name)
         module.register_forward_hook(lambda m, x, out, name=name: seen.update({name: out.dtype}))
     with torch.autocast("cpu", torch.bfloat16):
@@ -200,4 +186,4 @@ def test_conditioning_stays_float32_under_mixed_precision():
 )
 def test_impossible_sizes_are_refused(changes, named):
     with pytest.raises(UserError, match=named):
-        GeneratorConfig(**{**TINY, **changes})
+        Generator(**{**TINY, **changes})

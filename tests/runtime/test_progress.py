@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from drift.runtime import progress
-from drift.runtime.progress import ProgressLog, done, read_log
+from drift.runtime.progress import ProgressLog, read_log
 
 
 @pytest.fixture
@@ -28,22 +28,10 @@ def clock(monkeypatch):
     return clock
 
 
-def test_a_line_has_the_position_the_mean_rate_and_the_time(tmp_path, clock):
-    log = ProgressLog(tmp_path / "logs.jsonl", steps=1000, unit="img")
-    log.reached(200)
-    clock.seconds += 8
-    log.reached(300, {"omega": 1})
-    assert read_log(tmp_path / "logs.jsonl") == [
-        {"step": 200, "steps": 1000, "unit": "img", "time": 1_700_000_100.0},
-        {
-            "step": 300,
-            "steps": 1000,
-            "unit": "img",
-            "omega": 1,
-            "steps_per_s": 12.5,
-            "time": 1_700_000_108.0,
-        },
-    ]
+def test_a_line_has_the_position_the_values_and_the_time(tmp_path, clock):
+    ProgressLog(tmp_path / "logs.jsonl", steps=1000, unit="img").reached(300, {"omega": 1})
+    expected = {"step": 300, "steps": 1000, "unit": "img", "omega": 1, "time": 1_700_000_100.0}
+    assert read_log(tmp_path / "logs.jsonl") == [expected]
 
 
 def test_lines_are_some_seconds_apart_unless_forced(tmp_path, clock):
@@ -56,30 +44,20 @@ def test_lines_are_some_seconds_apart_unless_forced(tmp_path, clock):
     assert [line["step"] for line in read_log(tmp_path / "logs.jsonl")] == [0, 5, 10, 99, 100]
 
 
-def test_training_numbers_its_steps_from_0():
-    assert done({"step": 9, "steps": 10, "unit": "step"}) == 10
-    assert done({"step": 9, "steps": 10, "unit": "img"}) == 9
-
-
-@pytest.mark.parametrize("cut", range(1, 20))
+@pytest.mark.parametrize("cut", range(1, 23))
 def test_a_line_that_was_cut_anywhere_does_not_spoil_the_next(tmp_path, cut):
     path = tmp_path / "logs.jsonl"
     ProgressLog(path, steps=9, unit="img").reached(1)
-    path.write_text(path.read_text() + '{"step": 2, "steps": 9}\n'[:cut])
+    cut_line = '{"step": 2, "steps": 9}'[:cut]
+    path.write_text(path.read_text() + cut_line)
     ProgressLog(path, steps=9, unit="img").reached(3)
     ProgressLog(path, steps=9, unit="img").reached(4)
     assert [line["step"] for line in read_log(path)] == [1, 3, 4]
 
 
-def test_a_line_that_only_lacks_its_end_is_kept(tmp_path):
-    path = tmp_path / "logs.jsonl"
-    path.write_text('{"step": 2, "steps": 9}')
-    ProgressLog(path, steps=9, unit="img").reached(3)
-    assert [line["step"] for line in read_log(path)] == [2, 3]
-
-
 def test_the_end_of_a_log_has_its_whole_lines(tmp_path):
     path = tmp_path / "logs.jsonl"
+    assert read_log(path) == read_log(path, last=10) == []
     texts = [json.dumps({"step": step}) + "\n" for step in (0, 5, 10, 100, 1000)]
     path.write_text("".join(texts))
     for last in range(path.stat().st_size + 10):
@@ -87,7 +65,7 @@ def test_the_end_of_a_log_has_its_whole_lines(tmp_path):
         assert read_log(path, last=last) == expected
 
 
-def test_the_end_of_a_huge_log_is_read_alone(tmp_path):
+def test_of_a_huge_log_only_the_end_is_read(tmp_path):
     path = tmp_path / "logs.jsonl"
     with path.open("wb") as file:
         file.truncate(1 << 36)  # a hole: it takes no room, but nobody could read it all
@@ -96,12 +74,8 @@ def test_the_end_of_a_huge_log_is_read_alone(tmp_path):
     assert read_log(path, last=1 << 16) == [{"step": 7}, {"step": 8}]
 
 
-def test_no_log_has_no_lines(tmp_path):
-    assert read_log(tmp_path / "logs.jsonl") == read_log(tmp_path / "logs.jsonl", last=10) == []
-
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device")
-def test_a_full_disk_is_told_with_the_name_of_the_log(tmp_path):
+def test_a_full_disk_names_the_log(tmp_path):
     (tmp_path / "logs.jsonl").symlink_to("/dev/full")
     with pytest.raises(OSError) as caught:
         ProgressLog(tmp_path / "logs.jsonl", steps=2, unit="step").reached(0)

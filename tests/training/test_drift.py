@@ -15,7 +15,6 @@ from drift.data.latents import LatentStore, write_latents
 from drift.features import MAEEncoder
 from drift.field import FieldSettings
 from drift.models import LatentMAE
-from drift.models.mae import MAEConfig
 from drift.runtime.processes import Ranks
 from drift.settings import Hardware, load_settings
 from drift.training.drift import GeneratorTraining, RealSamples, plot_columns, train_generator
@@ -47,8 +46,8 @@ def make_store(folder: Path) -> LatentStore:
 
 def make_encoder() -> MAEEncoder:
     torch.manual_seed(0)
-    config = MAEConfig(in_channels=2, base_channels=8, layers=(1, 1, 1, 1), num_classes=4, norm_groups=2)
-    return MAEEncoder(LatentMAE(config), drop_duplicates=True).requires_grad_(False)
+    model = LatentMAE(in_channels=2, base_channels=8, layers=(1, 1, 1, 1), num_classes=4, norm_groups=2)
+    return MAEEncoder(model, drop_duplicates=True).requires_grad_(False)
 
 
 @pytest.fixture

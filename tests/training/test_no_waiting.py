@@ -20,7 +20,6 @@ from drift.data.latents import LatentStore, write_latents
 from drift.features import MAEEncoder
 from drift.field import FieldSettings
 from drift.models import LatentMAE
-from drift.models.mae import MAEConfig
 from drift.runtime.processes import Ranks
 from drift.settings import load_settings
 from drift.training.checkpoint import Checkpoints
@@ -106,9 +105,7 @@ def store(tmp_path) -> LatentStore:
 
 
 def train(store, folder, field, **changes):
-    encoder = LatentMAE(
-        MAEConfig(in_channels=2, base_channels=8, layers=(1, 1, 1, 1), num_classes=4, norm_groups=2)
-    )
+    encoder = LatentMAE(in_channels=2, base_channels=8, layers=(1, 1, 1, 1), num_classes=4, norm_groups=2)
     hardware = SETTINGS.hardware.model_copy(update=changes)
     encoder = MAEEncoder(encoder).requires_grad_(False)
     train_generator(store, encoder, DRIFT, field, Run(0, hardware, META, folder))

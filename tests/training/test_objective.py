@@ -13,7 +13,7 @@ from torch import Tensor
 
 from drift.field import FieldSettings, drifting_loss
 from drift.interop.release import convert_mae
-from drift.models.mae import LatentMAE, MAEConfig
+from drift.models.mae import LatentMAE
 from drift.training import objective as module
 from drift.training.objective import Execution, Samples, drift_objective, step_totals
 
@@ -182,8 +182,8 @@ def test_every_feature_set_is_reduced():
 
 def small_mae():
     torch.manual_seed(0)
-    config = MAEConfig(in_channels=3, base_channels=8, layers=(2, 1, 1, 1), num_classes=4, norm_groups=2)
-    return LatentMAE(config).eval().requires_grad_(False)
+    sizes = {"in_channels": 3, "base_channels": 8, "layers": (2, 1, 1, 1), "num_classes": 4, "norm_groups": 2}
+    return LatentMAE(**sizes).eval().requires_grad_(False)
 
 
 def draw_classes(classes: int = 5) -> tuple[Tensor, ...]:

@@ -149,7 +149,7 @@ def test_held_out_images_are_measured_by_the_averaged_weights_and_never_trained_
     images = held_out // CROPS
     assert (np.bincount(images)[np.unique(images)] == CROPS).all()  # all crops of each
 
-    averaged = LatentMAE(model.config)
+    averaged = LatentMAE.from_config(model.config)
     averaged.load_state_dict(ema.state_dict())
     errors = []
     for row in held_out:

@@ -1,11 +1,11 @@
-"""The two stand-in networks of the handwritten digits: a small VAE and a small image classifier.
+"""Trains the two stand-in networks of the handwritten digits: a small VAE and a small image classifier.
 
-    python -m drift.training.standins vae --out pretrained/digits_vae
-    python -m drift.training.standins classifier --out pretrained/digits_classifier
+    python -m pretrained.train vae --out pretrained/digits_vae
+    python -m pretrained.train classifier --out pretrained/digits_classifier
 
-They take the places that the SD-VAE and Inception have for ImageNet, so that the digits run through the
-same stages without a network. Both see the training split only. The same command on the same machine
-writes the same bytes. Sizes and schedules are this project's own, found by trial.
+They take the places of the SD-VAE and Inception, so that the digits run through the same stages without a
+download. Both see the training split only. The same command on the same machine writes the same bytes. Sizes
+and schedules were found by trial.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,42 +21,33 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from drift.autoencoders.kl import VAE, to_float
-from drift.data.images import augmented_view, center_view, open_images
-from drift.models.classifier import ClassifierConfig, ImageClassifier
+from drift.data.datasets import open_images
+from drift.data.views import augmented_view, center_view
+from drift.models.classifier import ImageClassifier
 from drift.runtime.errors import UserError
 from drift.runtime.files import check_output, replace_folder
 from drift.runtime.processes import run_stage
 from drift.runtime.seeds import derive_seed, numpy_generator, torch_generator
 from drift.runtime.torchvision import ensure_torchvision
-from drift.settings import Optimizer
-from drift.training.schedule import learning_rate
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
 
 IMAGE_SIZE = 32
-CLASSES = 10
-VAE_STEPS = 1200
-CLASSIFIER_STEPS = 600
+SOURCE = open_images("digits", None, "train", 10)
+PICTURES = [SOURCE.load(index) for index in range(len(SOURCE))]
+VIEWS = np.stack([center_view(picture, IMAGE_SIZE) for picture in PICTURES])  # [N, S, S, 3]
 
 
-def train_vae(steps: int, seed: int = 0) -> tuple["AutoencoderKL", list[float]]:
-    """Train an AutoencoderKL on the digits; returns it and the losses of all steps.
+def train_vae(steps: int, seed: int = 0) -> tuple[nn.Module, list[float]]:
+    """Train an AutoencoderKL; returns it and the losses of all steps.
 
     Half of each batch are central views, half random crops, since the pipeline encodes both. The loss is the
-    squared error per value plus `kl_weight` times the KL divergence from N(0, 1) per latent. With the
+    squared error per value plus a multiple of the KL divergence from N(0, 1) per latent. With the
     `scaling_factor` in its config, latents of the central views have standard deviation 1.
     """
-    batch_size, lr, kl_weight = 64, 2e-3, 3e-3
-    # As wide as the crops of the encode stage may become, and somewhat more
-    crop_scale, crop_ratio = (0.5, 1.0), (0.75, 4 / 3)
     ensure_torchvision()
-    from diffusers import AutoencoderKL  # takes seconds
+    from diffusers import AutoencoderKL
 
-    source = open_images("digits", None, "train", CLASSES)
-    pictures = [source.load(index) for index in range(len(source))]
-    views = np.stack([center_view(picture, IMAGE_SIZE) for picture in pictures])  # [N, S, S, 3]
-
+    batch_size, kl_weight = 64, 3e-3
+    crop_scale, crop_ratio = (0.5, 1.0), (0.75, 4 / 3)  # somewhat wider than those of the encode stage
     torch.manual_seed(derive_seed(seed, "standins/vae/init"))
     model = AutoencoderKL(
         sample_size=IMAGE_SIZE,
@@ -72,50 +62,42 @@ def train_vae(steps: int, seed: int = 0) -> tuple["AutoencoderKL", list[float]]:
 
     def loss_of(step: int) -> Tensor:
         rng = numpy_generator(seed, "standins/vae/batch", step)
-        rows = rng.integers(len(views), size=batch_size)
+        rows = rng.integers(len(VIEWS), size=batch_size)
         crops = [
-            augmented_view(pictures[row], IMAGE_SIZE, crop_scale, crop_ratio, flip=False, rng=rng)
+            augmented_view(PICTURES[row], IMAGE_SIZE, crop_scale, crop_ratio, flip=False, rng=rng)
             for row in rows[batch_size // 2 :]
         ]
-        images = to_float(torch.from_numpy(np.concatenate([views[rows[: batch_size // 2]], crops])))
+        images = to_float(torch.from_numpy(np.concatenate([VIEWS[rows[: batch_size // 2]], crops])))
         posterior = model.encode(images).latent_dist
         noise = torch_generator(seed, "standins/vae/noise", step)
         reconstruction = model.decode(posterior.sample(noise)).sample
         divergence = posterior.kl().mean() / posterior.mean[0].numel()
         return F.mse_loss(reconstruction, images) + kl_weight * divergence
 
-    losses = _minimise(model, loss_of, steps=steps, lr=lr, weight_decay=0.0, what="vae")
-    mean, _ = VAE(model, id="digits").moments(torch.from_numpy(views))
+    losses = _minimise(model, loss_of, steps=steps, lr=2e-3, weight_decay=0.0)
+    mean, _ = VAE(model, id="digits").moments(torch.from_numpy(VIEWS))
     model.register_to_config(scaling_factor=round(1 / mean.std().item(), 5))
     return model, losses
 
 
-def train_classifier(steps: int, seed: int = 0) -> tuple[ImageClassifier, list[float]]:
+def train_classifier(steps: int, seed: int = 0) -> tuple[nn.Module, list[float]]:
     """Train an ImageClassifier on randomly moved digits; returns it and the losses of all steps."""
-    batch_size, lr, weight_decay = 128, 3e-3, 0.05
-    source = open_images("digits", None, "train", CLASSES)
-    views = np.stack([center_view(source.load(index), IMAGE_SIZE) for index in range(len(source))])
-    images = torch.from_numpy(views).permute(0, 3, 1, 2).float()  # [N, 3, S, S] in 0..255
-    labels = torch.from_numpy(source.labels)
-
+    images = torch.from_numpy(VIEWS).permute(0, 3, 1, 2).float()  # [N, 3, S, S] in 0..255
+    labels = torch.from_numpy(SOURCE.labels)
     torch.manual_seed(derive_seed(seed, "standins/classifier/init"))
-    model = ImageClassifier(ClassifierConfig(image_size=IMAGE_SIZE, num_classes=CLASSES))
+    model = ImageClassifier(image_size=IMAGE_SIZE, num_classes=10)
 
     def loss_of(step: int) -> Tensor:
         generator = torch_generator(seed, "standins/classifier/batch", step)
-        rows = torch.randint(len(images), (batch_size,), generator=generator)
+        rows = torch.randint(len(images), (128,), generator=generator)
         moved = move_randomly(images[rows], generator)
         return F.cross_entropy(model.logits(model.features(moved)), labels[rows])
 
-    losses = _minimise(model, loss_of, steps=steps, lr=lr, weight_decay=weight_decay, what="classifier")
-    return model, losses
+    return model, _minimise(model, loss_of, steps=steps, lr=3e-3, weight_decay=0.05)
 
 
 def move_randomly(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Turn, resize, stretch and shift `images [B, C, H, W]` a little, each by amounts of its own.
-
-    What comes in from outside is 0, the digits' background.
-    """
+    """Turn, resize, stretch and shift each of `images [B, C, H, W]` a little; 0 comes in from outside."""
     turn, size, stretch, right, down = (2 * torch.rand(5, len(images), generator=generator) - 1).unbind()
     turn = math.radians(12) * turn
     size, stretch = (0.12 * size).exp(), (0.08 * stretch).exp()
@@ -127,35 +109,26 @@ def move_randomly(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _minimise(
-    model: nn.Module,
-    loss_of: Callable[[int], Tensor],
-    *,
-    steps: int,
-    lr: float,
-    weight_decay: float,
-    what: str,
+    model: nn.Module, loss_of: Callable[[int], Tensor], *, steps: int, lr: float, weight_decay: float
 ) -> list[float]:
-    """AdamW with a warm-up and a cosine to 0; leaves `model` in evaluation mode, returns the losses."""
+    """AdamW with a warm-up of 50 steps, then a cosine to 0; returns the losses."""
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=weight_decay)
-    schedule = {"lr_schedule": "cosine", "lr_final": 0.0, "warmup_steps": 50, "warmup_start_lr": lr / 50}
-    options = Optimizer.model_construct(steps=steps, lr=lr, **schedule)
     losses = []
     model.train()
-    with tqdm(range(steps), desc=what, unit="step") as progress:
-        for step in progress:
-            optimizer.param_groups[0]["lr"] = learning_rate(step, options)
-            loss = loss_of(step)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            losses.append(loss.item())
-            progress.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
+    for step in tqdm(range(steps), unit="step"):
+        cosine = 0.5 * (1 + math.cos(math.pi * (step - 50) / max(1, steps - 50)))
+        optimizer.param_groups[0]["lr"] = lr * ((1 + 0.98 * step) / 50 if step < 50 else cosine)
+        loss = loss_of(step)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
     model.eval()
     return losses
 
 
-NETWORKS = {"vae": (train_vae, VAE_STEPS), "classifier": (train_classifier, CLASSIFIER_STEPS)}
+NETWORKS = {"vae": (train_vae, 1200), "classifier": (train_classifier, 600)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -167,10 +140,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="default: as many as the committed network has seen")
     args = parser.parse_args(argv)
-
     train, steps = NETWORKS[args.network]
-    if args.steps is not None:
-        steps = args.steps
+    steps = steps if args.steps is None else args.steps
     if steps < 1:
         raise UserError(f"--steps {steps}: give at least 1")
     check_output(args.out)

@@ -1,0 +1,94 @@
+"""Encoders of the Sinkhorn paper's code (arXiv 2603.12366, PyTorch) as models of ours.
+
+Its `ckpt_final.pt` is read with `weights_only`: nothing in it is executed.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from drift.interop.release import fill, translate
+from drift.models.base import uninitialized
+from drift.models.sinkhorn_mae import SinkhornMAE
+from drift.runtime.errors import UserError
+from drift.runtime.files import check_writable, without_wrappers
+
+_KEYS = {"in_ch": "in_channels", "base_width": "base_channels", "blocks_per_stage": "layers"}
+
+
+def import_sinkhorn_mae(checkpoint: str | Path, destination: str | Path) -> SinkhornMAE:
+    """Write the EMA weights of the MAE `checkpoint` (`ckpt_final.pt`) as a folder of ours.
+
+    Returns the model, which `LatentMAE.from_pretrained` loads from there. Raises `UserError` if the file is
+    missing, damaged or another's, if it does not hold exactly the parameters of its `mae_cfg`, or if
+    `destination` cannot be written.
+    """
+    checkpoint = Path(checkpoint)
+    content = _load_checkpoint(checkpoint)
+    try:
+        config, shadow = dict(content["mae_cfg"]), dict(content["ema"]["shadow"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{checkpoint}: has no mae_cfg and ema.shadow, so it is no MAE of the Sinkhorn paper's code; "
+            "name its ckpt_final.pt"
+        ) from None
+    try:
+        model = convert_sinkhorn_mae(shadow, config)
+    except UserError as error:
+        raise UserError(f"{checkpoint}: {error}") from None
+    check_writable(destination)
+    model.save_pretrained(destination)
+    return model
+
+
+def convert_sinkhorn_mae(shadow: Mapping[str, Tensor], mae_cfg: Mapping[str, Any]) -> SinkhornMAE:
+    """A SinkhornMAE in evaluation mode from that code's `mae_cfg` and its weights by name.
+
+    Raises `UserError` naming the first key or weight that does not fit.
+    """
+    sizes = translate(mae_cfg, _KEYS, {"conv1_stride": 1}, set(), "mae_cfg")
+    model = uninitialized(lambda: SinkhornMAE(**sizes))
+    encoder, decoder = model.encoder, model.decoder
+    modules: dict[str, nn.Module] = {
+        "encoder.conv1": encoder.stem.conv,
+        "encoder.gn1": encoder.stem.norm,
+        "decoder.init.0": decoder.bridge.conv,
+        "decoder.init.1": decoder.bridge.norm,
+        "decoder.out": decoder.head,
+    }
+    for s, blocks in enumerate(encoder.stages, start=1):
+        for b, block in enumerate(blocks):
+            path = f"encoder.stage{s}.{b}"
+            modules[f"{path}.conv1"], modules[f"{path}.gn1"] = block.conv1, block.norm1
+            modules[f"{path}.conv2"], modules[f"{path}.gn2"] = block.conv2, block.norm2
+            if block.shortcut is not None:
+                modules[f"{path}.down.0"], modules[f"{path}.down.1"] = block.shortcut
+    for number, up in zip((3, 2, 1), decoder.ups, strict=True):
+        path = f"decoder.up{number}"
+        modules[f"{path}.conv1"], modules[f"{path}.gn1"] = up.proj.conv, up.proj.norm
+        modules[f"{path}.conv2"], modules[f"{path}.gn2"] = up.refine.conv, up.refine.norm
+    views = {f"{path}.{name}": value for path, m in modules.items() for name, value in m.named_parameters()}
+    params = {name: value.float().numpy() for name, value in without_wrappers(shadow).items()}
+    fill(model, views, params, "mae_cfg")
+    return model.eval()
+
+
+def _load_checkpoint(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file; name a ckpt_final.pt")
+    try:
+        # Mapped, since the optimizer's state in it is twice as large as the weights that are read
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UnpicklingError:
+        raise UserError(
+            f"{path}: damaged, or it holds objects that only executing code would load, which is refused; "
+            "get a fresh copy, or save its 'ema' and 'mae_cfg' alone where you trust it"
+        ) from None
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split()).partition(". ")[0]  # a paragraph of advice follows
+        raise UserError(f"{path}: damaged, or no checkpoint ({reason}); get a fresh copy") from None
+    return content if isinstance(content, Mapping) else {}
