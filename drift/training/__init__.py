@@ -1,4 +1,4 @@
-"""The two training loops and what they share. Names are imported when they are used."""
+"""One training loop, the MAE and the generator. Names are imported when they are used."""
 
 import importlib
 

@@ -41,13 +41,10 @@ class Saved(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints in a folder; a context manager, which waits for the last to be written.
-
-    The newest two are kept, and those of a multiple of `keep_every` steps, unless it is 0.
-    """
+    """The checkpoints in a folder; a context manager, which waits for the last to be written."""
 
     def __init__(self, folder: Path, *, keep_every: int = 0, group: dist.ProcessGroup | None = None):
-        """`group`: one on CPUs, where the default group is not."""
+        """Keep the newest two, and those of a multiple of `keep_every` steps. `group` is one on CPUs."""
         self.folder, self._keep_every, self._group = folder, keep_every, group
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
@@ -64,8 +61,8 @@ class Checkpoints:
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Copy the tensors, and write them once the checkpoint before is written."""
         self.wait()
-        for left in self.folder.glob("tmp-*"):  # by a kill
-            shutil.rmtree(left)
+        for left_by_a_kill in self.folder.glob("tmp-*"):
+            shutil.rmtree(left_by_a_kill)
         draft = self.folder / f"tmp-{step:08d}"
         draft.mkdir(parents=True)
         # One thread, as DCP loses what another fails to write without an error
@@ -117,11 +114,11 @@ class Checkpoints:
         os.replace(draft, final)
         sync(self.folder)
         found = self._found()
-        newest = [path for other, path in found if other <= step][:KEPT]
-        for other, path in found:
-            kept = path in newest or (self._keep_every and other % self._keep_every == 0)
-            if other > step or not kept:  # a later one could not be read, or the run had gone on from it
-                self._remove(path)
+        past = [(other, path) for other, path in found if other <= step]  # later ones could not be read
+        kept = {path for _, path in past[:KEPT]}
+        kept |= {path for other, path in past if self._keep_every and other % self._keep_every == 0}
+        for path in {path for _, path in found} - kept:
+            self._remove(path)
 
     def _remove(self, path: Path) -> None:
         """Under a temporary name, so that a kill leaves no half of a checkpoint."""

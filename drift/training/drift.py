@@ -1,9 +1,8 @@
-"""Training of the generator: each step draws classes, moves their samples along the drift field, follows.
+"""Training of the generator (paper Alg. 1).
 
-One step (paper Alg. 1): for every class slot draw omega, N noises, P real samples of the class and U real
-samples of any class; generate; the drifting loss in the encoder's features gives the gradient. With
-`negatives: second_batch` another N samples are generated to repel the first. With `hardware.classes_per_pass`
-the classes are taken some at a time, and the gradients of the parts add up to that of the whole.
+A step draws for every class slot omega, N noises, P real samples of the class and U of any class. It
+generates N samples, and the drifting loss in the encoder's features gives the gradient. With `negatives:
+second_batch` another N samples repel the first. `hardware.classes_per_pass` takes some classes at a time.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from drift.data.latents import LatentReader, LatentStore, pinned
 from drift.features import Encoder
 from drift.field import couplings
 from drift.field.couplings import COUPLINGS
+from drift.field.loss import Totals
 from drift.field.settings import FieldSettings
 from drift.models.ema import EMA
 from drift.models.generator import Generator
@@ -28,7 +28,7 @@ from drift.runtime.seeds import derive_seed, torch_generator
 from drift.settings import Drift
 from drift.training.compile import Compiled
 from drift.training.log import Tree
-from drift.training.loop import Part, Run, Task, autocast, parts, train
+from drift.training.loop import Run, Task, autocast, train
 from drift.training.objective import Execution, Samples, drift_objective, step_totals
 from drift.training.schedule import draw_omega
 
@@ -85,9 +85,10 @@ class GeneratorTraining(Task[Batch]):
     def __init__(self, store: LatentStore, encoder: Encoder, options: Drift, field: FieldSettings, run: Run):
         seed, hardware, ranks, _ = run
         self.options, self.ema_decays, self._field = options, options.ema_decays, field
-        self._seed, self._ranks, self._classes_per_pass = seed, ranks, hardware.classes_per_pass
+        self._seed, self._ranks, self.at_once = seed, ranks, hardware.classes_per_pass
         share = ranks.share(options.classes_per_step, "drift.classes_per_step")
         self._slots = range(share.start, share.stop)  # of the Nc class slots, those of this process
+        self.count = len(self._slots)
         torch.manual_seed(derive_seed(seed, "drift/init"))
         self.model = Generator(**generator_config(options, store)).to(ranks.device)
         self.model.activation_checkpointing = hardware.activation_checkpointing
@@ -132,28 +133,25 @@ class GeneratorTraining(Task[Batch]):
             style.append(entries)
         return pinned(torch.stack(noise), self._ranks.device), pinned(torch.stack(style), self._ranks.device)
 
-    def parts(self, network: nn.Module, step: int, batch: Batch) -> list[Part]:
-        """The classes of a step, `hardware.classes_per_pass` at a time, with S and lambda of all of them."""
-        passes, execution = parts(len(self._slots), self._classes_per_pass), self._execution
-        if len(passes) > 1 and self._field.normalization_scope == "batch":
-            with torch.no_grad():
-                samples = [self._samples(network, batch, part) for part in passes]
-            with autocast(self._ranks, self.options.precision):
-                totals = step_totals(samples, self._encoder, self._field, execution)
-            execution = replace(execution, totals=totals)
-        count = len(self._slots)
-        return [
-            Part((part.stop - part.start) / count, partial(self._loss, network, batch, part, execution))
-            for part in passes
-        ]
-
-    def _loss(
-        self, network: nn.Module, batch: Batch, part: slice, execution: Execution
-    ) -> tuple[Tensor, Tree]:
-        *samples, negatives = self._samples(network, batch, part)
-        of_whom = self._encoder, self._field
+    def totals(self, network: nn.Module, batch: Batch, parts: Sequence[slice]) -> Mapping[str, Totals] | None:
+        """S and lambda of all classes of a step, where it is taken in parts."""
+        if len(parts) == 1 or self._field.normalization_scope != "batch":
+            return None
+        with torch.no_grad():
+            samples = [self._samples(network, batch, part) for part in parts]
         with autocast(self._ranks, self.options.precision):
-            loss, statistics = drift_objective(*samples, *of_whom, negatives=negatives, execution=execution)
+            return step_totals(samples, self._encoder, self._field, self._execution)
+
+    def loss(
+        self, network: nn.Module, batch: Batch, part: slice, totals: Mapping[str, Totals] | None
+    ) -> tuple[Tensor, Tree]:
+        """The drifting loss of some classes."""
+        *samples, negatives = self._samples(network, batch, part)
+        execution = replace(self._execution, totals=totals)
+        with autocast(self._ranks, self.options.precision):
+            loss, statistics = drift_objective(
+                *samples, self._encoder, self._field, negatives=negatives, execution=execution
+            )
         for of_set in statistics.values():
             of_set["drift_rms"] = of_set["drift_rms"].square()  # whose mean over parts has a meaning
         return loss, {"loss": loss, "feature_sets": statistics}
@@ -240,18 +238,11 @@ class RealSamples:
     def __init__(self, store: LatentStore, options: Drift, seed: int):
         self._options, self._seed = options, seed
         self._labels, self._classes = store.labels, np.arange(store.num_classes)
-        data = {
-            "labels": store.labels,
-            "num_classes": store.num_classes,
-            "seed": seed,
-            "class_names": store.class_names,
-            "per_image": store.per_image,
-        }
-        if one_of("sampling", options.sampling, "queue", "direct") == "queue":
-            sizes = {"per_class": options.queue_per_class, "global_size": options.queue_global}
-            self._sampling = SampleQueue(**data, **sizes)
-        else:
-            self._sampling = DirectSampling(**data)
+        data = {"labels": store.labels, "num_classes": store.num_classes, "seed": seed}
+        data |= {"class_names": store.class_names, "per_image": store.per_image}
+        sizes = {"per_class": options.queue_per_class, "global_size": options.queue_global}
+        queue = one_of("sampling", options.sampling, "queue", "direct") == "queue"
+        self._sampling = SampleQueue(**data, **sizes) if queue else DirectSampling(**data)
         self._of_pushed = one_of("class_sampling", options.class_sampling, "pushed", "uniform") == "pushed"
         self._sampling.require(options.positives, options.unconditional)
 

@@ -43,15 +43,6 @@ class Run(NamedTuple):
     """Of checkpoints and `logs.jsonl`; the first process alone reads and writes it."""
 
 
-class Part(NamedTuple):
-    """Some of what a process has in a step, computed at once."""
-
-    share: float
-    """Of what the process has; the shares of a step add up to 1."""
-    loss: Callable[[], tuple[Tensor, Tree]]
-    """Computes the mean loss of the part, and statistics that are means too."""
-
-
 class Task(ABC, Generic[Batch]):
     """What is trained, and on what."""
 
@@ -59,15 +50,23 @@ class Task(ABC, Generic[Batch]):
     model: nn.Module
     options: Optimizer
     ema_decays: Sequence[float]
+    count: int
+    """Classes or latents that a process has in a step; each has as many."""
+    at_once: int | None
+    """How many of them are computed at once; None is all."""
     evaluate_every: int | None = None
 
     @abstractmethod
     def prepare(self, step: int) -> Batch:
         """Read and draw what a step needs. Another thread calls it, in the order of the steps."""
 
+    def totals(self, network: nn.Module, batch: Batch, parts: Sequence[slice]) -> Any:
+        """What the loss of each part needs of all of them."""
+        return None
+
     @abstractmethod
-    def parts(self, network: nn.Module, step: int, batch: Batch) -> Sequence[Part]:
-        """The parts of a step; `network` computes `model`. Every process has as much."""
+    def loss(self, network: nn.Module, batch: Batch, part: slice, totals: Any) -> tuple[Tensor, Tree]:
+        """The mean loss of a part by `network`, which computes `model`, and statistics that are means too."""
 
     def summary(self, statistics: Tree) -> Tree:
         """What is logged of the statistics, averaged over parts and processes; the `loss` among it."""
@@ -175,7 +174,7 @@ def train(task: Task, run: Run) -> list[EMA]:
     ):
         for step, batch in zip(range(start, steps), prepared, strict=True):
             done, last = step + 1, step + 1 == steps
-            shown = task.summary(_gradients(task.parts(network, step, batch), network, learner, ranks))
+            shown = task.summary(_gradients(task, network, batch, learner, ranks))
             shown = {**shown, **learner.update(step, shown["loss"])}
             log.step()
             measured = {}
@@ -237,26 +236,24 @@ def _network(task: Task, hardware: Hardware, ranks: Ranks) -> nn.Module:
     if ranks.world_size == 1:
         return network
     devices = [ranks.device] if ranks.device.type == "cuda" else None
-    return DistributedDataParallel(
-        network, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    return DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)
 
 
-def _gradients(todo: Sequence[Part], network: nn.Module, learner: Learner, ranks: Ranks) -> Tree:
+def _gradients(task: Task, network: nn.Module, batch: Any, learner: Learner, ranks: Ranks) -> Tree:
     """Accumulate the gradient of a step's mean loss over parts and processes; means of the statistics.
 
-    DDP sends gradients while the last part goes backward. Every process has as much in a step.
+    DDP sends gradients while the last part goes backward.
     """
     learner.optimizer.zero_grad(set_to_none=True)
-    gathered = []
-    for part in todo:
-        alone = part is todo[-1] or ranks.world_size == 1
+    slices, gathered = parts(task.count, task.at_once), []
+    totals = task.totals(network, batch, slices)
+    for part in slices:
+        share = (part.stop - part.start) / task.count
+        alone = part is slices[-1] or ranks.world_size == 1
         with nullcontext() if alone else network.no_sync():
-            loss, statistics = part.loss()
-            learner.scaler.scale(part.share * loss).backward()
-        gathered.append(
-            part.share * torch.cat([leaf.detach().float().flatten() for leaf in leaves(statistics)])
-        )
+            loss, statistics = task.loss(network, batch, part, totals)
+            learner.scaler.scale(share * loss).backward()
+        gathered.append(share * torch.cat([leaf.detach().float().flatten() for leaf in leaves(statistics)]))
     means = ranks.sum(torch.stack(gathered).sum(dim=0)) / ranks.world_size
     return rebuilt(statistics, means)
 

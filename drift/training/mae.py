@@ -11,7 +11,6 @@ PyTorch and a closed form), and the losses of `pretrained/train.py`, which are t
 
 import json
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +31,7 @@ from drift.runtime.progress import read_log
 from drift.runtime.seeds import derive_seed, torch_generator
 from drift.settings import Hardware, Mae
 from drift.training.log import Tree
-from drift.training.loop import LOG_FILE, Part, Run, Task, autocast, parts, train
+from drift.training.loop import LOG_FILE, Run, Task, autocast, parts, train
 
 PLOT_COLUMNS = ("loss", "reconstruction", "accuracy", "grad_norm", "lr")
 HELD_OUT_COLUMNS = ("held_out",)
@@ -87,6 +86,8 @@ class Batch(NamedTuple):
     """`[B]`"""
     masks: Tensor
     """`[B, h, w]`"""
+    share: float
+    """Of the class loss."""
 
 
 class MAETraining(Task[Batch]):
@@ -97,6 +98,7 @@ class MAETraining(Task[Batch]):
     def __init__(self, store: LatentStore, options: Mae, run: Run):
         self.options, self.ema_decays, self._store, self._run = options, [options.ema_decay], store, run
         self._mine = run.ranks.share(options.batch_size, "mae.batch_size")
+        self.count, self.at_once = self._mine.stop - self._mine.start, run.hardware.mae_micro_batch
         self._reader = LatentReader(store, run.ranks.device, on_device=run.hardware.latents_on_device)
         self._held_out = held_out_rows(len(store), store.per_image, options.held_out, run.seed)
         self._rows = np.setdiff1d(np.arange(len(store)), self._held_out, assume_unique=True)
@@ -113,22 +115,16 @@ class MAETraining(Task[Batch]):
         generator = torch_generator(self._run.seed, "mae/mask", step)
         masks = draw_mask((options.batch_size, *grid), options.mask_ratio, generator)[self._mine]
         labels = torch.from_numpy(self._store.labels[rows])
-        return Batch(self._reader.fetch(rows), pinned(labels, device), pinned(masks, device))
+        share = class_share(step, options)
+        return Batch(self._reader.fetch(rows), pinned(labels, device), pinned(masks, device), share)
 
-    def parts(self, network: nn.Module, step: int, batch: Batch) -> list[Part]:
-        """The latents of a step, `hardware.mae_micro_batch` at a time."""
-        count = len(batch.labels)
-        return [
-            Part((part.stop - part.start) / count, partial(self._loss, network, step, batch, part))
-            for part in parts(count, self._run.hardware.mae_micro_batch)
-        ]
-
-    def _loss(self, network: nn.Module, step: int, batch: Batch, part: slice) -> tuple[Tensor, Tree]:
-        ranks, share = self._run.ranks, class_share(step, self.options)
+    def loss(self, network: nn.Module, batch: Batch, part: slice, totals: None) -> tuple[Tensor, Tree]:
+        """`mae_loss` of some latents."""
+        ranks = self._run.ranks
         labels, masks = (x[part].to(ranks.device, non_blocking=True) for x in (batch.labels, batch.masks))
         latents = self._reader.place(batch.latents[part])
         with autocast(ranks, self.options.precision):
-            loss, reconstruction, logits = mae_loss(network, latents, masks, labels, share)
+            loss, reconstruction, logits = mae_loss(network, latents, masks, labels, batch.share)
         accuracy = (logits.argmax(1) == labels).float().mean()
         return loss, {"loss": loss, "reconstruction": reconstruction, "accuracy": accuracy}
 

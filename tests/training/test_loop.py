@@ -21,7 +21,7 @@ from drift.runtime.seeds import torch_generator
 from drift.settings import Hardware, Optimizer
 from drift.training.checkpoint import Checkpoints
 from drift.training.log import read_log
-from drift.training.loop import Part, Run, Task, batches, parts, train
+from drift.training.loop import Run, Task, batches, train
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 HARDWARE = Hardware(log_every=1, checkpoint_every=3)
@@ -32,7 +32,7 @@ class Cut(Exception):
 
 
 class Toy(Task):
-    """Eight numbers in three columns; `look` is called at every step, and may stop the run."""
+    """Eight rows of three numbers; `look` is called at every step, and may stop it or spoil its loss."""
 
     name, ema_decays = "toy", (0.5, 0.9)
 
@@ -45,19 +45,18 @@ class Toy(Task):
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
         self.look, self.mine, self.at_once = look, ranks.share(8, "rows"), at_once
+        self.count = 8 // ranks.world_size
 
     def prepare(self, step):
-        return torch.randn(8, 3, generator=torch_generator(0, "x", step))[self.mine]
+        return step, torch.randn(8, 3, generator=torch_generator(0, "x", step))[self.mine]
 
-    def parts(self, network, step, batch):
-        bad = self.look(step)
+    def totals(self, network, batch, parts):
+        return self.look(batch[0])
 
-        def loss(part):
-            value = network(batch[part]).square().mean() * (float("nan") if bad else 1)
-            return value, {"loss": value, "of": {"mean": batch[part].mean(dim=0)}}
-
-        cut = parts(len(batch), self.at_once)
-        return [Part((p.stop - p.start) / len(batch), lambda p=p: loss(p)) for p in cut]
+    def loss(self, network, batch, part, totals):
+        x = batch[1][part]
+        value = network(x).square().mean() * (float("nan") if totals else 1)
+        return value, {"loss": value, "of": {"mean": x.mean(dim=0)}}
 
 
 def run(folder, steps=8, look=lambda step: None, ranks=ALONE, at_once=None, **hardware):
