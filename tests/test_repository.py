@@ -26,12 +26,16 @@ LIBRARY = sorted(path.relative_to(ROOT) for path in (ROOT / "drift").rglob("*.py
 SOURCES = [*LIBRARY, *sorted(path.relative_to(ROOT) for path in (ROOT / "stages").rglob("*.py"))]
 
 LINES_OF_A_FUNCTION, LINES_OF_A_FILE, PARAMETERS = 60, 400, 8
-LARGER = {("drift/field/loss.py", "drifting_loss")}
-"""The field's public entry: its docstring is the reference of all that it takes."""
+LARGER = {
+    ("drift/field/loss.py", "drifting_loss"),
+    ("drift/models/generator.py", "__init__"),
+}
+"""The field's public entry, whose docstring is the reference of all that it takes; and the sizes of the
+generator, which diffusers reads from the signature."""
 
 
 def room(path: Path) -> str:
-    """`data` for drift/data/x.py, `settings` for drift/settings.py."""
+    """`data` for drift/data/x.py."""
     return path.parts[1].removesuffix(".py")
 
 
@@ -46,7 +50,7 @@ def test_imports_point_downwards():
 
 
 def test_every_file_is_in_a_room():
-    assert {path.name for path in LIBRARY if len(path.parts) == 2} == {"__init__.py", "settings.py"}
+    assert {path.name for path in LIBRARY if len(path.parts) == 2} == {"__init__.py"}
     assert {room(path) for path in LIBRARY} - {"__init__"} <= LEVEL.keys()
 
 
@@ -65,7 +69,6 @@ def too_large() -> Iterator[str]:
                 yield f"{path}: {node.name}: {count} parameters"
 
 
-@pytest.mark.xfail(strict=False, reason="rooms that are still being rebuilt")
 def test_functions_and_files_fit_a_page():
     assert list(too_large()) == []
 
@@ -74,7 +77,6 @@ DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())
 STAGES = DVC["stages"]
 SECTIONS = {"data", "encode", "mae", "drift", "fid"}
 UNHASHED = {
-    "drift/settings.py",
     "drift/training/inputs.py",
     "drift/training/log.py",
     "drift/evaluation/report.py",
@@ -85,12 +87,18 @@ UNHASHED = {
 def counts(path: Path) -> bool:
     """Whether numbers may depend on a module; through `settings` and `runtime` imports are not followed."""
     name = path.as_posix()
-    plumbing = name.startswith("drift/runtime/") and name != "drift/runtime/seeds.py"
+    plumbing = name.startswith(("drift/runtime/", "drift/settings/")) and name != "drift/runtime/seeds.py"
     return not plumbing and name not in UNHASHED and path.name != "__init__.py"
 
 
 def imported(stage: str) -> set[Path]:
-    plumbing = [path for path in LIBRARY if not counts(path) and path.name != "__init__.py"]
+    """What a stage imports. What settings read from the registries is no dependency of every stage."""
+    packages = {"runtime", "settings"}
+    plumbing = [
+        path
+        for path in LIBRARY
+        if not counts(path) and (path.name != "__init__.py" or room(path) in packages)
+    ]
     return {path for path in all_imports(Path(f"stages/{stage}.py"), without=plumbing) if counts(path)}
 
 
@@ -127,7 +135,9 @@ def test_params_are_what_a_stage_reads():
     """`mae` and `drift` compare `data` and `encode` only with what the latents say of themselves."""
     for stage in STAGES:
         assert {"seed", stage} <= params(stage) <= Settings.model_fields.keys() - {"hardware"}, stage
-        read = set(re.findall(r"settings\.(\w+)", (ROOT / f"stages/{stage}.py").read_text())) & SECTIONS
+        sources = [f"stages/{stage}.py", *(["drift/evaluation/evaluate.py"] if stage == "fid" else [])]
+        text = "".join((ROOT / source).read_text() for source in sources)
+        read = set(re.findall(r"settings\.(\w+)", text)) & SECTIONS
         of_others = {"data", "encode"} if stage in ("mae", "drift") else set()
         assert params(stage) & SECTIONS == read - of_others | {stage}, stage
     of_the_field = Settings.model_fields.keys() - SECTIONS - {"views", "hardware"}

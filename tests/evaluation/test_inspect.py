@@ -629,7 +629,7 @@ def test_a_wrong_folder_view_or_shape(world, settings, tmp_path):
             lambda f: cut(f / "diffusion_pytorch_model.safetensors"),
             "diffusion_pytorch_model.safetensors: damaged",
         ),
-        (lambda f: set_meta(base_channels=8)(f / "config.json"), "they are not of one model"),
+        (lambda f: set_meta(base_channels=8)(f / "config.json"), "copying a param with shape"),
         (lambda f: (f / "settings.yaml").write_text("{"), "settings.yaml: not what the stage mae"),
         (shutil.rmtree, "there is no such folder"),
     ],

@@ -10,7 +10,7 @@ from PIL import Image
 from processes import in_processes
 from standins import Source, flat, pixel_network, run_ranks
 
-from drift.data import images as image_module
+from drift.data import views as view_module
 from drift.data.datasets import ImageFiles
 from drift.data.images import BadImage
 from drift.data.views import center_view
@@ -93,7 +93,7 @@ def test_a_reference_is_measured_once_for_what_it_depends_on(network, tmp_path, 
     assert loaded(digest="other") == loaded(of_network="other") == loaded(image_size=3) == 50
     assert loaded(images=20) == 20
     with monkeypatch.context() as patched:
-        patched.setattr(image_module, "center_view", lambda image, size: center_view(image, size)[::-1])
+        patched.setattr(view_module, "center_view", lambda image, size: center_view(image, size)[::-1])
         assert loaded() == 50
     assert loaded() == 0
     monkeypatch.setattr(module, "version", lambda package: "another")
