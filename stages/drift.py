@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from drift.data.latents import LatentStore
-from drift.features import MAEFeatures, load_encoders
+from drift.features import load_encoders
 from drift.models.base import model_files
 from drift.models.generator import CLASSES_FILE
 from drift.runtime.files import check_output, sha256, write_json
@@ -40,8 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_output(args.plot)
     store = LatentStore.open(args.latents)
     check_latents(store, settings, "center")
-    features = [MAEFeatures(duplicates=settings.drift.duplicate_features)]
-    encoder = load_encoders(features, mae=args.mae)
+    encoder = load_encoders(settings.features, mae=args.mae)
     code = spawn("stages.drift", argv, wanted_processes(args.nproc, hardware.processes))
     if code is not None:
         return code
@@ -52,8 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "latents": store.digest,
         "vae": settings.encode.vae,  # that of the latents, which decodes what the generator makes
         "vae_revision": settings.encode.vae_revision,
-        "mae": {path.name: sha256(path) for path in model_files(args.mae)},
     }
+    if settings.needs_mae:
+        decides["mae"] = {path.name: sha256(path) for path in model_files(args.mae)}
     remarks = settings.remarks("drift")
     with (
         join(hardware.time_limit, deterministic=hardware.deterministic) as ranks,

@@ -5,24 +5,25 @@
 Writes OUT/config.json, diffusion_pytorch_model.safetensors (EMA weights), settings.yaml and logs.jsonl, and
 for DVC's plots the training curve and the error on held-out images. A run that was killed goes on from its
 last checkpoint. With `mae.source`, nothing is trained: the encoder there becomes OUT, and its error on the
-latents is measured.
+latents is measured. Where no encoder of `features` is the MAE, OUT only says so.
 """
 
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from drift.data.latents import LatentStore
 from drift.models.base import model_files, uninitialized
 from drift.models.mae import LatentMAE
-from drift.runtime.files import check_output, sha256
+from drift.runtime.files import check_output, sha256, write_json
 from drift.runtime.processes import join, run_stage, spawn, stage_parser, wanted_processes
 from drift.runtime.work import SETTINGS_FILE, Work
 from drift.settings import load_settings
 from drift.training.export import export_run
 from drift.training.inputs import check_latents
-from drift.training.loop import Run
+from drift.training.log import write_plot
+from drift.training.loop import LOG_FILE, Run
 from drift.training.mae import (
     HELD_OUT_COLUMNS,
     PLOT_COLUMNS,
@@ -50,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     store = LatentStore.open(args.latents)
     check_latents(store, settings, settings.mae.view)
     plots = {args.plot: PLOT_COLUMNS, args.held_out_plot: HELD_OUT_COLUMNS}
+    if not settings.needs_mae:
+        publish_none(args.out, plots)
+        return 0
     decides = {"seed": settings.seed, "latents": store.digest}
     source = settings.mae.source
     if source is None:
@@ -80,6 +84,20 @@ def main(argv: Sequence[str] | None = None) -> int:
                 shutil.copyfile(made_by, export / "source.yaml")
             work.publish(export, args.out)
     return 0
+
+
+def publish_none(out: Path, plots: Mapping[Path, Sequence[str]]) -> None:
+    """Write what stands in for an MAE where no encoder of `features` is one: a note, and empty curves."""
+    with Work(
+        "mae", {"needed": False}, remarks=["no encoder of features is the MAE: nothing to train"]
+    ) as work:
+        export = work.folder / "export"
+        export.mkdir(exist_ok=True)
+        write_json(export / "config.json", {"needed": False})
+        (export / LOG_FILE).write_text("")
+        for plot, columns in plots.items():
+            write_plot(export / LOG_FILE, plot, columns)
+        work.publish(export, out)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from complaints import complaint
 from pydantic import ValidationError
 
 from drift.data.views import VIEW_OPTIONS
+from drift.features import LatentFeatures, MAEFeatures
 from drift.field.settings import FieldSettings
 from drift.runtime.errors import UserError
 from drift.runtime.yaml_files import read_yaml
@@ -163,7 +164,7 @@ def test_presets_hold_the_published_settings(name):
 
 def test_every_setting_of_the_field_has_one_place():
     settings = load_settings(ROOT / "presets" / "digits.yaml")
-    sections = {"views", "field", "data", "encode", "mae", "drift", "fid", "hardware", "seed"}
+    sections = {"views", "field", "features", "data", "encode", "mae", "drift", "fid", "hardware", "seed"}
     assert set(type(settings).model_fields) - sections == set(FIELD_KEYS)
     members = set(type(settings.field).model_fields)
     assert members | set(FIELD_KEYS) | {"options"} == set(get_type_hints(FieldSettings))
@@ -324,6 +325,21 @@ def test_settings_that_make_no_sense_together_are_refused_with_the_reason(tmp_pa
     message = refusal(tmp_path, **changes)
     for part in wanted:
         assert part in message
+
+
+def test_features_are_encoders_by_name_or_with_options(tmp_path):
+    made = load_settings(changed(tmp_path, features=["latent", {"encoder": "mae", "duplicates": "drop"}]))
+    assert made.features == (LatentFeatures(), MAEFeatures(duplicates="drop")) and made.needs_mae
+    assert not load_settings(changed(tmp_path, features=["latent"])).needs_mae
+    assert "features" in load_settings(changed(tmp_path, features=["latent"])).deciding("drift")
+    assert "features" not in load_settings(changed(tmp_path, features=["mae"])).deciding("drift")
+    for features, wanted in (
+        (["dino"], "'dino'"),
+        ([], "at least 1 item"),
+        ([{"encoder": "mae", "duplicate": "drop"}], "features.0.mae.duplicate"),
+    ):
+        assert wanted in refusal(tmp_path, features=features)
+    assert "is now features" in refusal(tmp_path, drift__duplicate_features="drop")
 
 
 def test_conventions_then_top_level_then_field(tmp_path):

@@ -207,8 +207,10 @@ def inspect_mae(
     checks = []
     if feature_sets:
         real = store.rows(found.choose(every_row, _FEATURE_ROWS, "inspect/features"))
-        drop, guard = settings.drift.duplicate_features == "drop", settings.field_settings().guards.scale
-        checks = check_feature_sets(model, real.to(look.device), drop_duplicates=drop, guard=guard)
+        drop = any(getattr(one, "duplicates", "") == "drop" for one in settings.features)
+        checks = check_feature_sets(
+            model, real.to(look.device), drop_duplicates=drop, guard=settings.field_settings().guards.scale
+        )
 
     shown = found.choose(held_out if len(held_out) else others, look.count, "inspect/mae")
     masked = Masked.of(model, store, shown, options.mask_ratio, look.seed, "inspect/mask")

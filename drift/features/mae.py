@@ -7,7 +7,6 @@ from torch import Tensor
 
 from drift.features.base import Encoder, FeatureEncoder, register
 from drift.features.latent import whole_latent
-from drift.models.mae import LatentMAE
 
 
 class MAEEncoder(Encoder):
@@ -32,6 +31,8 @@ class MAEFeatures(FeatureEncoder):
     """Feature sets that equal another by their shape (a 4x4 mean of a 4x4 map): keep (release) or drop."""
 
     def load(self, *, mae: Path | None = None, autoencoder: Any = None) -> Encoder:
+        from drift.models.mae import LatentMAE  # diffusers takes a second
+
         network = LatentMAE.from_pretrained(mae)
         network.decoder = network.classifier = None  # as large as the encoder
         return MAEEncoder(network, drop_duplicates=self.duplicates == "drop")

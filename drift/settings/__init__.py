@@ -6,10 +6,19 @@ left out has its default (`drift/settings/sections.py`).
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
+from drift.features import ENCODERS, MAEFeatures
 from drift.field.couplings import COUPLINGS
 from drift.field.settings import CONVENTIONS, FieldSettings, contradictions, unused, without_effect
 from drift.runtime.errors import UserError
@@ -69,6 +78,14 @@ FieldChanges = create_model(
 """The section `field`: members of `FieldSettings` beside the conventions, and options of the coupling."""
 
 
+Features = Annotated[
+    Union[tuple(ENCODERS.values())],  # noqa: UP007
+    Field(discriminator="encoder"),
+    BeforeValidator(lambda value: {"encoder": value} if isinstance(value, str) else value),
+]
+"""An encoder by its name, or as `{encoder: NAME, ...}` with its options (`drift/features/`)."""
+
+
 class Settings(Section):
     """All of `params.yaml`."""
 
@@ -90,6 +107,8 @@ class Settings(Section):
     sinkhorn_iters: Count
     field: FieldChanges
     """Single members of the conventions, and options of the coupling."""
+    features: Annotated[tuple[Features, ...], Field(min_length=1)]
+    """What the drift is computed in; feature sets of several encoders are added."""
     views: Annotated[tuple[Literal["center", "augmented"], ...], Field(min_length=1)]
     """The views that encode makes: `center` for the generator, `augmented` for the training of the MAE."""
     data: Data
@@ -176,6 +195,11 @@ class Settings(Section):
                 "1 and no_guidance_fraction to 0"
             )
 
+    @property
+    def needs_mae(self) -> bool:
+        """Whether an encoder of `features` is the MAE; without one the mae stage trains nothing."""
+        return any(one.needs_mae for one in self.features)
+
     def field_settings(self) -> FieldSettings:
         """The settings of the drifting field: conventions, then the keys at the top, then `field`."""
         top = {key: getattr(self, key) for key in FIELD_KEYS}
@@ -220,6 +244,8 @@ class Settings(Section):
         if stage == "drift":
             field, default = asdict(self.field_settings()), asdict(FieldSettings())
             idle = without_effect(self.field_settings(), self.drift.unconditional > 0)
+            if self.features != (MAEFeatures(),):
+                found["features"] = [one.model_dump(mode="json") for one in self.features]
             found["field"] = {
                 key: value for key, value in field.items() if value != default[key] and key not in idle
             }
@@ -250,6 +276,7 @@ def _differences(values: dict[str, Any], section: type[Section], idle: set[str])
 
 
 RENAMED = {
+    "drift.duplicate_features": "features: [{encoder: mae, duplicates: keep | drop}]",
     "drift.queue_push": "drift.push_per_step, which counts the images of all processes together",
     **{
         key: f"field.{key}"

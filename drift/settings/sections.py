@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from drift.data.datasets import DATASETS
 from drift.field.settings import unused
 
 Count = Annotated[int, Field(strict=True, ge=1)]
@@ -31,7 +32,7 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    dataset: Literal["digits", "folder"]
+    dataset: Literal[tuple(DATASETS)]
     """`digits`: scikit-learn's handwritten digits. `folder`: images as ROOT/<split>/<class>/*."""
     root: Text | None = None
     """Folder of the images for `dataset: folder`; null otherwise."""
@@ -189,8 +190,6 @@ class Drift(Optimizer):
     class_sampling: Literal["pushed", "uniform"] = "pushed"
     """The classes of a step: labels of as many of the images just pushed, without replacement of images, so
     that a class may occur twice (release); or distinct ones, uniformly (prior)."""
-    duplicate_features: Literal["keep", "drop"] = "keep"
-    """Feature sets that equal another by their shape (a 4x4 mean of a 4x4 map): keep (release) or drop."""
     ema_decays: Annotated[tuple[Decay, ...], Field(min_length=1)] = (0.999, 0.9995, 0.9998, 0.9999)
     """The first is the one that `Generator.from_pretrained` loads."""
 

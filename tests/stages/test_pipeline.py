@@ -42,6 +42,19 @@ def test_what_counts_runs_again_and_nothing_else(project):
     assert project.repro() == ["drift", "fid"]
 
 
+def test_drifting_in_the_latent_alone_trains_no_mae(project):
+    """The Sinkhorn paper's default; the folder of the MAE then only says so."""
+    project.settings(features=["latent"])
+    arguments = ("--plot", "other/plot.csv")
+    project.main("mae", *MAE, "--out", "other/none", *arguments, "--held-out-plot", "other/held_out.csv")
+    assert json.loads((project.folder / "other/none/config.json").read_text()) == {"needed": False}
+    assert (project.folder / "other/plot.csv").read_text().startswith("step,")
+    latents = ("--latents", "artifacts/latents/center", "--mae", "other/none")
+    project.main("drift", *latents, "--out", "other/generator", *arguments)
+    log = read_log(project.folder / "other/generator/logs.jsonl")
+    assert len(log) == 8 and all(line["feature_sets"].keys() == {"global"} for line in log)
+
+
 @pytest.mark.slow
 def test_a_changed_comment_trains_nothing_again(project):
     with open(project.folder / "drift/models/mae.py", "a") as file:
@@ -105,7 +118,9 @@ def fid(project, out: str, *arguments: str, **environment: str) -> dict:
         "fid", "--generator", "artifacts/generator", "--out", f"{out}/fid.json", "--plots", out,
         "--report", f"{out}/index.html", *arguments, **environment,
     )  # fmt: skip
-    return json.loads((project.folder / out / "fid.json").read_text())
+    flat = json.loads((project.folder / out / "fid.json").read_text())
+    assert {"fid", "omega"} <= flat.keys() and len(flat) <= 10
+    return json.loads((project.folder / out / "protocol.json").read_text())
 
 
 @pytest.mark.slow
