@@ -74,8 +74,9 @@ def run(settings: Settings, stage: str, device: torch.device, split: Split, on_s
             train_mae(store, settings.mae.model_copy(update=changes), run)
         else:
             torch.manual_seed(0)
-            drop = any(getattr(one, "duplicates", "") == "drop" for one in settings.features)
-            encoder = MAEEncoder(LatentMAE(**mae_config(settings.mae, store)), drop_duplicates=drop)
+            encoder = MAEEncoder(
+                LatentMAE(**mae_config(settings.mae, store)), drop_duplicates=settings.drops_duplicates
+            )
             encoder.eval().requires_grad_(False)
             options = settings.drift.model_copy(update=changes)
             train_generator(store, encoder, options, settings.field_settings(), run)

@@ -207,10 +207,8 @@ def inspect_mae(
     checks = []
     if feature_sets:
         real = store.rows(found.choose(every_row, _FEATURE_ROWS, "inspect/features"))
-        drop = any(getattr(one, "duplicates", "") == "drop" for one in settings.features)
-        checks = check_feature_sets(
-            model, real.to(look.device), drop_duplicates=drop, guard=settings.field_settings().guards.scale
-        )
+        drop, guard = settings.drops_duplicates, settings.field_settings().guards.scale
+        checks = check_feature_sets(model, real.to(look.device), drop_duplicates=drop, guard=guard)
 
     shown = found.choose(held_out if len(held_out) else others, look.count, "inspect/mae")
     masked = Masked.of(model, store, shown, options.mask_ratio, look.seed, "inspect/mask")

@@ -200,6 +200,11 @@ class Settings(Section):
         """Whether an encoder of `features` is the MAE; without one the mae stage trains nothing."""
         return any(one.needs_mae for one in self.features)
 
+    @property
+    def drops_duplicates(self) -> bool:
+        """Whether the MAE leaves out feature sets that equal another."""
+        return any(isinstance(one, MAEFeatures) and one.duplicates == "drop" for one in self.features)
+
     def field_settings(self) -> FieldSettings:
         """The settings of the drifting field: conventions, then the keys at the top, then `field`."""
         top = {key: getattr(self, key) for key in FIELD_KEYS}

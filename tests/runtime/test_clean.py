@@ -11,6 +11,7 @@ import pytest
 from imports import ROOT
 
 from drift import cli
+from drift.runtime import work as work_module
 from drift.runtime.clean import find_work
 from drift.runtime.lock import Lock
 from drift.runtime.work import Work, dvc_hash, work_root
@@ -38,6 +39,7 @@ def template(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder := tmp_path_factory.mktemp("template"))
         patch.delenv("DRIFT_WORK_DIR", raising=False)
+        patch.setattr(work_module, "code_digest", lambda: "code")  # not of what other tests import
         run("git", "init", "--quiet")
         run(sys.executable, "-m", "dvc", "init", "--quiet")
         Path("dvc.yaml").write_text(DVC_YAML)
@@ -61,6 +63,7 @@ def template(tmp_path_factory):
 def project(template, tmp_path, monkeypatch):
     monkeypatch.chdir(shutil.copytree(template, tmp_path / "project"))
     monkeypatch.delenv("DRIFT_WORK_DIR", raising=False)
+    monkeypatch.setattr(work_module, "code_digest", lambda: "code")
 
 
 def stored() -> dict[str, bool]:
