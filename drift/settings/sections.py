@@ -51,7 +51,7 @@ class Encode(Section):
     vae_revision: Text | None = None
     """Revision on the hub; null is its default branch."""
     posterior: Literal["mean", "sample"] = "sample"
-    """The posterior's mean (prior) or one draw from it (release)."""
+    """The posterior's mean (Sinkhorn) or one draw from it (release)."""
     mirror: Switch = True
     """Store every image's mirror beside it, in the centre view (release)."""
     crops: Count = 4
@@ -189,7 +189,7 @@ class Drift(Optimizer):
     """Images that enter the queues at each step, of all processes together. The release counts per host."""
     class_sampling: Literal["pushed", "uniform"] = "pushed"
     """The classes of a step: labels of as many of the images just pushed, without replacement of images, so
-    that a class may occur twice (release); or distinct ones, uniformly (prior)."""
+    that a class may occur twice (release); or distinct ones, uniformly (Sinkhorn)."""
     ema_decays: Annotated[tuple[Decay, ...], Field(min_length=1)] = (0.999, 0.9995, 0.9998, 0.9999)
     """The first is the one that `Generator.from_pretrained` loads."""
 
