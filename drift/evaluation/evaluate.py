@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from ruamel.yaml import YAML
 from tqdm import tqdm
 
 import drift
@@ -38,6 +37,7 @@ from drift.runtime.processes import Ranks
 from drift.runtime.progress import ProgressLog
 from drift.runtime.seeds import numpy_generator
 from drift.runtime.work import SETTINGS_FILE, work_root
+from drift.runtime.yaml_files import read_yaml
 from drift.settings import Drift, Settings
 from drift.training.compile import Compiled
 
@@ -51,7 +51,7 @@ class Copies:
         """Raises `UserError` if one of the `wanted` copies is missing or damaged."""
         settings = folder / SETTINGS_FILE
         self.folder = folder
-        self.made_by = YAML(typ="safe", pure=True).load(settings) if settings.is_file() else None
+        self.made_by = read_yaml(settings, "fetch it again (dvc pull)") if settings.is_file() else None
         """What the settings file says."""
         trained = None
         if self.made_by:  # which says what differs from the defaults

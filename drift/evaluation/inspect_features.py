@@ -8,8 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 from torch import Tensor
 
 from drift.data.bank import held_out_rows
@@ -20,6 +18,7 @@ from drift.models.mae import LatentMAE, draw_mask
 from drift.runtime.errors import UserError
 from drift.runtime.files import sha256
 from drift.runtime.seeds import torch_generator
+from drift.runtime.yaml_files import read_yaml
 from drift.settings import Mae, Settings
 
 _CONSTANT = 1e-5  # relative to the map; sets that are constant in exact arithmetic vary by up to 1e-6
@@ -156,13 +155,13 @@ def _differing(folder: Path, settings: Settings) -> list[str]:
     if not path.exists():  # from elsewhere
         return []
     try:
-        decides = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))["decides"]
+        decides = read_yaml(path, WAY_OUT)["decides"]
         if decides["mae"].get("source"):  # whose training is unknown
             return []
         # The file says what differs from the defaults
         of_mae = {key: decides["mae"].get(key, getattr(Mae(), key)) for key in _MASKING}
         then = {"seed": decides["seed"], **{f"mae.{key}": value for key, value in of_mae.items()}}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, YAMLError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
         raise UserError(f"{path}: not what the stage mae writes ({reason}); {WAY_OUT}") from None
     now = {"seed": settings.seed, **{f"mae.{key}": getattr(settings.mae, key) for key in _MASKING}}

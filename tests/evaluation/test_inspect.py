@@ -630,7 +630,7 @@ def test_a_wrong_folder_view_or_shape(world, settings, tmp_path):
             "diffusion_pytorch_model.safetensors: damaged",
         ),
         (lambda f: set_meta(base_channels=8)(f / "config.json"), "copying a param with shape"),
-        (lambda f: (f / "settings.yaml").write_text("{"), "settings.yaml: not what the stage mae"),
+        (lambda f: (f / "settings.yaml").write_text("{"), "settings.yaml: line 1 is not YAML"),
         (shutil.rmtree, "there is no such folder"),
     ],
 )

@@ -8,11 +8,11 @@ import time
 
 import pytest
 from imports import ROOT
-from ruamel.yaml import YAML
 
 from drift.runtime import work as work_module
 from drift.runtime.errors import UserError
 from drift.runtime.work import Work, fingerprint, read_note, without_words
+from drift.runtime.yaml_files import read_yaml
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,7 @@ def finish(inputs, destination, **options):
 
 def settings_of(folder):
     """As DVC reads YAML."""
-    return YAML(typ="safe", pure=True).load(folder / "settings.yaml")
+    return read_yaml(folder / "settings.yaml", "")
 
 
 def test_fingerprint_depends_on_content_not_on_order():
