@@ -12,6 +12,8 @@ import logging
 import os
 import signal
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 USER_ERROR, _PEER_LOST = 2, 3  # exit codes
+_GRACE = 2.0  # seconds in which the process that is the cause ends first, and is named
 _SPAWNED = "DRIFT_SPAWNED"  # environment variable, for processes that `spawn` starts, with its process number
 _KILLED_BY = {
     "SIGKILL": "by hand, or by the kernel for want of memory",
@@ -213,6 +216,11 @@ def join(time_limit: float, *, deterministic: bool = False) -> Iterator[Ranks]:
         dist.init_process_group("gloo", timeout=limit)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device, control)
+    except BaseException as error:
+        # A DistributedDataParallel in a frame of the traceback would outlive the group, whose end then waits,
+        # with Python's lock, for a thread of its own that wants the lock
+        traceback.clear_frames(error.__traceback__)
+        raise
     finally:
         dist.destroy_process_group()
 
@@ -287,6 +295,7 @@ def _known_error(error: Exception, memory: str) -> int | None:
     if under_torchrun() and (isinstance(error, dist.DistError) or "/gloo/" in reason):  # gloo's have no type
         reason = reason.split(". ")[0]
         print(f"process {os.environ['RANK']}: the others are gone or silent ({reason})", file=sys.stderr)
+        time.sleep(_GRACE)
         return _PEER_LOST
     return None
 

@@ -140,7 +140,7 @@ def start_encode(project: Project, out: str):
     """Start the stage afresh and wait until it is at work."""
     shutil.rmtree(project.folder / ".work", ignore_errors=True)
     process = project.start(*command("encode", out))
-    project.wait_for(".work/*/*/latents/images_done.npy", process)
+    project.wait_for(".work/*/*/images_done.npy", process)
     while encoded(project) < 20 and process.poll() is None:
         pass
     return process
@@ -148,7 +148,7 @@ def start_encode(project: Project, out: str):
 
 def encoded(project: Project) -> int:
     """Images that are marked as done."""
-    return sum(np.count_nonzero(np.load(m)) for m in project.folder.glob(".work/*/*/latents/images_done.npy"))
+    return sum(np.count_nonzero(np.load(m)) for m in project.folder.glob(".work/*/*/images_done.npy"))
 
 
 @pytest.mark.slow
