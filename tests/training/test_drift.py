@@ -261,7 +261,7 @@ def share_the_steps(ranks, folder):
 def test_a_step_by_two_processes_is_that_of_one(store, tmp_path):
     assert in_processes(share_the_steps, 2, tmp_path) == [0, 0]
     for name, field in (("release", RELEASE), ("second", SECOND_BATCH)):
-        one, other = (torch.load(tmp_path / f"{name}-{rank}.pt") for rank in range(2))
+        one, other = (torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True) for rank in range(2))
         assert torch.equal(one, other)
         assert relative(one, train(store, tmp_path / name, field)) < 1e-5
         assert_equal_logs(tmp_path / f"{name}-run", tmp_path / name)
