@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -490,7 +491,21 @@ def test_a_signal_to_workers_as_well_is_no_loss(root, tmp_path, deadly):
         encode(root, tmp_path / "a", AUGMENTED, **asked, workers=1, batch_size=3)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    "workers",
+    [
+        0,
+        pytest.param(
+            2,
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(
+                    sys.version_info >= (3, 12), reason="helpers forked from threads, as only here, may hang"
+                ),
+            ],
+        ),
+    ],
+)
 def test_a_signal_to_one_rank_stops_all_after_the_block(root, tmp_path, workers):
     run, vaes = tmp_path / "run", [PoolingVAE() for _ in range(3)]
 
