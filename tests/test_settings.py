@@ -436,7 +436,7 @@ def test_several_mistakes_are_counted(tmp_path):
     assert refusal(tmp_path, seed=-1, drift__lr=-1.0).endswith("(and 1 more)")
 
 
-@pytest.mark.parametrize("text", ["a: [1, 2", "just words", "", "seed: 0\nseed: 1\n"])
+@pytest.mark.parametrize("text", ["a: [1, 2", "just words", "", "seed: 0\nseed: 1\n", "? [a]\n: 1\n"])
 def test_what_is_not_settings_is_refused(tmp_path, text):
     file = tmp_path / "params.yaml"
     file.write_text(text)

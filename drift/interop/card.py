@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import drift
@@ -18,6 +17,7 @@ from drift.models.base import model_files
 from drift.runtime.errors import UserError
 from drift.runtime.files import check_output, replace_folder, sha256
 from drift.runtime.work import SETTINGS_FILE
+from drift.runtime.yaml_files import read_yaml
 
 PICTURE_FILE = "samples.png"
 _TASK = "unconditional-image-generation"
@@ -103,7 +103,7 @@ def _write_card(
     million = sum(parameter.numel() for parameter in pipeline.generator.parameters()) / 1e6
     config = {key: value for key, value in pipeline.generator.config.items() if not key.startswith("_")}
     made_by = folder / SETTINGS_FILE
-    settings = yaml.safe_load(made_by.read_text(encoding="utf-8"))["decides"] if made_by.exists() else {}
+    settings = read_yaml(made_by, "get it again (dvc pull)")["decides"] if made_by.exists() else {}
     ModelCard.from_template(
         head,
         template_path=str(Path(__file__).with_name("card.md.j2")),
