@@ -51,30 +51,33 @@ class BasicBlock(nn.Module):
         return F.relu(self.norm2(self.conv2(x)) + shortcut)
 
 
-def residual_stages(width: int, layers: Sequence[int], norm_groups: int, eps: float = _EPS) -> nn.ModuleList:
-    """Stages of `layers` blocks each, twice as wide as the one before; each but the first halves the map."""
-    stages, in_channels = nn.ModuleList(), width
-    for stage, depth in enumerate(layers):
-        channels = width * 2**stage
-        blocks = nn.ModuleList()
-        for block in range(depth):
-            stride = 2 if stage > 0 and block == 0 else 1
-            blocks.append(BasicBlock(in_channels, channels, stride, norm_groups, eps))
-            in_channels = channels
-        stages.append(blocks)
-    return stages
-
-
 class Encoder(nn.Module):
-    """Stem without stride, then four stages that each end in a GroupNorm."""
+    """Stem without stride, then four stages of basic blocks, each twice as wide as the one before.
 
-    def __init__(self, in_channels: int, width: int, layers: Sequence[int], norm_groups: int):
+    Each stage but the first halves the map, and with `stage_norms` each ends in a GroupNorm.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        layers: Sequence[int],
+        norm_groups: int,
+        eps: float = _EPS,
+        stage_norms: bool = True,
+    ):
         super().__init__()
-        self.stem = ConvNormReLU(in_channels, width, norm_groups)
-        self.stages = residual_stages(width, layers, norm_groups)
-        self.stage_norms = nn.ModuleList(
-            _group_norm(width * 2**stage, norm_groups) for stage in range(len(layers))
-        )
+        self.stem = ConvNormReLU(in_channels, width, norm_groups, eps)
+        self.stages, self.stage_norms = nn.ModuleList(), nn.ModuleList()
+        before = width
+        for stage, depth in enumerate(layers):
+            channels, stride = width * 2**stage, 1 if stage == 0 else 2
+            blocks = [BasicBlock(before, channels, stride, norm_groups, eps)]
+            blocks += [BasicBlock(channels, channels, 1, norm_groups, eps) for _ in range(depth - 1)]
+            self.stages.append(nn.ModuleList(blocks))
+            norm = _group_norm(channels, norm_groups, eps) if stage_norms else nn.Identity()
+            self.stage_norms.append(norm)
+            before = channels
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """The maps that have features, in the order in which they arise, under the release's names.
@@ -85,7 +88,7 @@ class Encoder(nn.Module):
         x = self.stem(x)
         maps = {"conv1": x}
         for s, (blocks, norm) in enumerate(zip(self.stages, self.stage_norms, strict=True), start=1):
-            for b, block in enumerate(blocks, start=1):
+            for b, block in enumerate(blocks.children(), start=1):
                 x = block(x)
                 if b % 2 == 0:
                     maps[f"layer{s}_blk{b}"] = x

@@ -5,40 +5,17 @@ decoder without the stem's skip and without norms on what it concatenates; its f
 and hold mean and std together.
 """
 
-from collections.abc import Sequence
-
 import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from drift.models.base import PretrainedModel, require_at_least
-from drift.models.mae import ConvNormReLU, LatentMAE, UpBlock, check_layers, residual_stages
+from drift.models.mae import ConvNormReLU, Encoder, LatentMAE, UpBlock, check_layers
 from drift.models.pooling import feature_sets
 from drift.runtime.errors import UserError
 
 _EPS = 1e-5  # of every GroupNorm (PyTorch's default)
 _NORM_GROUPS = 32  # a layer with fewer channels has one group per channel
-
-
-class SinkhornEncoder(nn.Module):
-    """Stem without stride, then four stages of basic blocks."""
-
-    def __init__(self, in_channels: int, width: int, layers: Sequence[int]):
-        super().__init__()
-        self.stem = ConvNormReLU(in_channels, width, _NORM_GROUPS, _EPS)
-        self.stages = residual_stages(width, layers, _NORM_GROUPS, _EPS)
-
-    def forward(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The maps that have features (every 2nd block of a stage, and its last), and the stages' outputs."""
-        x = self.stem(x)
-        maps, outputs = [], []
-        for blocks in self.stages:
-            for number, block in enumerate(blocks, start=1):
-                x = block(x)
-                if number % 2 == 0 or number == len(blocks):
-                    maps.append(x)
-            outputs.append(x)
-        return maps, outputs
 
 
 class SinkhornDecoder(nn.Module):
@@ -53,10 +30,10 @@ class SinkhornDecoder(nn.Module):
         )
         self.head = nn.Conv2d(width, out_channels, 1)
 
-    def forward(self, outputs: list[Tensor]) -> Tensor:
-        x = self.bridge(outputs[3])
-        for up, skip in zip(self.ups, reversed(outputs[:3]), strict=True):
-            x = up(x, skip)
+    def forward(self, maps: dict[str, Tensor]) -> Tensor:
+        x = self.bridge(maps["layer4"])
+        for up, skip in zip(self.ups, ("layer3", "layer2", "layer1"), strict=True):
+            x = up(x, maps[skip])
         return self.head(x)
 
 
@@ -65,9 +42,6 @@ class SinkhornMAE(LatentMAE):
 
     Args: see `LatentMAE`; the defaults are those of the published checkpoints.
     """
-
-    former_name = "PriorMAE"
-    former_keys = frozenset({"num_classes", "input_patch_size"})
 
     @register_to_config
     def __init__(
@@ -83,7 +57,7 @@ class SinkhornMAE(LatentMAE):
         if base_channels % min(_NORM_GROUPS, base_channels):
             raise UserError(f"base_channels is {base_channels}, which {_NORM_GROUPS} groups do not divide")
         self.patch_size, self.input_patch_size, self.norm_groups = patch_size, 1, _NORM_GROUPS
-        self.encoder = SinkhornEncoder(in_channels, base_channels, layers)
+        self.encoder = Encoder(in_channels, base_channels, layers, _NORM_GROUPS, _EPS, stage_norms=False)
         self.decoder = SinkhornDecoder(base_channels, in_channels)
 
     def encode(self, latents: Tensor, drop_duplicates: bool = False) -> dict[str, Tensor]:
@@ -93,8 +67,11 @@ class SinkhornMAE(LatentMAE):
         `enc<i>.global_ms` the mean and below it the std of the whole map, `enc<i>.patch<p>_ms` the means and
         below them the stds of patches. `drop_duplicates` leaves out sets that repeat others by their shape.
         """
+        # The stem has no features, and without a norm the map after a stage's last block is the stage's own
+        left_out = {"conv1", *(f"layer{s}_blk{depth}" for s, depth in enumerate(self.config["layers"], 1))}
+        maps = [found for name, found in self.encoder(latents).items() if name not in left_out]
         sets = {"input.x2": latents.float().square().mean(dim=(2, 3))[:, None]}
-        for i, feature_map in enumerate(self.encoder(latents)[0]):
+        for i, feature_map in enumerate(maps):
             found = feature_sets("map", feature_map, drop_duplicates)
             sets[f"enc{i:02d}.loc"] = found["map"]
             for ours, theirs in (("", "global"), ("_2", "patch2"), ("_4", "patch4")):
@@ -105,5 +82,4 @@ class SinkhornMAE(LatentMAE):
 
     def _decode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The logits are `[B, 0]`."""
-        outputs = self.encoder(x)[1]
-        return self.decoder(outputs), x.new_zeros(len(x), 0)
+        return self.decoder(self.encoder(x)), x.new_zeros(len(x), 0)

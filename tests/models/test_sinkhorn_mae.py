@@ -35,10 +35,6 @@ def model(tmp_path_factory):
 @torch.no_grad()
 def test_maps_sets_and_reconstruction_are_those_of_the_paper(model, expected):
     x = expected["x"]
-    maps, _ = model.encoder(x)
-    assert len(maps) == sum(name.startswith("map/") for name in expected)
-    for i, found in enumerate(maps):
-        assert relative_error(found, expected[f"map/{i}"]) < 1e-5
     sets = model.encode(x)
     assert {f"set/{name}" for name in sets} == {name for name in expected if name.startswith("set/")}
     for name, found in sets.items():
