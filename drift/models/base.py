@@ -7,12 +7,14 @@ and ignores unknown keys.
 import inspect
 import json
 import re
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -25,6 +27,8 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 _COPY = re.compile(r"diffusion_pytorch_model\.?(.*?)(?:-\d{5}-of-\d{5})?\.safetensors")
 _FORMER_COPY = re.compile(r"(?:model\.?|(?=ema_))(.*)\.safetensors")  # as drift named them at first
+_FORMER_CLASSES = {"PriorMAE": "SinkhornMAE"}
+_DAMAGED = (UserError, SafetensorError, OSError, RuntimeError, TypeError, ValueError, AttributeError)
 _WAY_OUT = "make the folder again, or fetch it anew (dvc pull)"
 
 Model = TypeVar("Model", bound=ModelMixin)
@@ -37,10 +41,6 @@ class PretrainedModel(ModelMixin, ConfigMixin):
     """
 
     config_name = CONFIG_FILE
-    former_name: ClassVar[str | None] = None
-    """Name of the class in folders of an earlier version."""
-    former_keys: ClassVar[frozenset[str]] = frozenset()
-    """Keys of such folders that have no meaning any more."""
 
     @classmethod
     def family(cls) -> list[type[Self]]:
@@ -69,9 +69,31 @@ class PretrainedModel(ModelMixin, ConfigMixin):
         Raises `UserError` if a file is missing or damaged, or if config and weights do not fit together.
         """
         folder = model_folder(source, revision, variant, **hub)
-        found, sizes = _read_config(folder / CONFIG_FILE, cls)
+        found, sizes = cls._read_config(folder / CONFIG_FILE)
         model = load_model(lambda: found(**sizes), folder, variant)
-        return nn.Module.to(model, torch_dtype)  # diffusers' own `to` warns of every cast
+        nn.Module.to(model, torch_dtype)  # diffusers' own `to` warns of every cast
+        return model
+
+    @classmethod
+    def _read_config(cls, path: Path) -> tuple[type[Self], dict[str, Any]]:
+        """The class that a config names, and its sizes."""
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or f"not JSON: {error}"
+            raise UserError(f"{path}: missing or damaged ({reason}); {_WAY_OUT}") from None
+        values = values if isinstance(values, dict) else {}
+        former = str(values.get("model", ""))  # where the first version wrote the name of the class
+        name = values.get("_class_name", _FORMER_CLASSES.get(former, former))
+        found = next((each for each in cls.family() if each.__name__ == name), None)
+        if found is None:
+            raise UserError(f"{path}: not the config of a {cls.__name__}; name the folder of one")
+        known = inspect.signature(found).parameters.keys()
+        unknown = [] if former else sorted(key for key in values.keys() - known if key[0] != "_")
+        for key in unknown + sorted(known - values.keys()):
+            problem = f"the key {key} is missing" if key in known else f"unknown key {key}"
+            raise UserError(f"{path}: {problem}; a {found.__name__} has {', '.join(known)}")
+        return found, {k: tuple(v) if isinstance(v := values[k], list) else v for k in known}
 
 
 def model_folder(source: str | Path, revision: str | None, variant: str | None, **hub: Any) -> Path:
@@ -121,18 +143,10 @@ def load_model(build: Callable[[], Model], folder: Path, variant: str | None = N
         where = files[0]
         weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
         what = f"does not fit {CONFIG_FILE}"
-        weights = without_wrappers(weights)
+        weights = OrderedDict(without_wrappers(weights))
         model._fix_state_dict_keys_on_load(weights)  # names of older versions of diffusers
         model.load_state_dict(weights)
-    except (
-        UserError,
-        SafetensorError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        AttributeError,
-    ) as error:
+    except _DAMAGED as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{where}: {what} ({reason}); {_WAY_OUT}") from None
     return model.eval()
@@ -153,22 +167,3 @@ def require_at_least(minimum: int, **sizes: Any) -> None:
         numbers = value if isinstance(value, list | tuple) else [value]
         if not numbers or any(type(number) is not int or number < minimum for number in numbers):
             raise UserError(f"{name} is {value!r}: give whole numbers of at least {minimum}")
-
-
-def _read_config(path: Path, cls: type[PretrainedModel]) -> tuple[type[PretrainedModel], dict[str, Any]]:
-    """The class that a config names, which must be of the family of `cls`, and its sizes."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or f"not JSON: {error}"
-        raise UserError(f"{path}: missing or damaged ({reason}); {_WAY_OUT}") from None
-    name = values.get("_class_name", values.get("model")) if isinstance(values, dict) else None
-    found = next((c for c in cls.family() if name and name in (c.__name__, c.former_name)), None)
-    if found is None:
-        raise UserError(f"{path}: not the config of a {cls.__name__}; name the folder of one")
-    values = {key: value for key, value in values.items() if key[0] != "_" and key != "model"}
-    known = inspect.signature(found).parameters.keys()
-    for key in sorted(values.keys() - known - found.former_keys) + sorted(known - values.keys()):
-        problem = f"the key {key} is missing" if key in known else f"unknown key {key}"
-        raise UserError(f"{path}: {problem}; a {found.__name__} has {', '.join(known)}")
-    return found, {k: tuple(v) if isinstance(v := values[k], list) else v for k in known}
