@@ -24,9 +24,9 @@ class EMA:
     def update(self, module: nn.Module) -> None:
         """average <- decay * average + (1 - decay) * weights of `module`."""
         weights = module.state_dict()
-        torch._foreach_lerp_(
-            list(self._average.values()), [weights[name].float() for name in self._average], 1 - self.decay
-        )
+        new = [weights[name].float() for name in self._average]
+        lerp = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]  there is no public one
+        lerp(list(self._average.values()), new, 1 - self.decay)
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:

@@ -6,11 +6,13 @@ T tokens, D hidden size, S style codebooks.
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import FrozenDict, register_to_config
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -170,7 +172,8 @@ class FinalLayer(nn.Module):
 class Generator(PretrainedModel):
     """`f(noise, class, omega, style indices) -> latent`, in one forward pass.
 
-    The defaults are the paper's B/2 on SD-VAE latents of ImageNet-256.
+    The defaults are the paper's B/2 on SD-VAE latents of ImageNet-256; L/2 has hidden_size 1024, depth 24 and
+    16 heads (Table 8).
 
     Args:
         in_channels: channels of noise and latents.
@@ -239,7 +242,7 @@ class Generator(PretrainedModel):
         if self.context_projection is not None:
             nn.init.normal_(self.context_embedding, std=0.02)
         for i in (0, 2):
-            nn.init.normal_(self.omega_embedder.mlp[i].weight, std=0.02)
+            nn.init.normal_(self.omega_embedder.mlp.get_parameter(f"{i}.weight"), std=0.02)
 
         # Learned from there on
         _, places, hidden_size = self.position_embedding.shape
@@ -257,7 +260,6 @@ class Generator(PretrainedModel):
         labels: Tensor,
         omega: Tensor,
         style_indices: Tensor | None = None,
-        generator: torch.Generator | None = None,
     ) -> Tensor:
         """One latent per noise.
 
@@ -265,18 +267,19 @@ class Generator(PretrainedModel):
             noise: `[B, C, H, W]`, standard normal.
             labels: classes `[B]`.
             omega: CFG strength `[B]`, 1 is none; no second forward pass is needed for it.
-            style_indices: `[B, S]`, each in `[0, style_entries)`; drawn with `generator` if not given.
+            style_indices: `[B, S]`, each in `[0, style_entries)`; drawn if not given.
 
         Returns:
             Latents `[B, C, H, W]` in float32.
         """
         if style_indices is None:
-            style_indices = self.draw_style_indices(len(noise), generator).to(noise.device)
+            shape = (len(noise), self.style_codebooks)
+            style_indices = torch.randint(self.style_entries, shape).to(noise.device)
         with torch.autocast(noise.device.type, enabled=False):  # conditioning is float32 (release)
             cond = self.condition(labels, omega, style_indices)
             context = self.context(cond)
             act = F.silu(cond)
-            modulations = [block.modulation(act) for block in self.blocks]
+            modulations = [block.modulation(act) for block in self.blocks]  # pyright: ignore[reportCallIssue]
             final_modulation = self.final.modulation(act)
 
         x = self.patch_embedding(patchify(noise, self.patch_size)) + self.position_embedding
@@ -303,12 +306,6 @@ class Generator(PretrainedModel):
             return cond.new_empty(len(cond), 0, cond.shape[1])
         return self.context_projection(cond)[:, None] + self.context_embedding
 
-    def draw_style_indices(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
-        """Style indices `[batch, S]`, uniform in each codebook, on the device of `generator`."""
-        device = None if generator is None else generator.device
-        shape = (batch, self.style_codebooks)
-        return torch.randint(self.style_entries, shape, generator=generator, device=device)
-
 
 def sincos_positions(side: int, size: int) -> Tensor:
     """The 2-D position embedding `[side * side, size]` of MAE and DiT: column half, then row half."""
@@ -319,29 +316,19 @@ def sincos_positions(side: int, size: int) -> Tensor:
     return torch.cat([columns, rows], dim=1)
 
 
-def _check_sizes(sizes: FrozenDict) -> None:
+def _check_sizes(sizes: Mapping[str, Any]) -> None:
     positive = ("in_channels", "input_size", "num_classes", "hidden_size", "depth", "num_heads", "patch_size")
     require_at_least(1, **{name: sizes[name] for name in (*positive, "style_entries")})
-    require_at_least(0, context_tokens=sizes.context_tokens, style_codebooks=sizes.style_codebooks)
-    if not sizes.mlp_ratio > 0:
-        raise UserError(f"mlp_ratio is {sizes.mlp_ratio}: give a positive number")
-    if sizes.hidden_size % (2 * sizes.num_heads):
-        raise UserError(f"num_heads is {sizes.num_heads}: RoPE needs an even hidden_size / num_heads")
-    if sizes.hidden_size % 4:
-        raise UserError(
-            f"hidden_size is {sizes.hidden_size}: the 2-D position embedding needs a multiple of 4"
-        )
-    if sizes.input_size % sizes.patch_size:
-        raise UserError(
-            f"patch_size is {sizes.patch_size}: choose a divisor of input_size ({sizes.input_size})"
-        )
-
-
-# The published sizes (paper Table 8); parameters: 133 M and 463 M
-SIZES = {
-    "B/2": {"hidden_size": 768, "depth": 12, "num_heads": 12},
-    "L/2": {"hidden_size": 1024, "depth": 24, "num_heads": 16},
-}
+    require_at_least(0, **{name: sizes[name] for name in ("context_tokens", "style_codebooks")})
+    size, side = sizes["hidden_size"], sizes["input_size"]
+    for key, possible, needed in (
+        ("mlp_ratio", sizes["mlp_ratio"] > 0, "give a positive number"),
+        ("num_heads", size % (2 * sizes["num_heads"]) == 0, "RoPE needs an even hidden_size / num_heads"),
+        ("hidden_size", size % 4 == 0, "the 2-D position embedding needs a multiple of 4"),
+        ("patch_size", side % sizes["patch_size"] == 0, f"choose a divisor of input_size ({side})"),
+    ):
+        if not possible:
+            raise UserError(f"{key} is {sizes[key]}: {needed}")
 
 
 def read_class_names(folder: Path) -> list[str] | None:
