@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from drift.models.base import PretrainedModel, uninitialized
-from drift.models.generator import Generator, RMSNorm
+from drift.models.generator import Generator
 from drift.models.mae import LatentMAE
 from drift.runtime.errors import UserError
 from drift.runtime.files import check_writable
@@ -38,12 +38,13 @@ _MAE_KEYS = {
     for name in ("in_channels", "base_channels", "layers", "patch_size", "input_patch_size", "num_classes")
 }
 _MAE_IGNORED = {"dropout_prob", "use_bf16"}
-_MAE_NORM_GROUPS = 32  # fixed in the release
 _GENERATOR_KEYS = {
-    **{
-        name: name
-        for name in ("in_channels", "input_size", "num_classes", "hidden_size", "depth", "num_heads")
-    },
+    "in_channels": "in_channels",
+    "input_size": "input_size",
+    "num_classes": "num_classes",
+    "hidden_size": "hidden_size",
+    "depth": "depth",
+    "num_heads": "num_heads",
     "patch_size": "patch_size",
     "mlp_ratio": "mlp_ratio",
     "n_cls_tokens": "context_tokens",
@@ -53,6 +54,42 @@ _GENERATOR_KEYS = {
 _GENERATOR_IGNORED = {"use_bf16", "attn_fp32", "use_remat"}
 # These may be absent: with another value there would be other arrays, or arrays of other shapes
 _SHOWN_BY_ARRAYS = {"cond_dim", "out_channels", "use_qknorm", "use_swiglu", "use_rmsnorm"}
+
+# The release's words for parts of our parameters' names, put in their place one after the other
+_MAE_WORDS = {
+    "encoder.stem.conv": "encoder.conv1",
+    "encoder.stem.norm": "encoder.gn1",
+    **{f"stage_norms.{s}": f"layer{s + 1}_norm" for s in range(4)},
+    **{f"stages.{s}.": f"stages_{s}.layers_" for s in range(4)},
+    "shortcut.0": "proj_conv",
+    "shortcut.1": "proj_gn",
+    **{f"{up}.norm": f"{up}.concat_norm_fn" for up in ("up43", "up32", "up21", "up10")},
+    ".norm": ".gn",
+    "classifier": "fc",
+}
+_GENERATOR_WORDS = {
+    "class_embedding": "Embed_0",
+    "omega_embedder.mlp.0": "TimestepEmbedder_0.TorchLinear_0.Dense_0",
+    "omega_embedder.mlp.2": "TimestepEmbedder_0.TorchLinear_1.Dense_0",
+    "omega_embedder.norm": "RMSNorm_0",
+    "patch_embedding": "LightningDiT_0.TorchLinear_0.Dense_0",
+    "context_projection": "LightningDiT_0.TorchLinear_1.Dense_0",
+    "position_embedding": "LightningDiT_0.pos_embed",
+    "context_embedding": "LightningDiT_0.cls_embed",
+    "final.norm": "LightningDiT_0.FinalLayer_0.RMSNorm_0",
+    "final.modulation": "LightningDiT_0.FinalLayer_0.TorchLinear_0.Dense_0",
+    "final.output": "LightningDiT_0.FinalLayer_0.TorchLinear_1.Dense_0",
+    "blocks.": "LightningDiT_0.blocks_",
+    "norm1": "RMSNorm_0",
+    "norm2": "RMSNorm_1",
+    "modulation": "TorchLinear_0.Dense_0",
+    "attention.qkv": "Attention_0.TorchLinear_0.Dense_0",
+    "attention.output": "Attention_0.TorchLinear_1.Dense_0",
+    "attention.": "Attention_0.",
+    "mlp.gate": "SwiGLUFFN_0.TorchLinear_0.Dense_0",
+    "mlp.value": "SwiGLUFFN_0.TorchLinear_1.Dense_0",
+    "mlp.output": "SwiGLUFFN_0.TorchLinear_2.Dense_0",
+}
 
 
 def import_release(source: str | Path, destination: str | Path) -> LatentMAE | Generator:
@@ -97,31 +134,8 @@ def convert_mae(params: Mapping[str, np.ndarray], model_config: Mapping[str, Any
     """
     config = _with_classes(model_config, params.get("fc/bias"))
     values = translate(config, _MAE_KEYS, {}, _MAE_IGNORED)
-    model = uninitialized(lambda: LatentMAE(**values, norm_groups=_MAE_NORM_GROUPS))
-    encoder, decoder = model.encoder, model.decoder
-    layers: dict[str, nn.Module] = {
-        "encoder/conv1": encoder.stem.conv,
-        "encoder/gn1": encoder.stem.norm,
-        "decoder/bridge/conv": decoder.bridge.conv,
-        "decoder/bridge/gn": decoder.bridge.norm,
-        "decoder/head": decoder.head,
-        "fc": model.classifier,
-    }
-    for s, (blocks, norm) in enumerate(zip(encoder.stages, encoder.stage_norms, strict=True)):
-        layers[f"encoder/layer{s + 1}_norm"] = norm
-        for b, block in enumerate(blocks):
-            path = f"encoder/stages_{s}/layers_{b}"
-            layers[f"{path}/conv1"], layers[f"{path}/gn1"] = block.conv1, block.norm1
-            layers[f"{path}/conv2"], layers[f"{path}/gn2"] = block.conv2, block.norm2
-            if block.shortcut is not None:
-                layers[f"{path}/proj_conv"], layers[f"{path}/proj_gn"] = block.shortcut
-    for name in ("up43", "up32", "up21", "up10"):
-        up = decoder.get_submodule(name)
-        layers[f"decoder/{name}/concat_norm_fn"] = up.norm
-        for part in ("proj", "refine"):
-            layers[f"decoder/{name}/{part}/conv"] = up.get_submodule(part).conv
-            layers[f"decoder/{name}/{part}/gn"] = up.get_submodule(part).norm
-    fill(model, _views(layers), params)
+    model = uninitialized(lambda: LatentMAE(**values, norm_groups=32))  # fixed in the release
+    fill(model, _views(model, _MAE_WORDS), params)
     return model.eval()
 
 
@@ -138,39 +152,11 @@ def convert_generator(params: Mapping[str, np.ndarray], model_config: Mapping[st
     config = _with_classes(model_config, params.get("Embed_0/embedding"))
     values = translate(config, _GENERATOR_KEYS, required, _GENERATOR_IGNORED)
     model = uninitialized(lambda: Generator(**values))
-    dit = "LightningDiT_0"
-    layers: dict[str, nn.Module] = {
-        "Embed_0": model.class_embedding,
-        "TimestepEmbedder_0/TorchLinear_0/Dense_0": model.omega_embedder.mlp[0],
-        "TimestepEmbedder_0/TorchLinear_1/Dense_0": model.omega_embedder.mlp[2],
-        "RMSNorm_0": model.omega_embedder.norm,
-        f"{dit}/TorchLinear_0/Dense_0": model.patch_embedding,
-        f"{dit}/FinalLayer_0/RMSNorm_0": model.final.norm,
-        f"{dit}/FinalLayer_0/TorchLinear_0/Dense_0": model.final.modulation,
-        f"{dit}/FinalLayer_0/TorchLinear_1/Dense_0": model.final.output,
-    }
-    for i, block in enumerate(model.blocks):
-        path = f"{dit}/blocks_{i}"
-        layers |= {
-            f"{path}/RMSNorm_0": block.norm1,
-            f"{path}/RMSNorm_1": block.norm2,
-            f"{path}/TorchLinear_0/Dense_0": block.modulation,
-            f"{path}/Attention_0/TorchLinear_0/Dense_0": block.attention.qkv,
-            f"{path}/Attention_0/TorchLinear_1/Dense_0": block.attention.output,
-            f"{path}/Attention_0/q_norm": block.attention.q_norm,
-            f"{path}/Attention_0/k_norm": block.attention.k_norm,
-            f"{path}/SwiGLUFFN_0/TorchLinear_0/Dense_0": block.mlp.gate,
-            f"{path}/SwiGLUFFN_0/TorchLinear_1/Dense_0": block.mlp.value,
-            f"{path}/SwiGLUFFN_0/TorchLinear_2/Dense_0": block.mlp.output,
-        }
-    views = {f"{dit}/pos_embed": model.position_embedding}
-    if model.context_projection is not None:
-        layers[f"{dit}/TorchLinear_1/Dense_0"] = model.context_projection
-        views[f"{dit}/cls_embed"] = model.context_embedding
+    views = _views(model, _GENERATOR_WORDS)
     if model.style_embedder is not None:
-        codebooks = model.style_embedder.weight.split(model.style_entries)
+        codebooks = views.pop("style_embedder/weight").split(model.style_entries)
         views |= {f"noise_embeds_{i}/embedding": codebook for i, codebook in enumerate(codebooks)}
-    fill(model, views | _views(layers), params)
+    fill(model, views, params)
     return model.eval()
 
 
@@ -237,23 +223,29 @@ def translate(
     return {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
 
 
-def _views(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """The tensors of layers by the release's path, as views in the release's layout."""
+def rename(name: str, words: Mapping[str, str]) -> str:
+    """`name` with each of the words that are keys replaced by its value, one after the other."""
+    for ours, theirs in words.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def _views(model: nn.Module, words: Mapping[str, str]) -> dict[str, Tensor]:
+    """The parameters of `model` by the release's paths, as views in the release's layout."""
     views = {}
-    for path, layer in layers.items():
-        match layer:
-            case nn.Conv2d():
-                views[f"{path}/kernel"] = layer.weight.permute(2, 3, 1, 0)  # [kh, kw, in, out]
-            case nn.Linear():
-                views[f"{path}/kernel"] = layer.weight.T  # [in, out]
-            case nn.GroupNorm():
-                views[f"{path}/scale"] = layer.weight
-            case RMSNorm():
-                views[f"{path}/weight"] = layer.weight
-            case nn.Embedding():
-                views[f"{path}/embedding"] = layer.weight
-        if getattr(layer, "bias", None) is not None:
-            views[f"{path}/bias"] = layer.bias
+    for prefix, layer in model.named_modules():
+        for last, view in layer.named_parameters(recurse=False):
+            match layer, last:
+                case nn.Conv2d(), "weight":
+                    last, view = "kernel", view.permute(2, 3, 1, 0)  # [kh, kw, in, out]
+                case nn.Linear(), "weight":
+                    last, view = "kernel", view.T  # [in, out]
+                case nn.GroupNorm(), "weight":
+                    last = "scale"
+                case nn.Embedding(), "weight":
+                    last = "embedding"
+            path = rename(f"{prefix}.{last}".removeprefix("."), words)
+            views[path.replace(".", "/")] = view
     return views
 
 

@@ -9,15 +9,31 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from drift.interop.release import fill, translate
+from drift.interop.release import fill, rename, translate
 from drift.models.base import uninitialized
 from drift.models.sinkhorn_mae import SinkhornMAE
 from drift.runtime.errors import UserError
 from drift.runtime.files import check_writable, without_wrappers
 
 _KEYS = {"in_ch": "in_channels", "base_width": "base_channels", "blocks_per_stage": "layers"}
+# That code's words for parts of our parameters' names, put in their place one after the other
+_WORDS = {
+    "encoder.stem.conv": "encoder.conv1",
+    "encoder.stem.norm": "encoder.gn1",
+    **{f"stages.{s}": f"stage{s + 1}" for s in range(4)},
+    "shortcut": "down",
+    "bridge.conv": "init.0",
+    "bridge.norm": "init.1",
+    **{f"ups.{i}": f"up{3 - i}" for i in range(3)},
+    "proj.conv": "conv1",
+    "proj.norm": "gn1",
+    "refine.conv": "conv2",
+    "refine.norm": "gn2",
+    ".norm": ".gn",
+    "head": "out",
+}
 
 
 def import_sinkhorn_mae(checkpoint: str | Path, destination: str | Path) -> SinkhornMAE:
@@ -52,26 +68,7 @@ def convert_sinkhorn_mae(shadow: Mapping[str, Tensor], mae_cfg: Mapping[str, Any
     """
     sizes = translate(mae_cfg, _KEYS, {"conv1_stride": 1}, set(), "mae_cfg")
     model = uninitialized(lambda: SinkhornMAE(**sizes))
-    encoder, decoder = model.encoder, model.decoder
-    modules: dict[str, nn.Module] = {
-        "encoder.conv1": encoder.stem.conv,
-        "encoder.gn1": encoder.stem.norm,
-        "decoder.init.0": decoder.bridge.conv,
-        "decoder.init.1": decoder.bridge.norm,
-        "decoder.out": decoder.head,
-    }
-    for s, blocks in enumerate(encoder.stages, start=1):
-        for b, block in enumerate(blocks):
-            path = f"encoder.stage{s}.{b}"
-            modules[f"{path}.conv1"], modules[f"{path}.gn1"] = block.conv1, block.norm1
-            modules[f"{path}.conv2"], modules[f"{path}.gn2"] = block.conv2, block.norm2
-            if block.shortcut is not None:
-                modules[f"{path}.down.0"], modules[f"{path}.down.1"] = block.shortcut
-    for number, up in zip((3, 2, 1), decoder.ups, strict=True):
-        path = f"decoder.up{number}"
-        modules[f"{path}.conv1"], modules[f"{path}.gn1"] = up.proj.conv, up.proj.norm
-        modules[f"{path}.conv2"], modules[f"{path}.gn2"] = up.refine.conv, up.refine.norm
-    views = {f"{path}.{name}": value for path, m in modules.items() for name, value in m.named_parameters()}
+    views = {rename(name, _WORDS): value for name, value in model.named_parameters()}
     params = {name: value.float().numpy() for name, value in without_wrappers(shadow).items()}
     fill(model, views, params, "mae_cfg")
     return model.eval()
