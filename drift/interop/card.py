@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import drift
 from drift.evaluation.report import format_report
-from drift.interop.pipeline import INDEX_FILE, DriftPipeline
+from drift.interop.pipeline import INDEX_FILE, DriftPipeline, made_from
 from drift.models.base import model_files
 from drift.runtime.errors import UserError
 from drift.runtime.files import check_output, replace_folder, sha256
 from drift.runtime.work import SETTINGS_FILE
-from drift.runtime.yaml_files import read_yaml
 
 PICTURE_FILE = "samples.png"
 _TASK = "unconditional-image-generation"
@@ -63,10 +62,11 @@ def export_pipeline(
     check_output(destination)
     measured = None if card.metrics is None else _read_metrics(card.metrics, source, weights)
     pipeline = DriftPipeline.from_pretrained(source, vae=vae, variant=weights)
-    if not include_vae and Path(pipeline.vae_reference["id"]).is_dir():
+    vae_id = (pipeline.vae_reference or {}).get("id")
+    if not include_vae and vae_id and Path(vae_id).is_dir():
         raise UserError(
-            f"the VAE {pipeline.vae_reference['id']} is a local folder, which others do not have; export it "
-            "too (without --vae-by-reference), or name a hub id (--vae)"
+            f"the VAE {vae_id} is a local folder, which others do not have; export it too (without "
+            "--vae-by-reference), or name a hub id (--vae)"
         )
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}-") as folder:
         fresh = Path(folder, "draft")
@@ -102,8 +102,7 @@ def _write_card(
     vae = (pipeline.vae_reference or {}).get("id", "not named")
     million = sum(parameter.numel() for parameter in pipeline.generator.parameters()) / 1e6
     config = {key: value for key, value in pipeline.generator.config.items() if not key.startswith("_")}
-    made_by = folder / SETTINGS_FILE
-    settings = read_yaml(made_by, "get it again (dvc pull)")["decides"] if made_by.exists() else {}
+    settings = _flat(made_from(folder))
     ModelCard.from_template(
         head,
         template_path=str(Path(__file__).with_name("card.md.j2")),
@@ -111,23 +110,23 @@ def _write_card(
         version=drift.__version__,
         picture=PICTURE_FILE if (folder / PICTURE_FILE).exists() else None,
         omega=f"{best.get('omega', 1):g}",
-        model=_table(
-            {"parameters": f"{million:.1f} million", "weights": weights, "VAE": vae, **config}.items()
-        ),
+        model=_table({"parameters": f"{million:.1f} million", "weights": weights, "VAE": vae, **config}),
         report=format_report(measured) if measured else "None are given.",
-        protocol=_table(measured["protocol"].items()) if measured else "",
-        settings=_table(_flat(settings)) if settings else "Not recorded.",
+        protocol=_table(measured["protocol"]) if measured else "",
+        settings=_table(settings) if settings else "Not recorded.",
     ).save(folder / "README.md")
 
 
-def _table(rows: Iterable[tuple[str, Any]]) -> str:
-    rows = (f"| {key} | {value} |" for key, value in rows if value is not None)
-    return "\n".join(["| | |", "|---|---|", *rows])
+def _table(rows: Mapping[str, Any]) -> str:
+    lines = [f"| {key} | {value} |" for key, value in rows.items() if value is not None]
+    return "\n".join(["| | |", "|---|---|", *lines])
 
 
-def _flat(values: dict[str, Any], path: str = "") -> Iterable[tuple[str, Any]]:
+def _flat(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    flat = {}
     for key, value in values.items():
-        yield from _flat(value, f"{path}{key}.") if isinstance(value, dict) else [(path + key, value)]
+        flat |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
+    return flat
 
 
 def _read_metrics(path: Path, source: Path, weights: str) -> dict[str, Any]:
@@ -137,7 +136,7 @@ def _read_metrics(path: Path, source: Path, weights: str) -> dict[str, Any]:
     try:
         measured = json.loads(path.read_text(encoding="utf-8"))
         digests = set(measured["protocol"]["generator_sha256"])
-        measured["best"]["fid"] + 0  # a number
+        float(measured["best"]["fid"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             f"{path}: missing, damaged, or no protocol.json of the stage fid; run fid, or add --no-metrics"

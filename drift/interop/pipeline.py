@@ -11,11 +11,10 @@ import json
 import operator
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 from torch import Tensor
 
@@ -28,10 +27,12 @@ from drift.runtime.errors import UserError
 from drift.runtime.hub import download
 from drift.runtime.torchvision import ensure_torchvision
 from drift.runtime.work import SETTINGS_FILE
+from drift.runtime.yaml_files import read_yaml
 
 ensure_torchvision()
 
-from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput  # noqa: E402
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL  # noqa: E402
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput  # noqa: E402
 
 INDEX_FILE = "model_index.json"
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -45,7 +46,7 @@ class DriftPipeline(DiffusionPipeline):
         generator: the network that turns noise into latents.
         vae: decodes latents into images; None if only latents are wanted.
         id2label: name of each class by its number; a name may have several words, separated by commas.
-        vae_reference: where the VAE came from: `id`, a hub id or a folder, and `revision`.
+        vae_reference: where the VAE came from: `id`, a hub id or a folder, and `revision`, which may be None.
     """
 
     model_cpu_offload_seq = "generator->vae"
@@ -56,7 +57,7 @@ class DriftPipeline(DiffusionPipeline):
         generator: Generator,
         vae: AutoencoderKL | None,
         id2label: dict[int, str] | None = None,
-        vae_reference: dict[str, str | None] | None = None,
+        vae_reference: dict[str, Any] | None = None,
     ):
         super().__init__()
         if vae is not None:
@@ -126,14 +127,15 @@ class DriftPipeline(DiffusionPipeline):
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             inputs = noise.to(device, dtype), torch.tensor(classes, device=device), style_indices.to(device)
             latents = sample_latents(self.generator, *inputs, strength).float()
-        images = latents if output_type == "latent" else self._decode(latents, output_type, rounding)
+        images: Any = latents if output_type == "latent" else self._decode(latents, output_type, rounding)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _class_numbers(self, class_labels: Any) -> list[int]:
-        single = isinstance(class_labels, int | str) or getattr(class_labels, "ndim", 1) == 0
+        if isinstance(class_labels, int | str) or getattr(class_labels, "ndim", 1) == 0:
+            class_labels = [class_labels]
         numbers, last = [], self.generator.config.num_classes - 1
-        for label in [class_labels] if single else class_labels:
+        for label in class_labels:
             try:
                 number = self.get_label_ids(label)[0] if isinstance(label, str) else operator.index(label)
             except TypeError:
@@ -153,20 +155,16 @@ class DriftPipeline(DiffusionPipeline):
         style_indices: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Noise `[B, C, h, w]` and style indices `[B, S]`; what is given is only checked."""
-        if generator is None or isinstance(generator, torch.Generator):
-            generator = [generator] * count
-        if len(generator) != count:
-            raise UserError(
-                f"{len(generator)} generators for {count} class labels: give one, or one for each"
-            )
-        drawn = zip(*(draw_sample(self.generator.config, each) for each in generator), strict=True)
-        chosen = []
-        for name, given, own in zip(("noise", "style_indices"), (noise, style_indices), drawn, strict=True):
-            wanted = torch.stack(own)
-            if given is not None and given.shape != wanted.shape:
-                raise UserError(f"{name} {list(given.shape)}: the shape must be {list(wanted.shape)}")
-            chosen.append(wanted if given is None else given)
-        return chosen[0], chosen[1]
+        one = generator is None or isinstance(generator, torch.Generator)
+        generators = [generator] * count if one else list(generator)
+        if len(generators) != count:
+            raise UserError(f"{len(generators)} generators for {count} class labels: give one, or one each")
+        drawn = zip(*(draw_sample(self.generator.config, each) for each in generators), strict=True)
+        own_noise, own_style = (torch.stack(own) for own in drawn)
+        for name, given, own in (("noise", noise, own_noise), ("style_indices", style_indices, own_style)):
+            if given is not None and given.shape != own.shape:
+                raise UserError(f"{name} {list(given.shape)}: the shape must be {list(own.shape)}")
+        return own_noise if noise is None else noise, own_style if style_indices is None else style_indices
 
     def _decode(
         self, latents: Tensor, output_type: str, rounding: Rounding
@@ -232,34 +230,32 @@ class DriftPipeline(DiffusionPipeline):
             raise UserError("use_safetensors = False: weights are read from safetensors only")
         if unknown := sorted(options.keys() - _HUB_OPTIONS):
             raise TypeError(f"from_pretrained takes no {', '.join(unknown)}")
-        parts = _read_folder(str(source), revision, options)
-        generator = Generator.from_pretrained(parts.generator, variant=variant, torch_dtype=torch_dtype)
-        reference = parts.vae_reference
+        folder, vae_folder, reference, names = _read_folder(str(source), revision, options)
+        generator = Generator.from_pretrained(folder, variant=variant, torch_dtype=torch_dtype)
         if isinstance(vae, AutoencoderKL):
-            return cls(generator, vae, parts.id2label)
+            return cls(generator, vae, names)
         if not load_vae:
-            return cls(generator, None, parts.id2label, reference)
-        if vae is None and parts.vae is not None:
-            has_variant = (variant or "").replace(".", "") in weights_files(parts.vae)
-            loaded = VAE.from_pretrained(parts.vae, variant=variant if has_variant else None)
-        elif vae is None and reference is None:
-            raise UserError(f"{source}: does not say which VAE it needs; name it (vae=..., or --vae)")
+            return cls(generator, None, names, reference)
+        if vae is None and vae_folder is not None:
+            has_variant = (variant or "").replace(".", "") in weights_files(vae_folder)
+            loaded = VAE.from_pretrained(vae_folder, variant=variant if has_variant else None)
         else:
-            named = (reference["id"], reference["revision"]) if vae is None else (str(vae), None)
-            loaded = VAE.from_pretrained(*named, **options)
+            wanted = reference if vae is None else {"id": str(vae), "revision": None}
+            if wanted is None:
+                raise UserError(f"{source}: does not say which VAE it needs; name it (vae=..., or --vae)")
+            loaded = VAE.from_pretrained(wanted["id"], wanted["revision"], **options)
             reference = {"id": loaded.id, "revision": loaded.revision}
-        return cls(generator, torch.nn.Module.to(loaded.model, torch_dtype), parts.id2label, reference)
+        torch.nn.Module.to(loaded.model, torch_dtype)  # diffusers' own `to` warns of every cast
+        return cls(generator, loaded.model, names, reference)
 
 
-class _Parts(NamedTuple):
-    generator: Path
-    vae: Path | None
-    vae_reference: dict[str, str | None] | None
-    id2label: dict[int, str]
+def _read_folder(
+    source: str, revision: str | None, options: dict[str, Any]
+) -> tuple[Path, Path | None, dict[str, Any] | None, dict[int, str]]:
+    """Folders of generator and VAE, the origin of the VAE, and the classes' names, as far as they are known.
 
-
-def _read_folder(source: str, revision: str | None, options: dict[str, Any]) -> _Parts:
-    """What a folder of the pipeline or of the drift stage holds; raises `UserError` if it is neither."""
+    Raises `UserError` if `source` is neither a folder of the pipeline nor one of the drift stage.
+    """
     folder = Path(source)
     if not folder.is_dir():
         what = f"{source}: is not a local folder, and"
@@ -271,22 +267,20 @@ def _read_folder(source: str, revision: str | None, options: dict[str, Any]) -> 
             assert index["_class_name"] == "DriftPipeline"
             vae = None if index["vae"][0] is None else folder / "vae"
             names = {int(label): name for label, name in index["id2label"].items()}
-            return _Parts(folder / "generator", vae, index["vae_reference"], names)
+            return folder / "generator", vae, index["vae_reference"], names
         except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError):
-            raise UserError(
-                f"{index_file}: damaged, or not of a DriftPipeline; run drift export again"
-            ) from None
+            raise UserError(f"{index_file}: damaged, or no DriftPipeline's; run drift export again") from None
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(
-            f"{source}: has neither {INDEX_FILE}, of a pipeline, nor {CONFIG_FILE}, of a generator; name "
-            "a folder of one of them"
+            f"{source}: has neither {INDEX_FILE} nor {CONFIG_FILE}; name a generator or a pipeline"
         )
     names = dict(enumerate(read_class_names(folder) or []))
-    try:
-        settings = yaml.safe_load((folder / SETTINGS_FILE).read_text(encoding="utf-8"))["decides"]
-        vae_reference = {"id": settings["vae"], "revision": settings["vae_revision"]}
-    except (OSError, KeyError, TypeError):  # an imported generator does not say
-        vae_reference = None
-    except yaml.YAMLError:
-        raise UserError(f"{folder / SETTINGS_FILE}: damaged; get the folder again (dvc pull)") from None
-    return _Parts(folder, None, vae_reference, names)
+    vae = made_from(folder).get("vae")
+    reference = {"id": vae, "revision": made_from(folder).get("vae_revision")} if vae else None
+    return folder, None, reference, names
+
+
+def made_from(folder: Path) -> dict[str, Any]:
+    """The settings and inputs that the generator in `folder` depends on; empty where nothing tells them."""
+    path, way_out = folder / SETTINGS_FILE, "get the folder again (dvc pull)"
+    return read_yaml(path, way_out).get("decides", {}) if path.exists() else {}

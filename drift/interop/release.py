@@ -15,7 +15,7 @@ import msgpack
 import numpy as np
 from torch import Tensor, nn
 
-from drift.models.base import PretrainedModel, uninitialized
+from drift.models.base import Model, uninitialized
 from drift.models.generator import Generator
 from drift.models.mae import LatentMAE
 from drift.runtime.errors import UserError
@@ -38,15 +38,11 @@ _MAE_KEYS = {
     for name in ("in_channels", "base_channels", "layers", "patch_size", "input_patch_size", "num_classes")
 }
 _MAE_IGNORED = {"dropout_prob", "use_bf16"}
+_SAME_IN_GENERATORS = (
+    "in_channels", "input_size", "num_classes", "hidden_size", "depth", "num_heads", "patch_size", "mlp_ratio"
+)  # fmt: skip
 _GENERATOR_KEYS = {
-    "in_channels": "in_channels",
-    "input_size": "input_size",
-    "num_classes": "num_classes",
-    "hidden_size": "hidden_size",
-    "depth": "depth",
-    "num_heads": "num_heads",
-    "patch_size": "patch_size",
-    "mlp_ratio": "mlp_ratio",
+    **{name: name for name in _SAME_IN_GENERATORS},
     "n_cls_tokens": "context_tokens",
     "noise_coords": "style_codebooks",
     "noise_classes": "style_entries",
@@ -132,11 +128,11 @@ def convert_mae(params: Mapping[str, np.ndarray], model_config: Mapping[str, Any
 
     Raises `UserError` naming the first key or array that does not fit.
     """
-    config = _with_classes(model_config, params.get("fc/bias"))
+    # The release's trainer leaves the number of classes to the data; the head has a bias for each
+    config = {"num_classes": len(params.get("fc/bias", ())), **model_config}
     values = translate(config, _MAE_KEYS, {}, _MAE_IGNORED)
     model = uninitialized(lambda: LatentMAE(**values, norm_groups=32))  # fixed in the release
-    fill(model, _views(model, _MAE_WORDS), params)
-    return model.eval()
+    return fill(model, _views(model, _MAE_WORDS), params)
 
 
 def convert_generator(params: Mapping[str, np.ndarray], model_config: Mapping[str, Any]) -> Generator:
@@ -149,15 +145,14 @@ def convert_generator(params: Mapping[str, np.ndarray], model_config: Mapping[st
         "out_channels": model_config.get("in_channels"),
         **dict.fromkeys(("use_qknorm", "use_swiglu", "use_rope", "use_rmsnorm"), True),
     }
-    config = _with_classes(model_config, params.get("Embed_0/embedding"))
+    config = {"num_classes": len(params.get("Embed_0/embedding", ())), **model_config}
     values = translate(config, _GENERATOR_KEYS, required, _GENERATOR_IGNORED)
     model = uninitialized(lambda: Generator(**values))
     views = _views(model, _GENERATOR_WORDS)
     if model.style_embedder is not None:
         codebooks = views.pop("style_embedder/weight").split(model.style_entries)
         views |= {f"noise_embeds_{i}/embedding": codebook for i, codebook in enumerate(codebooks)}
-    fill(model, views, params)
-    return model.eval()
+    return fill(model, views, params)
 
 
 def read_flax_msgpack(path: str | Path) -> dict[str, np.ndarray]:
@@ -191,16 +186,6 @@ def _read_metadata(path: Path) -> tuple[str, dict[str, Any]]:
     return kind, model_config
 
 
-def _with_classes(model_config: Mapping[str, Any], array: np.ndarray | None) -> Mapping[str, Any]:
-    """The config with its number of classes, which the release's trainer leaves to the data.
-
-    It is the number of rows of `array`, which has one for each class.
-    """
-    if "num_classes" in model_config or array is None:
-        return model_config
-    return {**model_config, "num_classes": array.shape[0]}
-
-
 def translate(
     config: Mapping[str, Any],
     keys: Mapping[str, str],
@@ -211,9 +196,7 @@ def translate(
     """The values of another code's config, called `name` there, by our names."""
     needed = keys.keys() | required.keys()
     for key in sorted(config.keys() - needed - ignored):
-        raise UserError(
-            f"{name} has the unknown key {key}, which may change the model; remove it if it does not"
-        )
+        raise UserError(f"{name} has the unknown key {key}, which may change the model; remove it if not")
     for key in sorted(needed - config.keys() - _SHOWN_BY_ARRAYS):
         raise UserError(f"{name} lacks the key {key}; add it with the value that the model was built with")
     for key, value in required.items():
@@ -250,25 +233,24 @@ def _views(model: nn.Module, words: Mapping[str, str]) -> dict[str, Tensor]:
 
 
 def fill(
-    model: PretrainedModel,
+    model: Model,
     views: Mapping[str, Tensor],
     params: Mapping[str, np.ndarray],
     config: str = "model_config",
-) -> None:
-    """Write `params` through `views` of the parameters of `model`, each exactly once."""
+) -> Model:
+    """`model` in evaluation mode, its parameters filled with `params` through `views` of them, each once.
+
+    Raises `UserError` naming the first array that does not fit what `config` of that code says.
+    """
     assert sum(view.numel() for view in views.values()) == sum(p.numel() for p in model.parameters())
     for path in sorted(views.keys() | params.keys()):
         found, wanted = (list(side[path].shape) if path in side else "absent" for side in (params, views))
         if found != wanted:
-            raise UserError(
-                f"parameter {path} is {found} where {config} makes it {wanted}; they are not of one model: "
-                f"{_WAY_OUT}"
-            )
-        if not np.issubdtype(params[path].dtype, np.floating):
-            raise UserError(
-                f"parameter {path} is {params[path].dtype}, not a floating point number; {_WAY_OUT}"
-            )
+            raise UserError(f"parameter {path} is {found} where {config} makes it {wanted}; {_WAY_OUT}")
+        if (dtype := params[path].dtype).kind != "f":
+            raise UserError(f"parameter {path} is {dtype}, not a floating point number; {_WAY_OUT}")
         np.copyto(views[path].detach().numpy(), params[path], casting="same_kind")
+    return model.eval()
 
 
 def _flatten(tree: Any, path: str = "") -> Iterator[tuple[str, np.ndarray]]:

@@ -70,8 +70,7 @@ def convert_sinkhorn_mae(shadow: Mapping[str, Tensor], mae_cfg: Mapping[str, Any
     model = uninitialized(lambda: SinkhornMAE(**sizes))
     views = {rename(name, _WORDS): value for name, value in model.named_parameters()}
     params = {name: value.float().numpy() for name, value in without_wrappers(shadow).items()}
-    fill(model, views, params, "mae_cfg")
-    return model.eval()
+    return fill(model, views, params, "mae_cfg")
 
 
 def _load_checkpoint(path: Path) -> Mapping[str, Any]:
