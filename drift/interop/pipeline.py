@@ -155,8 +155,10 @@ class DriftPipeline(DiffusionPipeline):
         style_indices: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Noise `[B, C, h, w]` and style indices `[B, S]`; what is given is only checked."""
-        one = generator is None or isinstance(generator, torch.Generator)
-        generators = [generator] * count if one else list(generator)
+        if generator is None or isinstance(generator, torch.Generator):
+            generators = [generator] * count
+        else:
+            generators = list(generator)
         if len(generators) != count:
             raise UserError(f"{len(generators)} generators for {count} class labels: give one, or one each")
         drawn = zip(*(draw_sample(self.generator.config, each) for each in generators), strict=True)
@@ -271,12 +273,12 @@ def _read_folder(
         except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError):
             raise UserError(f"{index_file}: damaged, or no DriftPipeline's; run drift export again") from None
     if not (folder / CONFIG_FILE).is_file():
-        raise UserError(
-            f"{source}: has neither {INDEX_FILE} nor {CONFIG_FILE}; name a generator or a pipeline"
-        )
+        raise UserError(f"{source}: has neither {INDEX_FILE} nor {CONFIG_FILE}; name a generator or pipeline")
     names = dict(enumerate(read_class_names(folder) or []))
-    vae = made_from(folder).get("vae")
-    reference = {"id": vae, "revision": made_from(folder).get("vae_revision")} if vae else None
+    settings = made_from(folder)
+    reference = (
+        {"id": settings["vae"], "revision": settings.get("vae_revision")} if "vae" in settings else None
+    )
     return folder, None, reference, names
 
 
