@@ -276,10 +276,9 @@ def _read_folder(
         raise UserError(f"{source}: has neither {INDEX_FILE} nor {CONFIG_FILE}; name a generator or pipeline")
     names = dict(enumerate(read_class_names(folder) or []))
     settings = made_from(folder)
-    reference = (
-        {"id": settings["vae"], "revision": settings.get("vae_revision")} if "vae" in settings else None
-    )
-    return folder, None, reference, names
+    if "vae" not in settings:  # of an imported generator
+        return folder, None, None, names
+    return folder, None, {"id": settings["vae"], "revision": settings.get("vae_revision")}, names
 
 
 def made_from(folder: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ The Sinkhorn paper's code has them as `<split>_latents.npy`, `<split>_labels.npy
 """
 
 import hashlib
-import json
 import math
 import re
 import shutil
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from drift.autoencoders.kl import CONFIG_FILE, known_scaling_factor
+from drift.autoencoders.kl import known_config, known_scaling_factor
 from drift.data.latents import LatentStore, check_meta, file_facts, latent_files
 from drift.data.views import VIEW_OPTIONS
 from drift.interop import import_sinkhorn_mae
@@ -51,10 +50,8 @@ def adopt_latents(
     """
     out = Path(out)
     _check_destination(out, force)
-    with (
-        _fetched(source, "/*_{latents.npy,labels.npy,meta.json}") as (folder, transfer),
-        _draft(out) as draft,
-    ):
+    files = "/*_{latents.npy,labels.npy,meta.json}"
+    with _fetched(source, files) as (folder, transfer), _draft(out) as draft:
         splits = sorted(path.name.removesuffix("_latents.npy") for path in folder.glob("*_latents.npy"))
         if "train" not in splits:
             raise UserError(f"{folder}: holds no train_latents.npy; name the folder of the latents")
@@ -65,9 +62,8 @@ def adopt_latents(
                 try:
                     transfer(path, draft / path.name)
                 except OSError as error:
-                    raise UserError(
-                        f"{path}: cannot be copied ({error.strerror}); mend that, run again"
-                    ) from None
+                    reason = error.strerror
+                    raise UserError(f"{path}: cannot be copied ({reason}); mend that, run again") from None
         origins = {split: origin for split, (_, _, origin) in found.items()}
         record = {"stage": "encode", "adopted": {"source": source, "view": view, "splits": origins}}
         (draft / SETTINGS_FILE).write_text(yaml.safe_dump(record, sort_keys=False), encoding="utf-8")
@@ -136,10 +132,10 @@ def _draft(destination: Path) -> Iterator[Path]:
 
 @contextmanager
 def _fetched(source: str, pattern: str) -> Iterator[tuple[Path, Callable]]:
-    """`source` on this machine, and how its files are taken: copied, or moved if rclone has copied them here.
+    """`source` on this machine, and how its files are taken: copied, or moved if rclone has brought them.
 
-    rclone goes on with a copy that was cut off. A copy that is refused is removed, as it may have been
-    damaged on the way, and refusals name `source`.
+    rclone goes on with a copy that was cut off. A refused copy is removed, since it may have been damaged on
+    the way; the refusal names `source`.
     """
     local = Path(source).expanduser()
     if local.exists():
@@ -149,9 +145,10 @@ def _fetched(source: str, pattern: str) -> Iterator[tuple[Path, Callable]]:
         raise UserError(f"{source}: is not there; name a folder, or NAME:PATH of an rclone remote")
     copy = work_root() / "adopt" / hashlib.sha256(source.encode()).hexdigest()[:16]
     check_writable(copy)
-    command = [find_rclone(), "copy", "--progress", "--ask-password=false", "--include", pattern]
+    options = ["--progress", "--ask-password=false", "--include", pattern]
+    command = [find_rclone(), "copy", *options, source, str(copy)]
     print(f"copying {source} by rclone", flush=True)
-    if code := subprocess.run([*command, source, str(copy)], preexec_fn=when_parent_ends).returncode:
+    if code := subprocess.run(command, preexec_fn=when_parent_ends).returncode:
         raise UserError(
             f"{source}: rclone copy ended with code {code} (its reason is above); correct the path, or run "
             "again: what was copied whole is not copied again"
@@ -227,15 +224,8 @@ def _check_arrays(store: LatentStore, facts: dict[str, Any], settings: Settings)
 
 def _latent_shape(settings: Settings) -> tuple[int, int, int] | None:
     """(C, H, W) by the VAE's config; None if that is not on this machine."""
-    from huggingface_hub import hf_hub_download
-
-    vae, revision = settings.encode.vae, settings.encode.vae_revision
-    path = Path(vae, CONFIG_FILE)
-    try:
-        if not path.exists():
-            path = Path(hf_hub_download(vae, CONFIG_FILE, revision=revision, local_files_only=True))
-        config = json.loads(path.read_bytes())
-        side = settings.data.image_size // 2 ** (len(config["block_out_channels"]) - 1)
-        return config["latent_channels"], side, side
-    except (OSError, ValueError, KeyError):
+    config = known_config(settings.encode.vae, settings.encode.vae_revision)
+    if config is None or "block_out_channels" not in config:
         return None
+    side = settings.data.image_size // 2 ** (len(config["block_out_channels"]) - 1)
+    return config["latent_channels"], side, side

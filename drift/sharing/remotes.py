@@ -56,9 +56,10 @@ def find_rclone() -> str:
     return found
 
 
-def last_line(log: str) -> str:
-    """rclone's last error, else its last line, without the date."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
+def last_line(log: Path | str) -> str:
+    """The last error in rclone's log (a file, or its text), else the last line, without the date."""
+    text = log.read_text(errors="replace") if isinstance(log, Path) else log
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if re.search(r"\b(ERROR|CRITICAL)\b|^Error:|Failed", line)]
     return re.sub(r"^[\d/]+ [\d:.]+ ", "", (errors or lines or ["it said nothing"])[-1])
 
@@ -84,7 +85,7 @@ def run_dvc(command: Sequence[str], remote: str | None = None, port: int = 0) ->
             began = time.monotonic()
             storage = json.dumps({"dvc_dir": dvc_dir, "name": name, "settings": settings})
             code = _run(command, storage, server, log)
-            if code and "ERROR" in (said := last_line(log.read_text(errors="replace"))):
+            if code and "ERROR" in (said := last_line(log)):
                 _say(f"rclone's last error: {said}")
     _say(f"ended with code {code} after {time.monotonic() - began:.0f} s; the server is stopped")
     return code
@@ -135,9 +136,7 @@ def _find_storage(command: Sequence[str], remote: str | None) -> tuple[str, str,
 def _provide_folder(rclone: str, folder: str, *, make: bool) -> None:
     """Check that the folder is there, or make it: rclone serves a missing one as an empty one."""
     if not re.match(r"[^:]+:", folder):  # rclone would take it for a path of this machine
-        raise UserError(
-            f"{folder}: is no rclone remote; write NAME:PATH (rclone listremotes tells the names)"
-        )
+        raise UserError(f"{folder}: is no rclone remote; write NAME:PATH (rclone listremotes tells names)")
 
     def ask(*action: str) -> subprocess.CompletedProcess:
         command = [rclone, *action, "--ask-password=false", folder]
@@ -201,7 +200,7 @@ def _address(folder: str, server: subprocess.Popen, log: Path) -> str:
             return found[1]
         time.sleep(_POLL)
     raise UserError(
-        f"{folder}: rclone did not serve it: {last_line(log.read_text(errors='replace'))}; "
+        f"{folder}: rclone did not serve it: {last_line(log)}; "
         f"rclone lsf {shlex.quote(folder)} shows whether it can be reached"
     )
 
@@ -225,7 +224,7 @@ def _run(command: Sequence[str], storage: str, server: subprocess.Popen, log: Pa
             if server.poll() is not None:
                 raise UserError(
                     f"rclone ended in the middle of the command (code {server.returncode}): "
-                    f"{last_line(log.read_text(errors='replace'))}; run it again: what was transferred stays"
+                    f"{last_line(log)}; run it again: what was transferred stays"
                 )
             time.sleep(_POLL)
     finally:
