@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -37,3 +38,7 @@ def golden_numbers(folder: str, file: str = "expected.npz") -> dict[str, np.ndar
     """The expected inputs and outputs of `tests/golden/<folder>`, channels-last."""
     with np.load(GOLDEN / folder / file) as arrays:
         return dict(arrays)
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()

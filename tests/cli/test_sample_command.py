@@ -12,22 +12,22 @@ from small_generator import write_generator
 
 from drift import cli
 from drift.evaluation.pictures import VISIBLE_SIDE
-from drift.interop.pipeline import DriftPipeline
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_generator(tmp_path_factory.mktemp("generator") / "generator")
-
-
-@pytest.fixture(scope="module")
-def pipe(folder):
-    return DriftPipeline.from_pretrained(folder)
-
-
-def test_it_makes_a_grid(folder, pipe, tmp_path, monkeypatch, capsys):
+def test_it_makes_a_grid(generator_folder, pipe, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    arguments = ["sample", str(folder), "--classes", "cat", "0", "7", "--count", "3", "--omega", "2"]
+    arguments = [
+        "sample",
+        str(generator_folder),
+        "--classes",
+        "cat",
+        "0",
+        "7",
+        "--count",
+        "3",
+        "--omega",
+        "2",
+    ]
     assert cli.main([*arguments, "--seed", "5", "--device", "cpu", "--out", "a/grid.png"]) == 0
     out = capsys.readouterr().out
     assert "3 of each: cat (1), tench (0), 7 (2)" in out and "wrote a/grid.png" in out
@@ -53,10 +53,10 @@ def test_a_class_may_have_a_name_that_the_terminal_cannot_show(tmp_path, encodin
     assert Image.open(tmp_path / "outputs/samples.png").height > 3 * VISIBLE_SIDE - 64
 
 
-def test_it_writes_files(folder, pipe, tmp_path):
+def test_it_writes_files(generator_folder, pipe, tmp_path):
     out = str(tmp_path / "png")
     arguments = ["--classes", "1", "--count", "2", "--files", "--device", "cpu", "--out", out]
-    assert cli.main(["sample", str(folder), *arguments]) == 0
+    assert cli.main(["sample", str(generator_folder), *arguments]) == 0
     expected = pipe([1] * 2, 1.0, pipe.sample_generators(0, range(2))).images
     files = sorted(file.relative_to(out).as_posix() for file in tmp_path.rglob("*.png"))
     assert files == ["1/000000.png", "1/000001.png"]
@@ -76,10 +76,10 @@ def test_it_writes_files(folder, pipe, tmp_path):
         (["--vae", "no-vae"], "no-vae"),
     ],
 )
-def test_it_refuses_in_one_line(folder, tmp_path, monkeypatch, capsys, arguments, told):
+def test_it_refuses_in_one_line(generator_folder, tmp_path, monkeypatch, capsys, arguments, told):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    source = [] if arguments[0] == "nowhere" else [str(folder)]
+    source = [] if arguments[0] == "nowhere" else [str(generator_folder)]
     assert cli.main(["sample", *source, *arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and told in error

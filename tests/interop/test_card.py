@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 
-import pytest
 from complaints import complaint
 from huggingface_hub import ModelCard
 from imports import ROOT
@@ -14,11 +13,6 @@ from small_generator import write_generator
 
 from drift.interop.card import Card, export_pipeline
 from drift.runtime.files import sha256
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_generator(tmp_path_factory.mktemp("generator") / "generator")
 
 
 def metrics_of(folder, file):
@@ -33,11 +27,11 @@ def metrics_of(folder, file):
     return file
 
 
-def test_the_card_has_what_was_measured_and_its_program_runs(folder, tmp_path):
+def test_the_card_has_what_was_measured_and_its_program_runs(generator_folder, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
-    metrics = metrics_of(folder, tmp_path / "fid.json")
+    metrics = metrics_of(generator_folder, tmp_path / "fid.json")
     card = Card("fish", license="mit", dataset="a/b", metrics=metrics, picture=tmp_path / "picture.png")
-    files = dict(export_pipeline(folder, tmp_path / "out", card))
+    files = dict(export_pipeline(generator_folder, tmp_path / "out", card))
     assert files.keys() >= {"README.md", "samples.png", "model_index.json", "settings.yaml"}
     read = ModelCard.load(tmp_path / "out/README.md")
     assert (read.data.license, read.data.datasets, read.data.library_name) == ("mit", ["a/b"], "drift")
@@ -57,7 +51,7 @@ def test_the_card_has_what_was_measured_and_its_program_runs(folder, tmp_path):
     )
 
 
-def test_metrics_of_another_generator_do_not_get_into_a_card(folder, tmp_path):
+def test_metrics_of_another_generator_do_not_get_into_a_card(generator_folder, tmp_path):
     def refused(source, metrics):
         card = Card("x", metrics=metrics)
         told = complaint(lambda: export_pipeline(source, tmp_path / "out", card))
@@ -65,21 +59,29 @@ def test_metrics_of_another_generator_do_not_get_into_a_card(folder, tmp_path):
         return told
 
     other = metrics_of(write_generator(tmp_path / "other", seed=1), tmp_path / "other.json")
-    own = metrics_of(folder, tmp_path / "own.json")
-    assert f"{other}: these are the metrics of another generator" in refused(folder, other)
-    export_pipeline(folder, tmp_path / "pipeline", Card("x"))
+    own = metrics_of(generator_folder, tmp_path / "own.json")
+    assert f"{other}: these are the metrics of another generator" in refused(generator_folder, other)
+    export_pipeline(generator_folder, tmp_path / "pipeline", Card("x"))
     assert "another generator" in refused(tmp_path / "pipeline", other)
     assert "no local folder" in refused("someone/generator", own)
     export_pipeline(tmp_path / "pipeline", tmp_path / "again", Card("x", metrics=own))
     assert "3.14" in (tmp_path / "again/README.md").read_text()
     other.write_text("{}")
-    assert f"{other}: missing, damaged" in refused(folder, other)
+    assert f"{other}: missing, damaged" in refused(generator_folder, other)
 
 
-def test_export_replaces_nothing_unasked_and_names_no_private_vae(folder, tmp_path):
+def test_export_replaces_nothing_unasked_and_names_no_private_vae(generator_folder, tmp_path):
     (tmp_path / "out").mkdir()
-    assert "--force" in complaint(lambda: export_pipeline(folder, tmp_path / "out", Card("x")))
-    told = complaint(lambda: export_pipeline(folder, tmp_path / "new", Card("x"), include_vae=False))
+    assert "--force" in complaint(lambda: export_pipeline(generator_folder, tmp_path / "out", Card("x")))
+    told = complaint(
+        lambda: export_pipeline(generator_folder, tmp_path / "new", Card("x"), include_vae=False)
+    )
     assert "local folder" in told
-    export_pipeline(folder, tmp_path / "out", Card("x"), force=True)
+    export_pipeline(generator_folder, tmp_path / "out", Card("x"), force=True)
     assert "None are given" in (tmp_path / "out/README.md").read_text()
+    index = json.loads((tmp_path / "out/model_index.json").read_text()) | {"vae_reference": None}
+    (tmp_path / "out/model_index.json").write_text(json.dumps(index))  # as the first version wrote it
+    told = complaint(
+        lambda: export_pipeline(tmp_path / "out", tmp_path / "new", Card("x"), include_vae=False)
+    )
+    assert "is not known" in told

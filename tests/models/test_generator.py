@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from golden_weights import golden_config, golden_numbers, golden_params
+from golden_weights import golden_config, golden_numbers, golden_params, relative_error
 
 from drift.interop.release import convert_generator
 from drift.models.generator import Generator, rope, rotate
@@ -12,10 +12,6 @@ TINY = {
     "in_channels": 3, "input_size": 4, "num_classes": 5, "hidden_size": 16, "depth": 2, "num_heads": 2,
     "patch_size": 2, "context_tokens": 3, "style_codebooks": 4, "style_entries": 6,
 }  # fmt: skip
-
-
-def relative_error(found, expected):
-    return ((found - expected).norm() / expected.norm()).item()
 
 
 def tiny_model(**changes):

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from golden_weights import golden_config, golden_numbers, golden_params
+from golden_weights import golden_config, golden_numbers, golden_params, relative_error
 from torch import nn
 
 from drift.interop.release import convert_mae
@@ -11,10 +11,6 @@ from drift.runtime.errors import UserError
 
 FOLDERS = ["release_mae", "release_mae_pixel"]
 SMALL = {"in_channels": 3, "base_channels": 8, "layers": (2, 1, 1, 1), "num_classes": 5, "norm_groups": 8}
-
-
-def relative_error(found, expected):
-    return ((found - expected).norm() / expected.norm()).item()
 
 
 @pytest.fixture(scope="module", params=FOLDERS)
