@@ -146,50 +146,44 @@ def test_channels_last_models_can_be_saved(tmp_path):
     assert_same(LatentMAE.from_pretrained(tmp_path), model)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.9999])
-def test_truncated_weights(model, folder, share):
-    content = (folder / WEIGHTS_FILE).read_bytes()
-    (folder / WEIGHTS_FILE).write_bytes(content[: int(share * len(content))])
-    assert f"{folder / WEIGHTS_FILE}: damaged" in complaint(lambda: type(model).from_pretrained(folder))
+def weights(change):
+    def apply(folder):
+        path = folder / WEIGHTS_FILE
+        save_file(change(load_file(path)), path)
+
+    return apply
+
+
+def config(change):
+    return lambda folder: edit(folder, change)
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("file", "damage", "named"),
     [
-        (lambda w: dict(list(w.items())[1:]), "Missing key(s)"),
-        (lambda w: w | {"a.new.one": torch.zeros(1)}, "a.new.one"),
-        (
-            lambda w: {name: value.repeat(2, *[1] * (value.ndim - 1)) for name, value in w.items()},
-            "size mismatch",
-        ),
+        (WEIGHTS_FILE, weights(lambda w: dict(list(w.items())[1:])), "Missing key(s)"),
+        (WEIGHTS_FILE, weights(lambda w: w | {"a.new.one": torch.zeros(1)}), "a.new.one"),
+        (WEIGHTS_FILE, weights(lambda w: {k: torch.stack([v, v]) for k, v in w.items()}), "size mismatch"),
+        (CONFIG_FILE, config(lambda c: c | {"colour": 3}), "unknown key colour"),
+        (CONFIG_FILE, config(lambda c: {k: c[k] for k in c if k != "num_classes"}), "num_classes is missing"),
+        (CONFIG_FILE, config(lambda c: c | {"num_classes": "5"}), "num_classes is '5'"),
+        (CONFIG_FILE, config(lambda c: c | {"num_classes": True}), "num_classes is True"),
+        (CONFIG_FILE, config(lambda c: c | {"num_classes": 0}), "num_classes is 0"),
+        (CONFIG_FILE, config(lambda c: c | {"_class_name": "Other"}), "not the config of a"),
+        (CONFIG_FILE, config(lambda c: [c]), "not the config of a"),
     ],
 )
-def test_weights_that_do_not_fit(model, folder, change, named):
-    save_file(change(load_file(folder / WEIGHTS_FILE)), folder / WEIGHTS_FILE)
+def test_what_does_not_fit_is_refused_by_name(model, folder, file, damage, named):
+    damage(folder)
     message = complaint(lambda: type(model).from_pretrained(folder))
-    assert named in message and str(folder / WEIGHTS_FILE) in message
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        (lambda c: c | {"colour": 3}, "unknown key colour"),
-        (lambda c: {k: v for k, v in c.items() if k != "num_classes"}, "num_classes is missing"),
-        (lambda c: c | {"num_classes": "5"}, "num_classes is '5'"),
-        (lambda c: c | {"num_classes": True}, "num_classes is True"),
-        (lambda c: c | {"num_classes": 0}, "num_classes is 0"),
-        (lambda c: c | {"_class_name": "Other"}, "not the config of a"),
-        (lambda c: [c], "not the config of a"),
-    ],
-)
-def test_configs_that_do_not_fit(model, folder, change, named):
-    edit(folder, change)
-    message = complaint(lambda: type(model).from_pretrained(folder))
-    assert named in message and str(folder / CONFIG_FILE) in message
+    assert named in message and str(folder / file) in message
 
 
 def test_missing_and_damaged_files(model, folder):
-    load = type(model).from_pretrained
+    load, whole = type(model).from_pretrained, (folder / WEIGHTS_FILE).read_bytes()
+    for share in (0.0, 0.001, 0.1, 0.9999):
+        (folder / WEIGHTS_FILE).write_bytes(whole[: int(share * len(whole))])
+        assert f"{folder / WEIGHTS_FILE}: damaged" in complaint(lambda: load(folder))
     (folder / WEIGHTS_FILE).unlink()
     assert f"{WEIGHTS_FILE}: is missing" in complaint(lambda: load(folder))
     for content in (b'{"_class_name": ', b"\xff\xfe"):

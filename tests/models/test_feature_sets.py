@@ -78,13 +78,6 @@ def test_locations_are_row_major_and_contiguous():
     assert found.is_contiguous()
 
 
-def test_half_precision_maps_give_float32_sets():
-    x = torch.randn(2, 3, 8, 8).bfloat16()
-    for name, value in feature_sets("f", x).items():
-        assert value.dtype == torch.float32, name
-        torch.testing.assert_close(value, feature_sets("f", x.float())[name])
-
-
 def test_root_mean_square():
     x = np.random.default_rng(0).standard_normal((2, 3, 4, 5)).astype(np.float32)
     expected = np.sqrt((x.astype(np.float64) ** 2).mean(axis=(2, 3)) + 1e-6)

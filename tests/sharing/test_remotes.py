@@ -196,7 +196,9 @@ def test_what_one_clone_pushes_another_pulls(world, place):
 
 
 @pytest.mark.slow
-def test_experiments_go_to_a_folder_given_by_hand(world):
+def test_experiments_go_to_a_folder_given_by_hand_and_not_to_the_default(world):
+    other = world.folder / "other"
+    world.refer_to("store/results", **{"core": {"remote": "other"}, 'remote "other"': {"url": str(other)}})
     world.commit()
     world.run("git", "init", "--quiet", "--bare", str(world.folder / "origin"))
     world.run("git", "remote", "add", "origin", str(world.folder / "origin"))
@@ -205,15 +207,7 @@ def test_experiments_go_to_a_folder_given_by_hand(world):
     world.run(*REMOTE, "--remote", "store:by hand", "--", "dvc", "exp", "push", "origin", "tried")
     assert "refs/exps/" in world.run("git", "ls-remote", "origin").stdout
     assert len([file for file in world.files() if file.is_relative_to(world.store / "by hand")]) == 3
-
-
-@pytest.mark.slow
-def test_another_default_of_dvc_is_left_alone(here):
-    other = here.folder / "other"
-    here.refer_to("store/results", **{"core": {"remote": "other"}, 'remote "other"': {"url": str(other)}})
-    here.run(*DVC, "repro")
-    assert run_remote("--", "dvc", "push", "out") == 0
-    assert len(here.files()) == 3 and not other.exists()
+    assert not other.exists()
 
 
 def test_only_the_command_gets_the_password(world):
@@ -300,6 +294,8 @@ def test_what_dvc_refers_to_must_be_clear(here, capsys, tmp_path, monkeypatch):
     assert "no reference to an rclone remote; name one of a, b" in refused(capsys, *pull, "--remote=c")
     here.refer_to("store/a", "store//b", core={"remote": "b"})
     assert "store:/b: there is no such folder" in refused(capsys, *pull)
+    here.refer_to("store//a", core={"remote": "c"}, **{'remote "c"': {"url": "/c"}})
+    assert "store:/a: there is no such folder" in refused(capsys, *pull)  # ours, though c is the default
     here.refer_to()
     assert "refers to no rclone remote; dvc remote add NAME remote://drift-remote/" in refused(capsys, *pull)
     here.config.write_text("[unclosed\n")
