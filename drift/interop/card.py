@@ -49,16 +49,16 @@ def export_pipeline(
 ) -> list[tuple[str, int]]:
     """Write the generator in `source` as a folder for `DriftPipeline.from_pretrained`, with a model card.
 
-    `source` is a folder of the drift stage or of a pipeline, `weights` a copy of its weights, and `vae` the
-    folder or hub id of another VAE than it names. Without `include_vae` the VAE is only named, by its hub id.
-    `destination` is made whole or not at all; with `force` it replaces what is there.
+    `source` is a folder of the drift stage or of a pipeline, `weights` names a copy of its weights, and `vae`
+    is the folder or hub id of another VAE than it names. Without `include_vae` the VAE is only named, by its
+    hub id. `destination` appears whole or not at all; `force` replaces what is there.
 
     Returns the files and their sizes in bytes. Raises `UserError` if something is missing or damaged, if the
-    metrics are those of another generator, or if `destination` exists.
+    metrics belong to another generator, or if `destination` exists.
     """
     source, destination = Path(source), Path(destination)
     if destination.exists() and not force:
-        raise UserError(f"{destination}: is there already; name another folder, or add --force")
+        raise UserError(f"{destination}: exists already; name another folder, or add --force")
     check_output(destination)
     measured = None if card.metrics is None else _read_metrics(card.metrics, source, weights)
     pipeline = DriftPipeline.from_pretrained(source, vae=vae, variant=weights)
@@ -144,7 +144,6 @@ def _read_metrics(path: Path, source: Path, weights: str) -> dict[str, Any]:
     folder = source / "generator" if (source / INDEX_FILE).is_file() else source
     if not set(map(sha256, model_files(folder, weights))) <= digests:
         raise UserError(
-            f"{path}: these are the metrics of another generator than {weights} in {folder}; run fid on this "
-            "one, or add --no-metrics"
+            f"{path}: belongs to another generator than {weights} in {folder}; run fid, or add --no-metrics"
         )
     return measured

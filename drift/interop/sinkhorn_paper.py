@@ -9,7 +9,6 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from drift.interop.release import fill, rename, translate
 from drift.models.base import uninitialized
@@ -40,8 +39,8 @@ def import_sinkhorn_mae(checkpoint: str | Path, destination: str | Path) -> Sink
     """Write the EMA weights of the MAE `checkpoint` (`ckpt_final.pt`) as a folder of ours.
 
     Returns the model, which `LatentMAE.from_pretrained` loads from there. Raises `UserError` if the file is
-    missing, damaged or another's, if it does not hold exactly the parameters of its `mae_cfg`, or if
-    `destination` cannot be written.
+    missing or damaged, if it does not hold exactly the parameters of its `mae_cfg`, or if `destination`
+    cannot be written.
     """
     checkpoint = Path(checkpoint)
     content = _load_checkpoint(checkpoint)
@@ -53,24 +52,16 @@ def import_sinkhorn_mae(checkpoint: str | Path, destination: str | Path) -> Sink
             "name its ckpt_final.pt"
         ) from None
     try:
-        model = convert_sinkhorn_mae(shadow, config)
+        sizes = translate(config, _KEYS, {"conv1_stride": 1}, set(), "mae_cfg")
+        model = uninitialized(lambda: SinkhornMAE(**sizes))
+        views = {rename(name, _WORDS): value for name, value in model.named_parameters()}
+        params = {name: value.float().numpy() for name, value in without_wrappers(shadow).items()}
+        fill(model, views, params, "mae_cfg")
     except UserError as error:
         raise UserError(f"{checkpoint}: {error}") from None
     check_writable(destination)
     model.save_pretrained(destination)
     return model
-
-
-def convert_sinkhorn_mae(shadow: Mapping[str, Tensor], mae_cfg: Mapping[str, Any]) -> SinkhornMAE:
-    """A SinkhornMAE in evaluation mode from that code's `mae_cfg` and its weights by name.
-
-    Raises `UserError` naming the first key or weight that does not fit.
-    """
-    sizes = translate(mae_cfg, _KEYS, {"conv1_stride": 1}, set(), "mae_cfg")
-    model = uninitialized(lambda: SinkhornMAE(**sizes))
-    views = {rename(name, _WORDS): value for name, value in model.named_parameters()}
-    params = {name: value.float().numpy() for name, value in without_wrappers(shadow).items()}
-    return fill(model, views, params, "mae_cfg")
 
 
 def _load_checkpoint(path: Path) -> Mapping[str, Any]:

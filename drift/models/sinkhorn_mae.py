@@ -81,5 +81,5 @@ class SinkhornMAE(LatentMAE):
         return sets
 
     def _decode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits are `[B, 0]`."""
+        """There is no class head: the logits are `[B, 0]`."""
         return self.decoder(self.encoder(x)), x.new_zeros(len(x), 0)

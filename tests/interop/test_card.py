@@ -60,7 +60,7 @@ def test_metrics_of_another_generator_do_not_get_into_a_card(generator_folder, t
 
     other = metrics_of(write_generator(tmp_path / "other", seed=1), tmp_path / "other.json")
     own = metrics_of(generator_folder, tmp_path / "own.json")
-    assert f"{other}: these are the metrics of another generator" in refused(generator_folder, other)
+    assert f"{other}: belongs to another generator than model in" in refused(generator_folder, other)
     export_pipeline(generator_folder, tmp_path / "pipeline", Card("x"))
     assert "another generator" in refused(tmp_path / "pipeline", other)
     assert "no local folder" in refused("someone/generator", own)
