@@ -41,8 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     store = LatentStore.open(args.latents)
     check_latents(store, settings, "center")
     encoder = load_encoders(settings.features, mae=args.mae)
-    code = spawn("stages.drift", argv, wanted_processes(args.nproc, hardware.processes))
-    if code is not None:
+    if (code := spawn("stages.drift", argv, wanted_processes(args.nproc, hardware.processes))) is not None:
         return code
 
     decides = {
