@@ -2,10 +2,10 @@
 
     python -m stages.mae --latents artifacts/latents/augmented --out artifacts/mae
 
-Writes OUT/config.json, diffusion_pytorch_model.safetensors (EMA weights), settings.yaml and logs.jsonl, and
-for DVC's plots the training curve and the error on held-out images. A run that was killed goes on from its
-last checkpoint. With `mae.source`, nothing is trained: the encoder there becomes OUT, and its error on the
-latents is measured. Where no encoder of `features` is the MAE, OUT only says so.
+Writes OUT/config.json, diffusion_pytorch_model.safetensors (EMA weights), settings.yaml and logs.jsonl; and
+for DVC's plots, the training curve and the error on held-out images. A run that was killed goes on from its
+last checkpoint. With `mae.source`, nothing is trained: that encoder becomes OUT, and its error on the latents
+is measured. If no encoder of `features` is the MAE, OUT only says so.
 """
 
 import shutil
