@@ -2,9 +2,9 @@
 
     python -m stages.drift --latents artifacts/latents/center --mae artifacts/mae --out artifacts/generator
 
-Writes OUT/config.json, diffusion_pytorch_model.safetensors (the first EMA; the others are variants such as
-diffusion_pytorch_model.ema_0999.safetensors), classes.json (their names), settings.yaml and logs.jsonl, and
-the training curve for DVC's plots. A run that was killed goes on from its last checkpoint.
+Writes OUT/config.json, diffusion_pytorch_model.safetensors (the first EMA; others are variants such as
+diffusion_pytorch_model.ema_0999.safetensors), classes.json (names of the classes), settings.yaml and
+logs.jsonl; and for DVC's plots, the training curve. A run that was killed goes on from its last checkpoint.
 """
 
 import sys
@@ -41,8 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     store = LatentStore.open(args.latents)
     check_latents(store, settings, "center")
     encoder = load_encoders(settings.features, mae=args.mae)
-    code = spawn("stages.drift", argv, wanted_processes(args.nproc, hardware.processes))
-    if code is not None:
+    if (code := spawn("stages.drift", argv, wanted_processes(args.nproc, hardware.processes))) is not None:
         return code
 
     decides = {

@@ -2,10 +2,10 @@
 
     python -m stages.mae --latents artifacts/latents/augmented --out artifacts/mae
 
-Writes OUT/config.json, diffusion_pytorch_model.safetensors (EMA weights), settings.yaml and logs.jsonl, and
-for DVC's plots the training curve and the error on held-out images. A run that was killed goes on from its
-last checkpoint. With `mae.source`, nothing is trained: the encoder there becomes OUT, and its error on the
-latents is measured. Where no encoder of `features` is the MAE, OUT only says so.
+Writes OUT/config.json, diffusion_pytorch_model.safetensors (EMA weights), settings.yaml and logs.jsonl; and
+for DVC's plots, the training curve and the error on held-out images. A run that was killed goes on from its
+last checkpoint. With `mae.source`, nothing is trained: that encoder becomes OUT, and its error on the latents
+is measured. If no encoder of `features` is the MAE, OUT only says so.
 """
 
 import shutil
@@ -45,12 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     settings = load_settings(args.params)
     hardware = settings.hardware
-    check_output(args.out)
-    for path in (args.plot, args.held_out_plot):
+    plots = {args.plot: PLOT_COLUMNS, args.held_out_plot: HELD_OUT_COLUMNS}
+    for path in (args.out, *plots):
         check_output(path)
     store = LatentStore.open(args.latents)
     check_latents(store, settings, settings.mae.view)
-    plots = {args.plot: PLOT_COLUMNS, args.held_out_plot: HELD_OUT_COLUMNS}
     if not settings.needs_mae:
         publish_none(args.out, plots)
         return 0
@@ -63,8 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         encoder = open_encoder(source, store)
         files = {path.name: sha256(path) for path in model_files(Path(source))}
         decides["mae"] = {"source": source, **files}
-    code = spawn("stages.mae", argv, wanted_processes(args.nproc, hardware.processes))
-    if code is not None:
+    if (code := spawn("stages.mae", argv, wanted_processes(args.nproc, hardware.processes))) is not None:
         return code
 
     remarks = settings.remarks("mae")
@@ -87,10 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def publish_none(out: Path, plots: Mapping[Path, Sequence[str]]) -> None:
-    """Write what stands in for an MAE where no encoder of `features` is one: a note, and empty curves."""
-    with Work(
-        "mae", {"needed": False}, remarks=["no encoder of features is the MAE: nothing to train"]
-    ) as work:
+    """Write what stands in for an MAE that no encoder of `features` needs: a note, and empty curves."""
+    remarks = ["no encoder of features is the MAE: nothing to train"]
+    with Work("mae", {"needed": False}, remarks=remarks) as work:
         export = work.folder / "export"
         export.mkdir(exist_ok=True)
         write_json(export / "config.json", {"needed": False})

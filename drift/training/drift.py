@@ -1,8 +1,8 @@
 """Training of the generator (paper Alg. 1).
 
-A step draws for every class slot omega, N noises, P real samples of the class and U of any class. It
-generates N samples, and the drifting loss in the encoder's features gives the gradient. With `negatives:
-second_batch` another N samples repel the first. `hardware.classes_per_pass` takes some classes at a time.
+For each of Nc class slots, a step draws omega, N noises, P real samples of the class and U of any class. It
+generates N samples; the drifting loss in the encoder's features gives the gradient. With `negatives:
+second_batch`, another N samples repel the first.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,18 +34,18 @@ from drift.training.schedule import draw_omega
 
 
 def plot_columns(field: FieldSettings) -> list[str]:
-    """What of each line of `logs.jsonl` goes into DVC's plots."""
+    """The columns of `logs.jsonl` for DVC's plots."""
     per_temperature = [f"{name}_{tau:g}" for name in _by_temperature(field) for tau in field.temps]
     return ["loss", *_by_temperature(field), *per_temperature, "scale", "grad_norm", "lr"]
 
 
 def _by_temperature(field: FieldSettings) -> list[str]:
-    """Statistics of `drifting_loss` that have one value per temperature."""
+    """Statistics of `drifting_loss` with one value per temperature."""
     return ["drift_rms", "neighbours", *COUPLINGS[field.coupling].statistics]
 
 
 def generator_config(options: Drift, store: LatentStore) -> dict[str, Any]:
-    """Sizes of the generator of `options` for the latents of `store`."""
+    """Sizes of the generator for the latents of `store`."""
     _, channels, height, _ = store.shape
     return {
         "in_channels": channels,
@@ -63,7 +63,7 @@ def generator_config(options: Drift, store: LatentStore) -> dict[str, Any]:
 
 
 class Batch(NamedTuple):
-    """What a process needs of the data in a step; latents as they are fetched."""
+    """This process's share of what a step draws, with latents as `LatentReader.fetch` gives them."""
 
     classes: Tensor
     """`[Nc]`"""
@@ -74,28 +74,30 @@ class Batch(NamedTuple):
     unconditional: Tensor
     """`[Nc, U, ...]`"""
     noise: Mapping[str, tuple[Tensor, Tensor]]
-    """For `generated` and `negatives`: noise `[Nc, N, C, H, W]` and style indices `[Nc, N, S]`."""
+    """Of `generated` and `negatives`: noise `[Nc, N, C, H, W]` and style indices `[Nc, N, S]`."""
 
 
 class GeneratorTraining(Task[Batch]):
     """The drift stage: a generator that follows the drift field in the features of a frozen encoder."""
 
     name = "drift"
+    model: Generator
+    options: Drift
 
     def __init__(self, store: LatentStore, encoder: Encoder, options: Drift, field: FieldSettings, run: Run):
         seed, hardware, ranks, _ = run
         self.options, self.ema_decays, self._field = options, options.ema_decays, field
         self._seed, self._ranks, self.at_once = seed, ranks, hardware.classes_per_pass
         share = ranks.share(options.classes_per_step, "drift.classes_per_step")
-        self._slots = range(share.start, share.stop)  # of the Nc class slots, those of this process
+        self._slots = range(share.start, share.stop)  # this process's class slots
         self.count = len(self._slots)
         torch.manual_seed(derive_seed(seed, "drift/init"))
-        self.model = Generator(**generator_config(options, store)).to(ranks.device)
+        self.model = Generator(**generator_config(options, store))
         self.model.activation_checkpointing = hardware.activation_checkpointing
         self._encoder = encoder.to(ranks.device)
         if hardware.compile:
-            if ranks.device.type == "cuda":  # where, uncompiled, every GroupNorm would copy its input back
-                encoder.to(memory_format=torch.channels_last)
+            if ranks.device.type == "cuda":  # uncompiled, every GroupNorm would copy its input back
+                encoder.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
             self._encoder = CompiledEncoder(encoder)
         self._reader = LatentReader(store, ranks.device, on_device=hardware.latents_on_device)
         self._real = RealSamples(store, options, seed)
@@ -106,7 +108,7 @@ class GeneratorTraining(Task[Batch]):
         )
 
     def prepare(self, step: int) -> Batch:
-        """Draw classes, omega, real samples and noise; a function of (seed, step, slot)."""
+        """Draw classes, omega, real samples and noise, as a function of (seed, step, slot)."""
         count, device = self.options.classes_per_step, self._ranks.device
         classes, of_class, of_any = self._real.draw(step, self._slots)
         omega = draw_omega(count, self.options, torch_generator(self._seed, "drift/omega", step))
@@ -123,18 +125,19 @@ class GeneratorTraining(Task[Batch]):
         )
 
     def _draw(self, what: str, step: int) -> tuple[Tensor, Tensor]:
+        """Noise and style indices of this process's slots."""
         config, n = self.model.config, self.options.generated
+        size = n, config["in_channels"], config["input_size"], config["input_size"]
+        entries, codebooks = config["style_entries"], config["style_codebooks"]
         noise, style = [], []
         for slot in self._slots:
             generator = torch_generator(self._seed, what, step, slot)
-            size = (n, config.in_channels, config.input_size, config.input_size)
             noise.append(torch.randn(size, generator=generator))
-            entries = torch.randint(config.style_entries, (n, config.style_codebooks), generator=generator)
-            style.append(entries)
+            style.append(torch.randint(entries, (n, codebooks), generator=generator))
         return pinned(torch.stack(noise), self._ranks.device), pinned(torch.stack(style), self._ranks.device)
 
     def totals(self, network: nn.Module, batch: Batch, parts: Sequence[slice]) -> Mapping[str, Totals] | None:
-        """S and lambda of all classes of a step, where it is taken in parts."""
+        """S and lambda of all classes of a step that is taken in parts."""
         if len(parts) == 1 or self._field.normalization_scope != "batch":
             return None
         with torch.no_grad():
@@ -146,18 +149,18 @@ class GeneratorTraining(Task[Batch]):
         self, network: nn.Module, batch: Batch, part: slice, totals: Mapping[str, Totals] | None
     ) -> tuple[Tensor, Tree]:
         """The drifting loss of some classes."""
-        *samples, negatives = self._samples(network, batch, part)
+        samples = self._samples(network, batch, part)
         execution = replace(self._execution, totals=totals)
         with autocast(self._ranks, self.options.precision):
             loss, statistics = drift_objective(
-                *samples, self._encoder, self._field, negatives=negatives, execution=execution
+                *samples[:4], self._encoder, self._field, negatives=samples.negatives, execution=execution
             )
         for of_set in statistics.values():
             of_set["drift_rms"] = of_set["drift_rms"].square()  # whose mean over parts has a meaning
-        return loss, {"loss": loss, "feature_sets": statistics}
+        return loss, {"feature_sets": statistics}
 
     def _samples(self, network: nn.Module, batch: Batch, part: slice) -> Samples:
-        """Generate the samples of some classes, and bring the real ones to the device."""
+        """Generate the samples of some classes, and move the real ones to the device."""
         negatives = None
         if self._field.negatives == "second_batch":
             with torch.no_grad():
@@ -174,27 +177,29 @@ class GeneratorTraining(Task[Batch]):
         n = self.options.generated
         noise, style = (self._place(x[part].flatten(0, 1)) for x in batch.noise[what])
         labels, omega = (self._place(x[part]).repeat_interleave(n) for x in (batch.classes, batch.omega))
-        # Of its own for each call: autocast would reuse weights that it has cast without a graph
+        # One autocast for each call: a longer one would reuse weights that it has cast without a graph
         with autocast(self._ranks, self.options.precision):
             return network(noise, labels, omega, style).unflatten(0, (-1, n))  # [Nc, N, C, H, W]
 
     def _place(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._ranks.device, non_blocking=True)
 
-    def summary(self, statistics: Tree) -> Tree:
-        """Means over the feature sets, of each temperature and of all; then the sets one by one.
+    def summary(self, means: Tree) -> Tree:
+        """Means over the feature sets, for each temperature and for all of them; then the sets one by one.
 
         `drift_rms_<tau>` is the RMS of the raw drift before each temperature's normalisation, in units of
         S, and `drift_rms` its mean over temperatures: the number that falls while the generator learns. The
         normalised loss stays about one per temperature and feature set by construction.
         """
-        sets = statistics["feature_sets"]
-        sets = {name: {**of_set, "drift_rms": of_set["drift_rms"].sqrt()} for name, of_set in sets.items()}
-        summary = {"loss": statistics["loss"]}
+        sets = {
+            name: {**of, "drift_rms": of["drift_rms"].sqrt()} for name, of in means["feature_sets"].items()
+        }
+        summary = {}
         for name in _by_temperature(self._field):
-            means = torch.stack([of_set[name] for of_set in sets.values()]).mean(dim=0)  # [T]
-            summary[name] = means.mean()
-            summary |= {f"{name}_{tau:g}": mean for tau, mean in zip(self._field.temps, means, strict=True)}
+            by_temperature = torch.stack([of_set[name] for of_set in sets.values()]).mean(dim=0)  # [T]
+            summary[name] = by_temperature.mean()
+            each = zip(self._field.temps, by_temperature, strict=True)
+            summary |= {f"{name}_{tau:g}": mean for tau, mean in each}
         summary["scale"] = torch.stack([of_set["scale"] for of_set in sets.values()]).mean()
         return {**summary, "feature_sets": sets}
 
@@ -202,9 +207,9 @@ class GeneratorTraining(Task[Batch]):
 def train_generator(
     store: LatentStore, encoder: Encoder, options: Drift, field: FieldSettings, run: Run
 ) -> tuple[Generator, list[EMA]]:
-    """Train a Generator on `store` in the features of `encoder`, going on from a checkpoint if it can.
+    """Train a Generator on `store` in the features of `encoder`, from the newest checkpoint on.
 
-    Returns the generator and one EMA per decay of `options.ema_decays`. Raises `UserError` if the classes of
+    Returns the generator, and one EMA per decay of `options.ema_decays`. Raises `UserError` if the classes of
     a step do not split over the processes, or a class has too few samples.
     """
     if run.hardware.compile and run.ranks.device.type == "cuda":
@@ -214,9 +219,9 @@ def train_generator(
 
 
 def feature_dtype(precision: str) -> torch.dtype:
-    """What features are held in: bfloat16, where convolutions in it have left no more digits.
+    """What features are held in: bfloat16 where they have no more digits, after convolutions in it.
 
-    Not float16: gradients of single features leave its range.
+    Not float16, whose range gradients of single features leave.
     """
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float32}[precision]
 
@@ -233,7 +238,7 @@ class CompiledEncoder(Encoder):
 
 
 class RealSamples:
-    """Classes, and rows of real samples, of one step after the other."""
+    """The classes and the rows of real samples of one step after the other."""
 
     def __init__(self, store: LatentStore, options: Drift, seed: int):
         self._options, self._seed = options, seed
@@ -247,7 +252,7 @@ class RealSamples:
         self._sampling.require(options.positives, options.unconditional)
 
     def draw(self, step: int, slots: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The classes of the whole step, and of the slots the rows of each class and of any."""
+        """The classes of the whole step `[Nc]`; for `slots`, rows of the class `[slots, P]` and of any."""
         options = self._options
         pushed = self._sampling.push(step, options.push_per_step)
         candidates = self._labels[pushed] if self._of_pushed else self._classes

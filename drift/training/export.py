@@ -1,4 +1,4 @@
-"""From the state of a finished run to the folder that other stages read."""
+"""From a finished run to the folder that other stages read."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -13,9 +13,9 @@ from drift.training.loop import LOG_FILE
 def export_run(
     model: PretrainedModel, emas: Sequence[EMA], folder: Path, plots: Mapping[Path, Sequence[str]]
 ) -> Path:
-    """Write `folder/export`: config, one weights file per EMA, and the log, columns of which become plots.
+    """Write `folder/export`: the config, a weights file per EMA, and the log. Returns that folder.
 
-    The weights of `model` are overwritten by the first EMA's. Returns the folder.
+    Columns of the log become `plots`. `model` gets the weights of the first EMA.
     """
     export = folder / "export"
     shutil.rmtree(export, ignore_errors=True)

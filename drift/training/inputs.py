@@ -1,4 +1,4 @@
-"""Whether the latents at hand are those that the settings ask for."""
+"""Whether latents are those that the settings ask for."""
 
 import re
 
@@ -8,18 +8,16 @@ from drift.settings import Settings
 
 
 def check_latents(store: LatentStore, settings: Settings, view: str) -> None:
-    """Refuse latents of another view, size, VAE, scale or precision than in `settings`, as far as their meta
-    file tells.
+    """Raise `UserError` if latents have another view, size, VAE, scale or precision than `settings` ask for.
 
-    The scale is compared where the VAE's config is on this machine, the revision where the settings name a
-    commit (a branch may have moved). Raises `UserError`.
+    Only what the meta file states is compared: the scale if the VAE's config is on this machine, the revision
+    if the settings name a commit (a branch may have moved).
     """
     encode = settings.encode
     expected = {"view": view, "image_size": settings.data.image_size, "vae": encode.vae}
     expected["vae_precision"] = encode.precision
     if re.fullmatch("[0-9a-f]{40}", encode.vae_revision or ""):
         expected["vae_revision"] = encode.vae_revision
-    scaling_factor = known_scaling_factor(encode.vae, encode.vae_revision)
-    if scaling_factor is not None:
+    if (scaling_factor := known_scaling_factor(encode.vae, encode.vae_revision)) is not None:
         expected["scaling_factor"] = scaling_factor
     check_meta(store, **expected)

@@ -1,4 +1,4 @@
-"""What a training run says: a progress bar, `logs.jsonl`, and the columns of it that go into DVC's plots."""
+"""What a training run tells: a progress bar, `logs.jsonl`, and columns of it for DVC's plots."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,10 +13,10 @@ from drift.runtime.progress import ProgressLog, read_log
 
 
 class RunLog:
-    """Progress bar and `logs.jsonl` of one run; silent on every process but the first.
+    """Progress bar and `logs.jsonl` of one run; silent in every process but the first.
 
-    A resumed run cuts off what an earlier one logged beyond the checkpoint, so that each step stands in
-    the file once.
+    A resumed run drops the lines that an earlier one logged beyond the checkpoint: each step stands in the
+    file once.
     """
 
     def __init__(self, path: Path, *, what: str, steps: int, start: int, active: bool):
@@ -48,7 +48,7 @@ class RunLog:
 
 
 def write_plot(log: Path, destination: Path, columns: Sequence[str]) -> None:
-    """Copy `step` and `columns` of the lines of a `logs.jsonl` that have them all into a CSV."""
+    """Write `step` and `columns` as CSV, from the lines of a `logs.jsonl` that have all of them."""
     rows = [["step", *columns]]
     for line in read_log(log):
         if line.keys() >= set(columns):
@@ -57,41 +57,38 @@ def write_plot(log: Path, destination: Path, columns: Sequence[str]) -> None:
         file.write("".join(",".join(row) + "\n" for row in rows).encode())
 
 
-Tree = Mapping[str, "torch.Tensor | Tree"]
+Tree = Mapping[str, Any]
 """Tensors by name, in groups of any depth."""
 
 
-def leaves(tree: Tree) -> Iterator[torch.Tensor]:
-    """The tensors of a tree, in order."""
-    for value in tree.values():
-        yield from leaves(value) if isinstance(value, Mapping) else (value,)
+def flattened(tree: Tree) -> torch.Tensor:
+    """The numbers of all tensors of a tree in order, float32 and without a graph."""
+    return torch.cat([leaf.detach().float().flatten() for leaf in _leaves(tree)])
 
 
-def rebuilt(tree: Tree, numbers: torch.Tensor) -> dict:
-    """A tree of the shape of `tree`, whose tensors are filled from `numbers`, one after the other."""
-    parts = iter(numbers.split([leaf.numel() for leaf in leaves(tree)]))
+def rebuilt(tree: Tree, numbers: torch.Tensor) -> dict[str, Any]:
+    """A tree of the shape of `tree`, filled with `numbers` in the order of `flattened`."""
+    pieces = iter(numbers.split([leaf.numel() for leaf in _leaves(tree)]))
 
-    def fill(part: Tree) -> dict:
-        return {k: fill(v) if isinstance(v, Mapping) else next(parts).view(v.shape) for k, v in part.items()}
+    def fill(part: Tree) -> dict[str, Any]:
+        return {k: fill(v) if isinstance(v, Mapping) else next(pieces).view(v.shape) for k, v in part.items()}
 
     return fill(tree)
 
 
-def to_numbers(values: Mapping[str, Any]) -> dict:
-    """A tree on one device as numbers and lists of numbers, in one transfer; in groups to four digits.
-
-    Numbers at its top stay what they are.
-    """
-    tree = {name: value for name, value in values.items() if not isinstance(value, float)}
-    numbers = rebuilt(tree, torch.cat([leaf.detach().float().flatten() for leaf in leaves(tree)]).cpu())
-    return {name: _plain(numbers.get(name, value)) for name, value in values.items()}
+def _leaves(tree: Tree) -> Iterator[torch.Tensor]:
+    for value in tree.values():
+        yield from _leaves(value) if isinstance(value, Mapping) else (value,)
 
 
-def _plain(value: Any, digits: int | None = None) -> Any:
+def to_numbers(tree: Tree) -> dict[str, Any]:
+    """Tensors as numbers and lists of numbers; in groups, of which there are many, to four digits."""
+    return {name: _plain(value) for name, value in tree.items()}
+
+
+def _plain(value: Any, digits: int = 17) -> Any:
     if isinstance(value, Mapping):
         return {name: _plain(part, 4) for name, part in value.items()}
     if isinstance(value, torch.Tensor):
         value = value.tolist()
-    if isinstance(value, list):
-        return [_plain(number, digits) for number in value]
-    return float(f"{value:.{digits}g}") if digits else value
+    return [_plain(one, digits) for one in value] if isinstance(value, list) else float(f"{value:.{digits}g}")

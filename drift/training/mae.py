@@ -1,12 +1,8 @@
 """Training of the latent-MAE (paper A.3): masked reconstruction, then a short phase with a class loss.
 
-Wherever a masked error is shown (log, plots, `drift inspect mae`), it is the term of the loss: the squared
-error per masked position, summed over channels. A network that knows only the mean of each of C channels of
+The masked error in the log, in plots and in `drift inspect mae` is the term of the loss: the squared error
+per masked position, summed over channels. A network that knows only the mean of each of C channels of
 variance one has an error of C.
-
-Golden numbers hold this loss and the drifting loss. None holds `negatives: second_batch` (literal loops in
-float64 do), a step taken in parts (it must agree with the whole), the optimizer and the EMA (tested against
-PyTorch and a closed form), and the losses of `pretrained/train.py`, which are this project's own.
 """
 
 import json
@@ -26,10 +22,9 @@ from drift.models.base import CONFIG_FILE
 from drift.models.ema import EMA
 from drift.models.mae import LatentMAE, draw_mask
 from drift.runtime.errors import UserError
-from drift.runtime.processes import Ranks
 from drift.runtime.progress import read_log
 from drift.runtime.seeds import derive_seed, torch_generator
-from drift.settings import Hardware, Mae
+from drift.settings import Mae
 from drift.training.log import Tree
 from drift.training.loop import LOG_FILE, Run, Task, autocast, parts, train
 
@@ -39,7 +34,7 @@ SOURCE_IMAGES = 1000
 
 
 def mae_config(options: Mae, store: LatentStore) -> dict[str, Any]:
-    """Sizes of the MAE of `options` for the latents of `store`."""
+    """Sizes of the MAE for the latents of `store`."""
     return {
         "in_channels": store.shape[1],
         "base_channels": options.width,
@@ -51,7 +46,7 @@ def mae_config(options: Mae, store: LatentStore) -> dict[str, Any]:
 
 
 def class_share(step: int, options: Mae) -> float:
-    """Share lambda of the class loss at `step`: 0, then a ramp to `finetune_weight` (paper A.3)."""
+    """Share lambda of the class loss: 0, then a ramp to `finetune_weight` (paper A.3)."""
     into = step - (options.steps - options.finetune_steps)
     if into < 0:
         return 0.0
@@ -66,11 +61,11 @@ def mae_loss(
     labels: Tensor,
     share: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The training loss, a mean over samples, its reconstruction term, and the logits of the class head.
+    """The training loss, a mean over samples; its reconstruction term; and the logits of the class head.
 
         loss = share * cross entropy + (1 - share) * masked error
 
-    `network` is a `LatentMAE`, `labels` are `[B]`; see `LatentMAE.forward` for the masked error.
+    `network` is a `LatentMAE`, whose `forward` defines the masked error; `labels` are `[B]`.
     """
     per_sample, logits = network(latents, mask)
     reconstruction = per_sample.mean()
@@ -79,7 +74,7 @@ def mae_loss(
 
 
 class Batch(NamedTuple):
-    """This process's share of a batch; latents as they are fetched."""
+    """This process's share of a batch, with latents as `LatentReader.fetch` gives them."""
 
     latents: Tensor
     labels: Tensor
@@ -91,9 +86,11 @@ class Batch(NamedTuple):
 
 
 class MAETraining(Task[Batch]):
-    """The mae stage. With `options.held_out`, some images are kept out of training to measure it on."""
+    """The mae stage. `options.held_out` images are never trained on, and measure the encoder."""
 
     name = "mae"
+    model: LatentMAE
+    options: Mae
 
     def __init__(self, store: LatentStore, options: Mae, run: Run):
         self.options, self.ema_decays, self._store, self._run = options, [options.ema_decay], store, run
@@ -104,10 +101,10 @@ class MAETraining(Task[Batch]):
         self._rows = np.setdiff1d(np.arange(len(store)), self._held_out, assume_unique=True)
         self.evaluate_every = options.evaluate_every if len(self._held_out) else None
         torch.manual_seed(derive_seed(run.seed, "mae/init"))
-        self.model = LatentMAE(**mae_config(options, store)).to(run.ranks.device)
+        self.model = LatentMAE(**mae_config(options, store))
 
     def prepare(self, step: int) -> Batch:
-        """Read latents, and draw the masks of the whole batch; a function of (seed, step)."""
+        """Read latents and draw masks, as a function of (seed, step)."""
         options, device = self.options, self._run.ranks.device
         rows = batch_rows(step, options.batch_size, len(self._rows), self._run.seed)
         rows = self._rows[rows[self._mine]]
@@ -126,23 +123,21 @@ class MAETraining(Task[Batch]):
         with autocast(ranks, self.options.precision):
             loss, reconstruction, logits = mae_loss(network, latents, masks, labels, batch.share)
         accuracy = (logits.argmax(1) == labels).float().mean()
-        return loss, {"loss": loss, "reconstruction": reconstruction, "accuracy": accuracy}
+        return loss, {"reconstruction": reconstruction, "accuracy": accuracy}
 
     def evaluate(self, weights: Mapping[str, Tensor]) -> Tree:
-        """The masked error of images that are never trained on."""
-        seed, hardware, ranks, _ = self._run
-        of_whom = self.model, weights, self._reader, self._held_out, self.options
-        return {"held_out": masked_error(*of_whom, seed=seed, hardware=hardware, ranks=ranks)}
+        """The masked error on the held-out images."""
+        error = masked_error(self.model, weights, self._reader, self._held_out, self.options, self._run)
+        return {"held_out": error}
 
 
 def train_mae(store: LatentStore, options: Mae, run: Run) -> tuple[LatentMAE, list[EMA]]:
-    """Train a LatentMAE on `store`, going on from a checkpoint if it can.
+    """Train a LatentMAE on `store` by `mae_loss`, from the newest checkpoint on.
 
-    Each step minimises `mae_loss` with the share of `class_share`. The log has the mean `loss`,
-    `reconstruction` (the masked error) and `accuracy` of the class head, which learns nothing while that
-    share is 0. With `options.held_out`, `held_out` is the masked error of images that are never trained on,
-    by the EMA weights. Raises `UserError` if the batch does not split over the processes, or nothing is left
-    to train on.
+    The log has the mean `loss`, `reconstruction` (the masked error) and `accuracy` of the class head, which
+    learns nothing while `class_share` is 0. With `options.held_out`, `held_out` is the masked error of the
+    EMA weights on images that are never trained on. Raises `UserError` if the batch does not split over the
+    processes, or nothing is left to train on.
     """
     training = MAETraining(store, options, run)
     return training.model, train(training, run)
@@ -155,27 +150,21 @@ def masked_error(
     reader: LatentReader,
     rows: np.ndarray,
     options: Mae,
-    *,
-    seed: int,
-    hardware: Hardware,
-    ranks: Ranks,
+    run: Run,
 ) -> Tensor:
-    """Mean over `rows` of the latents of the masked error, a scalar, by `model` with `weights`.
+    """The mean masked error, a scalar, of `model` with `weights` over `rows` of the latents.
 
-    Each row has the same mask every time and whichever process sees it.
+    A row has the same mask every time, in whichever process.
     """
-    mine = rows[ranks.rank :: ranks.world_size]
-    total = torch.zeros((), device=ranks.device)
-    for part in parts(len(mine), hardware.mae_micro_batch or options.batch_size):
+    ranks = run.ranks
+    mine, total = rows[ranks.rank :: ranks.world_size], torch.zeros((), device=ranks.device)
+    for part in parts(len(mine), run.hardware.mae_micro_batch or options.batch_size):
         latents = reader.place(reader.fetch(mine[part]))
         grid = model.mask_grid(*latents.shape[2:])
-        masks = [
-            draw_mask((1, *grid), options.mask_ratio, torch_generator(seed, "mae/held_out", int(row)))
-            for row in mine[part]
-        ]
-        inputs = latents, torch.cat(masks).to(ranks.device)
+        generators = (torch_generator(run.seed, "mae/held_out", int(row)) for row in mine[part])
+        masks = torch.cat([draw_mask((1, *grid), options.mask_ratio, generator) for generator in generators])
         with autocast(ranks, options.precision):
-            per_sample, _ = functional_call(model, dict(weights), inputs)
+            per_sample, _ = functional_call(model, dict(weights), (latents, masks.to(ranks.device)))
         total += per_sample.sum()
     return ranks.sum(total) / len(rows)
 
@@ -183,18 +172,18 @@ def masked_error(
 def open_encoder(source: str, store: LatentStore) -> LatentMAE:
     """The encoder in the folder `source`.
 
-    Raises `UserError` if it is not there, damaged, or for latents of other channels than those of `store`.
+    Raises `UserError` if it is missing, damaged, or for latents with other channels than those of `store`.
     """
     if not Path(source, CONFIG_FILE).is_file():
         raise UserError(
-            f"mae.source = {source}: there is no {CONFIG_FILE} in it; name the folder of an encoder that the "
-            "stage mae, drift import-release or drift import-sinkhorn has written"
+            f"mae.source = {source}: there is no {CONFIG_FILE} in it; name the folder of an encoder from the "
+            "stage mae, drift import-release or drift import-sinkhorn"
         )
     model = LatentMAE.from_pretrained(source)
-    if model.config.in_channels != store.shape[1]:
+    if (channels := model.config["in_channels"]) != store.shape[1]:
         raise UserError(
-            f"mae.source = {source}: an encoder of {model.config.in_channels} channels, but the latents in "
-            f"{store.folder} have {store.shape[1]}; name another"
+            f"mae.source = {source}: an encoder of {channels} channels, but the latents in {store.folder} "
+            f"have {store.shape[1]}; name another"
         )
     return model
 
@@ -202,20 +191,20 @@ def open_encoder(source: str, store: LatentStore) -> LatentMAE:
 def adopt_encoder(
     model: LatentMAE, source: Path, store: LatentStore, options: Mae, run: Run
 ) -> tuple[LatentMAE, list[EMA]]:
-    """In the place of `train_mae`: the model from `source`, after a look at how well it knows the latents.
+    """What stands in for `train_mae` where there is a `source`: its model, measured on the latents.
 
-    The log is that of the source with one line more, the error on held-out images, or on `SOURCE_IMAGES`
+    The log is that of the source and one more line: the error on the held-out images, or on `SOURCE_IMAGES`
     where the settings hold none out.
     """
-    seed, hardware, ranks, folder = run
-    model = model.to(ranks.device)
+    ranks = run.ranks
     count = min(options.held_out or SOURCE_IMAGES, len(store) // store.per_image - 1)
-    rows = held_out_rows(len(store), store.per_image, count, seed)
-    inputs = model.state_dict(), LatentReader(store, ranks.device, on_device=False), rows, options
-    error = float(masked_error(model, *inputs, seed=seed, hardware=hardware, ranks=ranks))
+    rows = held_out_rows(len(store), store.per_image, count, run.seed)
+    reader = LatentReader(store, ranks.device, on_device=False)
+    weights = {name: weight.to(ranks.device) for name, weight in model.state_dict().items()}
+    error = float(masked_error(model, weights, reader, rows, options, run))
     if ranks.first:
         print(f"mae: masked error of {source} on {len(rows)} latents: {error:.4g}", flush=True)
         log = read_log(source / LOG_FILE)
         lines = [*log, {"step": log[-1]["step"] if log else 0, "held_out": error}]
-        (folder / LOG_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (run.folder / LOG_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
     return model, [EMA(model, 0.0)]

@@ -1,12 +1,11 @@
 """The training objective of the generator: the drifting loss, summed over the encoder's feature sets.
 
-A step with too many classes for the memory is taken in parts. S and lambda belong to all of its classes, so
-`step_totals` goes over the parts twice before `drift_objective` gives the loss of each.
+A step with too many classes for the memory is taken in parts. S and lambda belong to all of its classes:
+`step_totals` goes over the parts twice before `drift_objective` gives the loss of each part.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +22,7 @@ Statistics = dict[str, dict[str, Tensor]]
 
 
 class Samples(NamedTuple):
-    """Latents of some classes of a step, and their CFG strengths; see `drift_objective`."""
+    """Latents of some classes of a step (see `drift_objective`), or a feature set of them."""
 
     generated: Tensor
     positives: Tensor
@@ -39,14 +38,14 @@ class Execution:
     reduce: Reduce | None = None
     """Sums over the processes that share the classes of a step, see `drifting_loss`."""
     totals: Mapping[str, Totals] | None = None
-    """`step_totals` of the step of which these are some classes."""
+    """`step_totals`, where the step is taken in parts."""
     feature_batch: int | None = None
-    """Generated samples whose activations the encoder keeps at once; beyond them, they are computed again in
-    the backward pass, as many at a time. None keeps all."""
+    """Generated samples whose activations the encoder keeps at once. If there are more, the backward pass
+    computes activations again, of as many at a time. None keeps all."""
     feature_dtype: torch.dtype = torch.float32
-    """What features of locations and patches are held in, nearly all of the memory. The field is float32 all
-    the same. Sets of one vector per sample, such as means of whole maps, stay float32: rounding has averaged
-    out in them, and samples may differ by little of their size."""
+    """What features of locations and patches, nearly all of the memory, are held in; the field stays float32.
+    So do sets of one vector per sample, such as means of whole maps: rounding has averaged out in them, and
+    samples may differ by little of their size."""
 
 
 def drift_objective(
@@ -85,10 +84,10 @@ def drift_objective(
     """
     samples = Samples(generated, positives, unconditional, omega, negatives)
     losses, statistics = [], {}
-    for name, (*vectors, second) in _feature_sets(samples, encoder, execution):
+    for name, sets in _feature_sets(samples, encoder, execution):
         totals = execution.totals[name] if execution.totals is not None else None
         loss, statistics[name] = drifting_loss(
-            *vectors, settings, negatives=second, reduce=execution.reduce, totals=totals
+            *sets[:4], settings, negatives=sets.negatives, reduce=execution.reduce, totals=totals
         )
         losses.append(loss)
     total = torch.stack(losses).sum()
@@ -99,18 +98,18 @@ def drift_objective(
 def step_totals(
     parts: Sequence[Samples], encoder: Encoder | Any, settings: FieldSettings, execution: Execution
 ) -> dict[str, Totals]:
-    """What `drift_objective` of each part of a step needs of all of them; for `normalization_scope: batch`.
+    """What `drift_objective` of one part of a step needs of all parts, for `normalization_scope: batch`.
 
-    Features are computed twice: fields need S, and S all distances.
+    Features are computed twice: the fields need S, which needs all distances.
     """
 
     def total(ask: Callable[[str, Problems], Tensor]) -> dict[str, Tensor]:
-        """What `ask` gives, summed over parts and processes: one collective for all feature sets."""
+        """The results of `ask`, summed over parts and processes: one collective for all feature sets."""
         sums: dict[str, Tensor] = {}
         for part in parts:
-            for name, (*vectors, second) in _feature_sets(part, encoder, execution):
-                with torch.autocast(vectors[0].device.type, enabled=False):
-                    problems = Problems(*vectors, settings, second, keep_bytes=0)
+            for name, sets in _feature_sets(part, encoder, execution):
+                with torch.autocast(part.generated.device.type, enabled=False):
+                    problems = Problems(*sets[:4], settings, sets.negatives, keep_bytes=0)
                     sums[name] = sums.get(name, 0) + pooled(ask(name, problems), settings)
         stacked = torch.stack(list(sums.values()))
         if execution.reduce is not None:
@@ -128,8 +127,8 @@ def step_totals(
 
 def _feature_sets(
     samples: Samples, encoder: Encoder | Any, execution: Execution
-) -> Iterator[tuple[str, tuple]]:
-    """Of every feature set by name what `drifting_loss` takes: x, pos, uncond, omega and a second batch.
+) -> Iterator[tuple[str, Samples]]:
+    """Every feature set by name: vectors `[Nc, N, L, C]` in the place of latents.
 
     A set that was looked at makes room for the next.
     """
@@ -146,21 +145,21 @@ def _feature_sets(
         x = of_generated.pop(name).unflatten(0, (classes, -1))
         counts = [latents.shape[1] for latents in given]
         pos, uncond, *second = of_fixed.pop(name).unflatten(0, (classes, -1)).split(counts, dim=1)
-        yield name, (x, pos, uncond, samples.omega, second[0] if second else None)
+        yield name, Samples(x, pos, uncond, samples.omega, *second)
 
 
 def _encode(encoder: Encoder, latents: Tensor, execution: Execution) -> dict[str, Tensor]:
-    """`encoder.encode` in batches of which each keeps its activations only while it is at work."""
-    encode, batch = partial(_encode_batch, encoder, execution.feature_dtype), execution.feature_batch
-    if batch is None or len(latents) <= batch:
+    """Feature sets, in batches that keep their activations only while they are at work."""
+
+    def encode(batch: Tensor) -> dict[str, Tensor]:
+        sets = encoder.encode(batch)
+        return {name: x.to(execution.feature_dtype) if x.shape[1] > 1 else x for name, x in sets.items()}
+
+    size = execution.feature_batch or len(latents)
+    if len(latents) <= size:
         return encode(latents)
     if torch.is_grad_enabled() and latents.requires_grad:
-        parts = [checkpoint(encode, part, use_reentrant=False) for part in latents.split(batch)]
+        parts = [checkpoint(encode, part, use_reentrant=False) for part in latents.split(size)]
     else:
-        parts = [encode(part) for part in latents.split(batch)]
+        parts = [encode(part) for part in latents.split(size)]
     return {name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}
-
-
-def _encode_batch(encoder: Encoder, dtype: torch.dtype, latents: Tensor) -> dict[str, Tensor]:
-    """Sets of more than one vector per sample in `dtype`."""
-    return {name: x.to(dtype) if x.shape[1] > 1 else x for name, x in encoder.encode(latents).items()}

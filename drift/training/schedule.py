@@ -1,4 +1,4 @@
-"""Learning rate over steps, and the distribution of omega."""
+"""The learning rate over the steps, and the distribution of omega."""
 
 import math
 
@@ -9,9 +9,9 @@ from drift.settings import Drift, Optimizer
 
 
 def learning_rate(step: int, options: Optimizer) -> float:
-    """Learning rate of step 0, 1, ...: a line up to `lr`, then constant or a half cosine.
+    """The learning rate of step 0, 1, ...: a linear warm-up to `lr`, then constant or a half cosine.
 
-    The cosine ends at `lr_final * lr` after the last step.
+    After the last step, the cosine has reached `lr_final * lr`.
     """
     constant = one_of("lr_schedule", options.lr_schedule, "constant", "cosine") == "constant"
     low, peak, warmup = options.warmup_start_lr, options.lr, options.warmup_steps
@@ -26,8 +26,8 @@ def learning_rate(step: int, options: Optimizer) -> float:
 def draw_omega(count: int, options: Drift, generator: torch.Generator) -> torch.Tensor:
     """CFG strengths `[count]`, float32: density proportional to omega^-exponent on [min, max] (paper A.8).
 
-    Drawn by the inverse of the distribution function; exponent 1 is log-uniform. With probability
-    `no_guidance_fraction` a strength is 1 instead.
+    Drawn by the inverse distribution function; exponent 1 is log-uniform. With probability
+    `no_guidance_fraction`, a strength is 1 instead.
     """
     low, high = options.omega_min, options.omega_max
     uniform = torch.rand(count, generator=generator, dtype=torch.float64)

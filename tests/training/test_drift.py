@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,21 +39,17 @@ WFLOW = FieldSettings.wflow()
 FIELDS = {"release": RELEASE, "second": SECOND_BATCH, "wflow": WFLOW}
 
 
-def make_store(folder: Path) -> LatentStore:
+@pytest.fixture
+def store(tmp_path) -> LatentStore:
     latents = np.random.default_rng(0).standard_normal((24, 2, 4, 4)).astype(np.float16)
-    write_latents(folder, "train", latents, np.arange(24) % 4, {"num_classes": 4})
-    return LatentStore.open(folder)
+    write_latents(tmp_path / "latents", "train", latents, np.arange(24) % 4, {"num_classes": 4})
+    return LatentStore.open(tmp_path / "latents")
 
 
 def make_encoder() -> MAEEncoder:
     torch.manual_seed(0)
     model = LatentMAE(in_channels=2, base_channels=8, layers=(1, 1, 1, 1), num_classes=4, norm_groups=2)
     return MAEEncoder(model, drop_duplicates=True).requires_grad_(False)
-
-
-@pytest.fixture
-def store(tmp_path) -> LatentStore:
-    return make_store(tmp_path / "latents")
 
 
 def train(store, folder, field=RELEASE, ranks=ALONE, options=OPTIONS, **hardware) -> torch.Tensor:
@@ -110,16 +107,11 @@ def test_the_second_batch_is_another_draw_without_a_graph(store, tmp_path, monke
     assert none is None and torch.equal(alone, generated)
 
 
-REAL = [
-    {"sampling": "queue", "class_sampling": "uniform"},
-    {"sampling": "queue", "class_sampling": "pushed"},
-    {"sampling": "direct", "class_sampling": "uniform"},
-]
-
-
-@pytest.mark.parametrize("how", REAL, ids=lambda how: "-".join(how.values()))
-def test_real_samples_are_of_their_class_for_any_share_and_after_a_cut(store, how):
-    options = OPTIONS.model_copy(update=how)
+@pytest.mark.parametrize(
+    ("sampling", "class_sampling"), [("queue", "uniform"), ("queue", "pushed"), ("direct", "uniform")]
+)
+def test_real_samples_are_of_their_class_for_any_share_and_after_a_cut(store, sampling, class_sampling):
+    options = OPTIONS.model_copy(update={"sampling": sampling, "class_sampling": class_sampling})
     real, share = RealSamples(store, options, seed=0), RealSamples(store, options, seed=0)
     for step in range(5):
         classes, of_class, of_any = real.draw(step, range(4))
@@ -131,27 +123,6 @@ def test_real_samples_are_of_their_class_for_any_share_and_after_a_cut(store, ho
             assert np.array_equal(some[1], of_class[2:]) and np.array_equal(some[2], of_any[2:])
 
 
-class Rows:
-    """What `RealSamples` needs of a store: labels of images and their mirrors."""
-
-    def __init__(self, images: int, classes: int, per_image: int = 1):
-        self.labels = np.repeat(np.random.default_rng(0).permutation(images) % classes, per_image)
-        self.num_classes, self.per_image = classes, per_image
-        self.class_names = [str(label) for label in range(classes)]
-
-
-def test_classes_are_those_of_images_just_pushed():
-    """With as many pushed as classes are trained, they are the labels of these images, each as often."""
-    update = {"class_sampling": "pushed", "push_per_step": 8, "classes_per_step": 8, "queue_global": 8}
-    store = Rows(200, 6, per_image=2)
-    real = RealSamples(store, OPTIONS.model_copy(update={**update, "unconditional": 8}), seed=0)
-    for step in range(20):
-        classes, _, of_any = real.draw(step, range(8))
-        newest = of_any[0]  # all of a queue of the latest eight
-        assert np.array_equal(np.sort(classes), np.sort(store.labels[newest]))
-        assert len(set(classes)) < 8  # eight of six classes
-
-
 @pytest.mark.parametrize(
     ("preset", "published"), [("imagenet256_ablation", 16), ("imagenet256_b2", 32), ("imagenet256_l2", 16)]
 )
@@ -160,7 +131,10 @@ def test_a_class_is_trained_on_as_many_new_images_as_published(preset, published
     options = load_settings(PRESETS / f"{preset}.yaml").drift
     everything = options.model_copy(update={"positives": options.queue_per_class, "unconditional": 0})
     images = 1_280_000
-    real = RealSamples(Rows(images, 1000), everything, seed=0)
+    labels = np.random.default_rng(0).permutation(images) % 1000
+    names = [str(label) for label in range(1000)]
+    store = SimpleNamespace(labels=labels, num_classes=1000, class_names=names, per_image=1)
+    real = RealSamples(store, everything, seed=0)
     begin = images // 2 // options.push_per_step  # in the middle of an epoch, where no image comes again
     slots, seen, new = range(options.classes_per_step), {}, []
     for step in range(140):
@@ -229,14 +203,14 @@ def test_settings_that_are_declared_without_effect_change_no_bit(store, tmp_path
     assert torch.equal(one, other)
 
 
-MEMORY = [
-    {"classes_per_pass": 1},
-    {"classes_per_pass": 3, "feature_batch": 5},
-    {"classes_per_pass": 2, "feature_batch": 4, "activation_checkpointing": True},
-]
-
-
-@pytest.mark.parametrize("hardware", MEMORY, ids=str)
+@pytest.mark.parametrize(
+    "hardware",
+    [
+        {"classes_per_pass": 3, "feature_batch": 5},
+        {"classes_per_pass": 1, "feature_batch": 4, "activation_checkpointing": True},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("field", [RELEASE, SECOND_BATCH], ids=["release", "second"])
 def test_a_step_in_less_memory_is_the_same_step(store, tmp_path, field, hardware):
     one, other = train(store, tmp_path / "whole", field), train(store, tmp_path / "parts", field, **hardware)
@@ -251,16 +225,19 @@ def assert_equal_logs(found: Path, wanted: Path) -> None:
             assert line[name] == pytest.approx(other[name], rel=1e-4), name
 
 
+SHARED = (("release", RELEASE), ("second", SECOND_BATCH))
+
+
 def share_the_steps(ranks, folder):
     store = LatentStore.open(folder / "latents")
-    for name, field in (("release", RELEASE), ("second", SECOND_BATCH)):
+    for name, field in SHARED:
         weights = train(store, folder / f"{name}-run", field, ranks, classes_per_pass=1)
         torch.save(weights, folder / f"{name}-{ranks.rank}.pt")
 
 
 def test_a_step_by_two_processes_is_that_of_one(store, tmp_path):
     assert in_processes(share_the_steps, 2, tmp_path) == [0, 0]
-    for name, field in (("release", RELEASE), ("second", SECOND_BATCH)):
+    for name, field in SHARED:
         one, other = (torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True) for rank in range(2))
         assert torch.equal(one, other)
         assert relative(one, train(store, tmp_path / name, field)) < 1e-5

