@@ -20,7 +20,9 @@ METRICS, PICTURE = Path("reports/protocol.json"), Path("plots/samples.png")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("destination", metavar="FOLDER", type=Path, help="where to write")
     parser.add_argument("--force", action="store_true", help="replace FOLDER if it exists")
-    parser.add_argument("--generator", metavar="SOURCE", default=GENERATOR, help=f"({GENERATOR})")
+    parser.add_argument(
+        "--generator", metavar="SOURCE", default=GENERATOR, help="the generator (%(default)s)"
+    )
     add_versions(parser)
     parser.add_argument("--vae-by-reference", action="store_true", help="only name the VAE, by its hub id")
     parser.add_argument("--metrics", type=Path, default=METRICS, help="(%(default)s)")

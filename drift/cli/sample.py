@@ -22,7 +22,9 @@ _AT_ONCE = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", nargs="?", metavar="SOURCE", default=GENERATOR, help=f"({GENERATOR})")
+    parser.add_argument(
+        "source", nargs="?", metavar="SOURCE", default=GENERATOR, help="the generator (%(default)s)"
+    )
     add_versions(parser)
     parser.add_argument("--classes", nargs="+", metavar="CLASS", help="numbers or names (the first ten)")
     parser.add_argument("--omega", type=positive, default=1.0, help="CFG strength; 1 is none (1)")

@@ -5,9 +5,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from drift.data.bank import held_out_rows
@@ -191,22 +193,17 @@ def inspect_mae(
         "masked_error": errors,
         "feature_sets": [asdict(check) for check in checks],
     }
-    x = store.rows(shown)
-    hidden, output = fill_in(model, x, shown, options.mask_ratio, look.seed, "inspect/mask")
-    for one, error in zip(meta["shown"], masked_errors(x, output, hidden).tolist(), strict=True):
-        one["masked_error"] = error
-    captions = [f"{one['class']}  #{one['row']}  {one['masked_error']:.2f}" for one in meta["shown"]]
-    grid = bands({**found.source_pictures(shown), **_kinds(found, x, hidden, output)}, captions)
+    grid = _picture(found, model, options.mask_ratio, look.seed, meta["shown"])
     lines = [
         f"mae:          {folder}, width {model.config['base_channels']}",
         f"latents:      {store.folder}",
-        *(
-            f"masked error: {of['error']:.4f} of {of['rows']} latents ({name}); "
-            f"the channels' means: {of['of_means']:.4f}"
-            for name, of in errors.items()
-        ),
-        *feature_table(checks),
     ]
+    lines += [
+        f"masked error: {of['error']:.4f} of {of['rows']} latents ({name}); "
+        f"the channels' means: {of['of_means']:.4f}"
+        for name, of in errors.items()
+    ]
+    lines += feature_table(checks)
     warnings = _warnings(folder, model, differing, errors, checks)
     return write_inspection(out, {"mae.png": grid}, meta, lines, warnings)
 
@@ -232,17 +229,26 @@ def _require_fit(folder: Path, model: LatentMAE, store: LatentStore) -> None:
     model.mask_grid(*store.shape[2:])
 
 
-def _kinds(found: Latents, x: Tensor, hidden: Tensor, output: Tensor) -> dict[str, np.ndarray]:
-    """Pictures of latents `x [n, C, H, W]` and of what the MAE makes of them, uint8 `[n, S, S, 3]` each."""
-    original = found.decoded(x)
-    side = original.shape[1] // x.shape[2]  # pixels of one place of a latent
+def _picture(
+    found: Latents, model: LatentMAE, ratio: float, seed: int, shown: Sequence[dict[str, Any]]
+) -> Image.Image:
+    """What the MAE makes of the latents that `shown` describes, to which their masked errors are added."""
+    rows = np.array([one["row"] for one in shown])
+    latents = found.store.rows(rows)
+    hidden, output = fill_in(model, latents, rows, ratio, seed, "inspect/mask")
+    for one, error in zip(shown, masked_errors(latents, output, hidden).tolist(), strict=True):
+        one["masked_error"] = error
+    original = found.decoded(latents)
+    side = original.shape[1] // latents.shape[2]  # pixels of one place of a latent
     covered = hidden[:, 0].repeat_interleave(side, 1).repeat_interleave(side, 2).numpy()
-    return {
+    kinds = {
+        **found.source_pictures(rows),
         "latent": original,
         "masked": np.where(covered[..., None], np.uint8(_GREY), original),
-        "filled in": found.decoded(torch.where(hidden, output, x)),
+        "filled in": found.decoded(torch.where(hidden, output, latents)),
         "network": found.decoded(output),
     }
+    return bands(kinds, [f"{one['class']}  #{one['row']}  {one['masked_error']:.2f}" for one in shown])
 
 
 def _warnings(
