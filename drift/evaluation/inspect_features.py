@@ -134,17 +134,26 @@ def _measure(model: LatentMAE, store: LatentStore, rows: np.ndarray, settings: S
     return {"error": error, "of_means": of_means, "rows": len(rows)}
 
 
-def _differing(folder: Path, settings: Settings) -> list[str]:
-    """How masks and held-out images of the MAE's training differ from the settings, as far as is known."""
+def _training_warnings(folder: Path, model: LatentMAE, settings: Settings) -> list[str]:
+    """Whether the MAE's weights are finite; and whether it was trained with the settings' masks and held-out
+    images, as far as is known."""
+    warnings = []
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        warnings.append(f"{folder}: some of its weights are not finite: train it again")
     path = folder / SETTINGS_FILE
     trained = read_yaml(path, WAY_OUT)["decides"] if path.exists() else None
     if trained is None or trained["mae"].get("source"):  # from elsewhere
-        return []
+        return warnings
     # The file says what differs from the defaults
     of_mae = {key: trained["mae"].get(key, getattr(Mae(), key)) for key in _MASKING}
     then = {"seed": trained["seed"], **{f"mae.{key}": value for key, value in of_mae.items()}}
     now = {"seed": settings.seed, **{f"mae.{key}": getattr(settings.mae, key) for key in _MASKING}}
-    return [f"{key} was {then[key]}" for key in now if then[key] != now[key]]
+    if differing := ", ".join(f"{key} was {then[key]}" for key in now if then[key] != now[key]):
+        warnings.append(
+            f"{folder} was trained with other masks or held-out images than these settings have "
+            f"({differing}): those called held out here were not, and its log differs"
+        )
+    return warnings
 
 
 def inspect_mae(
@@ -166,8 +175,9 @@ def inspect_mae(
     `inspect_latents` does, and `UserError` if the MAE is not one for these latents.
     """
     folder, options = Path(folder), settings.mae
-    differing, model = _differing(folder, settings), LatentMAE.from_pretrained(folder)
+    model = LatentMAE.from_pretrained(folder)
     nn.Module.to(model, look.device)
+    warnings = _training_warnings(folder, model, settings)
     found = Latents(latents, settings, look)
     store, parts = found.store, _parts(found.store, settings)
     _require_fit(folder, model, store)
@@ -204,8 +214,7 @@ def inspect_mae(
         for name, of in errors.items()
     ]
     lines += feature_table(checks)
-    warnings = _warnings(folder, model, differing, errors, checks)
-    return write_inspection(out, {"mae.png": grid}, meta, lines, warnings)
+    return write_inspection(out, {"mae.png": grid}, meta, lines, warnings + _doubts(errors, checks))
 
 
 def _parts(store: LatentStore, settings: Settings) -> dict[str, np.ndarray]:
@@ -251,22 +260,9 @@ def _picture(
     return bands(kinds, [f"{one['class']}  #{one['row']}  {one['masked_error']:.2f}" for one in shown])
 
 
-def _warnings(
-    folder: Path,
-    model: LatentMAE,
-    differing: Sequence[str],
-    errors: Mapping[str, Mapping[str, float]],
-    checks: Sequence[FeatureSetCheck],
-) -> list[str]:
+def _doubts(errors: Mapping[str, Mapping[str, float]], checks: Sequence[FeatureSetCheck]) -> list[str]:
     """What does not look like an MAE that has learnt from these latents, one line each."""
     warnings = []
-    if differing:
-        warnings.append(
-            f"{folder} was trained with other masks or held-out images than these settings have "
-            f"({', '.join(differing)}): those called held out here were not, and its log differs"
-        )
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        warnings.append(f"{folder}: some of its weights are not finite: train it again")
     for name, numbers in errors.items():
         error, naive = numbers["error"], numbers["of_means"]
         if math.isnan(naive):

@@ -35,7 +35,7 @@ _RED = (200, 0, 0)  # an image that cannot be decoded
 
 @dataclass(frozen=True)
 class Look:
-    """How an inspection looks."""
+    """What an inspection looks at."""
 
     count: int = 32
     """Latents to decode."""
