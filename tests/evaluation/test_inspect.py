@@ -550,16 +550,13 @@ def set_meta(**changes):
         (2, set_meta(num_classes="3"), 'num_classes is "3"'),
         (2, set_meta(num_classes=2), "labels 0 to 2"),
         (2, set_meta(class_names=["a", "b"]), "class_names is"),
-        (2, set_meta(class_names=["a", "b", 3]), "class_names.2 is 3"),
         (2, set_meta(shape=[1, 2]), "shape is [1, 2]"),
         (2, set_meta(view="side"), 'view is "side"'),
         (2, set_meta(sha256={}), "sha256.latents is {}"),
         (2, set_meta(skipped_images={"count": 1}), "skipped_images.names is"),
         (2, set_meta(images=50), "49 images"),
-        (2, set_meta(images=0), "images is 0"),
         (2, set_meta(mirror=1), "mirror is 1"),
         (2, set_meta(image_size=64), "image_size is 64"),
-        (2, set_meta(scaling_factor=1.0), "scaling_factor is 1.0"),
         (2, set_meta(vae_sha256="0" * 64), "other weights of pretrained/digits_vae"),
     ],
 )
@@ -588,10 +585,7 @@ def test_a_wrong_folder_view_or_shape(world, settings, tmp_path):
 @pytest.mark.parametrize(
     ("tamper", "told"),
     [
-        (
-            lambda f: cut(f / "diffusion_pytorch_model.safetensors"),
-            "diffusion_pytorch_model.safetensors: damaged",
-        ),
+        (lambda f: cut(f / "diffusion_pytorch_model.safetensors"), "model.safetensors: damaged"),
         (lambda f: set_meta(base_channels=8)(f / "config.json"), "copying a param with shape"),
         (lambda f: (f / "settings.yaml").write_text("{"), "settings.yaml: line 1 is not YAML"),
         (shutil.rmtree, "there is no such folder"),
