@@ -32,28 +32,29 @@ WFLOW = FieldSettings.wflow()
 def vectorised(x: Tensor, pos: Tensor, uncond: Tensor, omega: Tensor, _: Tensor) -> Tensor:
     """The drifting loss as Algorithm 2 says it, each class for all its locations at once."""
     n, u, channels = x.shape[1], uncond.shape[1], x.shape[3]
-    x, pos, uncond = (t.transpose(1, 2).unbind() for t in (x, pos, uncond))  # of each class [L, *, C]
-    targets = [torch.cat(y, dim=1) for y in zip((c.detach() for c in x), uncond, pos, strict=True)]
-    distances = [torch.cdist(mine.detach(), y) for mine, y in zip(x, targets, strict=True)]
-    weights = x[0].new_ones(len(x), n + u + P)
+    of_class = [t.transpose(1, 2).unbind() for t in (x, pos, uncond)]  # of each class [L, *, C]
+    targets = [torch.cat((c.detach(), u_c, p_c), dim=1) for c, p_c, u_c in zip(*of_class, strict=True)]
+    mine = of_class[0]
+    distances = [torch.cdist(c.detach(), y) for c, y in zip(mine, targets, strict=True)]
+    weights = x.new_ones(len(x), n + u + P)
     weights[:, n : n + u] = (omega[:, None] - 1) * (n - 1) / u
     total = sum((d * w).sum() for d, w in zip(distances, weights, strict=True))
-    scale = total / (weights.sum() * n * x[0].shape[0]) / math.sqrt(channels)
+    scale = total / (weights.sum() * n * x.shape[2]) / math.sqrt(channels)
 
     mask = 100 * torch.eye(n, n + u + P, device=omega.device)
-    drifts, mean_squares = {}, dict.fromkeys(TEMPS, 0.0)
+    drifts, mean_squares = {}, dict.fromkeys(TEMPS, x.new_zeros(()))
     for c, tau in itertools.product(range(len(x)), TEMPS):
         logits = -(distances[c] / (scale * math.sqrt(channels)) + mask) / tau
         affinity = (logits.softmax(dim=-1) * logits.softmax(dim=-2)).clamp(min=1e-6).sqrt() * weights[c]
         a_neg, a_pos = affinity[..., : n + u], affinity[..., n + u :]
         w_pos, w_neg = a_pos * a_neg.sum(dim=-1, keepdim=True), a_neg * a_pos.sum(dim=-1, keepdim=True)
         drifts[c, tau] = (w_pos @ targets[c][:, n + u :] - w_neg @ targets[c][:, : n + u]) / scale
-        mean_squares[tau] += drifts[c, tau].square().mean() / len(x)
+        mean_squares[tau] = mean_squares[tau] + drifts[c, tau].square().mean() / len(x)
 
     losses = []
-    for c, mine in enumerate(x):
+    for c, samples in enumerate(mine):
         drift = sum(drifts[c, tau] / mean_squares[tau].clamp(min=1e-8).sqrt() for tau in TEMPS)
-        losses.append((mine / scale - (mine.detach() / scale + drift)).square().mean())
+        losses.append((samples / scale - (samples.detach() / scale + drift)).square().mean())
     return torch.stack(losses).mean()
 
 
@@ -80,10 +81,9 @@ def draw(classes: int, locations: int, channels: int, device: str) -> tuple[Tens
 
 
 def value_and_gradient(name: str, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    inputs[0].grad = None
     value = LOSSES[name](*inputs)
-    value.backward()
-    return value.detach(), inputs[0].grad
+    (gradient,) = torch.autograd.grad(value, inputs[:1])
+    return value.detach(), gradient
 
 
 def extra_bytes(name: str, classes: int, locations: int, channels: int, device: str) -> int:
@@ -97,21 +97,21 @@ def extra_bytes(name: str, classes: int, locations: int, channels: int, device: 
     return peak_memory(where) - before
 
 
-def measure(names: list[str], locations: int, channels: int, classes: int, repeats: int, device: str) -> dict:
+def measure(locations: int, channels: int, classes: int, repeats: int, device: str) -> dict:
     """One row of the table."""
     inputs = draw(classes, locations, channels, device)
-    results = {name: value_and_gradient(name, inputs) for name in names}  # and warm up
+    results = {name: value_and_gradient(name, inputs) for name in LOSSES}  # and warm up
     for mine, theirs in zip(results["ours"], results["vectorised"], strict=True):
         error = float((mine - theirs).norm() / theirs.norm())
         assert error < 1e-3, f"ours at {locations} x {channels} differs by {error:.1e}"
     del results
-    times = {name: [] for name in names}
+    times = {name: [] for name in LOSSES}
     for _ in range(repeats):  # in turn, so that a slow moment hits them all
-        for name in names:
+        for name in LOSSES:
             times[name] += seconds_of(partial(value_and_gradient, name, inputs), torch.device(device))
     del inputs
     extra = {}
-    for name in names:  # on a CPU each in a process of its own
+    for name in LOSSES:  # on a CPU each in a process of its own
         with multiprocessing.get_context("spawn").Pool(1) if device == "cpu" else nullcontext() as pool:
             call = pool.apply if pool else lambda function, arguments: function(*arguments)
             extra[name] = call(extra_bytes, (name, classes, locations, channels, device))
@@ -132,25 +132,25 @@ def main(argv: list[str] | None = None) -> None:
     )
     options.add_argument("--repeats", type=int, default=7)
     args = options.parse_args(argv)
-    names = list(LOSSES)
     facts = machine(torch.device(args.device))
-    print(f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}; N {N}, P {P}, U {U}")
+    print(f"N {N}, P {P}, U {U}")
+    others = [name for name in LOSSES if name != "ours"]
     print(f"{'locations':>9} {'channels':>8} {'classes':>7} {'ours: time, extra':>21}"
-          + "".join(f"{name + ': time, extra':>25}" for name in names[1:]))  # fmt: skip
+          + "".join(f"{name + ': time, extra':>25}" for name in others))  # fmt: skip
     rows = []
     for locations, channels in SHAPES:
         room = 2**24 // (N * locations * channels) if args.device == "cpu" else CLASSES
         classes = args.classes or max(1, min(CLASSES, room))
-        row = measure(names, locations, channels, classes, args.repeats, args.device)
+        row = measure(locations, channels, classes, args.repeats, args.device)
         rows.append(row)
         time, extra = row["seconds"], {name: max(1, size) for name, size in row["extra_bytes"].items()}
         line = (
             f"{locations:9} {channels:8} {classes:7} {1e3 * time['ours']:8.1f} ms {extra['ours'] >> 20:6} MiB"
         )
-        for name in names[1:]:
+        for name in others:
             line += f"{time[name] / time['ours']:15.2f}x {extra[name] / extra['ours']:7.2f}x"
         print(line, flush=True)
-    means = {n: geometric_mean(r["seconds"][n] / r["seconds"]["ours"] for r in rows) for n in names[1:]}
+    means = {n: geometric_mean(r["seconds"][n] / r["seconds"]["ours"] for r in rows) for n in others}
     print("times of ours, geometric mean: " + ", ".join(f"{name} {mean:.2f}" for name, mean in means.items()))
     write(args.json, {**facts, "n_p_u": [N, P, U], "temps": TEMPS, "rows": rows, "times_of_ours": means})
 

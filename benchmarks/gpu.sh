@@ -37,11 +37,13 @@ bench step step $at_once --steps 30
 bench long step $at_once --steps "${LONG:-2000}"
 bench mae step --stage mae
 bench field field --device cuda
-for options in "" "--precision bfloat16" "--precision bfloat16 --compile"; do
-    bench "encode${options// /}" encode --vae "${VAE:-stabilityai/sd-vae-ft-mse}" --count 2048 --batch 128 \
-        $options ${IMAGES:+--images "$IMAGES"}
+for how in "float32 false" "bfloat16 false" "bfloat16 true"; do
+    read -r precision compile <<<"$how"
+    bench "encode-$precision-compile-$compile" encode --count 2048 ${IMAGES:+--images "$IMAGES"} --set \
+        "encode.precision=$precision" "hardware.compile=$compile" hardware.encode_batch=128 ${VAE:+"encode.vae=$VAE"}
 done
-bench fid fid --images 2000 20000 --generator "${GENERATOR:-artifacts/generator}" --params "${PARAMS:-params.yaml}"
+bench fid fid --images 2000 20000 --generator "${GENERATOR:-artifacts/generator}" \
+    --preset "${PARAMS:-params.yaml}" --set 'fid.omegas=[1]'
 
 echo "figures in $OUT/"
 if [ "${#failed[@]}" -gt 0 ]; then

@@ -10,7 +10,6 @@ further step, uncompiled, is counted by torch.utils.flop_counter, and the rate s
 square matrix products. benchmarks/README.md says how to read it.
 """
 
-import argparse
 import functools
 import tempfile
 from collections.abc import Callable
@@ -21,7 +20,6 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-import yaml
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -35,7 +33,7 @@ from drift.features import MAEEncoder
 from drift.models import Generator, LatentMAE
 from drift.models.ema import EMA
 from drift.runtime.processes import Ranks
-from drift.settings import Settings, load_settings
+from drift.settings import Settings
 from drift.training.drift import train_generator
 from drift.training.log import RunLog
 from drift.training.loop import Run
@@ -183,39 +181,23 @@ def count_flops(settings: Settings, stage: str, device: torch.device) -> dict[st
     return totals
 
 
-def read_settings(args: argparse.Namespace) -> Settings:
-    """The preset with what the command line changes; on a CPU uncompiled and in float32 unless it says so."""
-    content = load_settings(args.preset).model_dump(mode="json", exclude_unset=True)
-    changes: dict[str, Any] = {}
-    if args.device == "cpu":
-        changes = {"hardware.compile": False, "drift.precision": "float32", "mae.precision": "float32"}
-    for text in args.set:
-        key, _, value = text.partition("=")
-        changes[key] = yaml.safe_load(value)
-    for key, value in changes.items():
-        *sections, name = key.split(".")
-        functools.reduce(dict.__getitem__, sections, content)[name] = value
-    return Settings.model_validate(content)
-
-
 def main(argv: list[str] | None = None) -> None:
-    options = timing.parser(__doc__)
+    options = timing.parser(__doc__, "presets/imagenet256_ablation.yaml")
     add = options.add_argument
-    add("--device", default=timing.GPU_OR_CPU)
-    add("--preset", type=Path, default=Path("presets/imagenet256_ablation.yaml"))
+    add("--device", default=timing.GPU_OR_CPU, help="on a CPU uncompiled and in float32 unless --set says so")
     add("--stage", choices=("drift", "mae"), default="drift")
     add("--steps", type=int, default=10, help="that count (10); thousands show whether it slows down")
-    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="any setting of the preset")
     add("--memory-limit", type=float, metavar="GB", help="have no more than so many 10^9 bytes of the GPU")
     args = options.parse_args(argv)
-    settings, device = read_settings(args), torch.device(args.device)
+    device, changes = torch.device(args.device), {}
+    if device.type == "cpu":
+        changes = {"hardware.compile": False, "drift.precision": "float32", "mae.precision": "float32"}
+    settings = timing.read_settings(args, changes)
     if args.memory_limit is not None:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_limit * 1e9 / total))
     facts = timing.machine(device)
-    print(
-        f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, {args.preset}, {args.stage}"
-    )
+    print(f"{args.preset}, {args.stage}")
     result = measure(settings, args.stage, device, args.steps)
     flops = count_flops(settings, args.stage, device)
     precision = (settings.mae if args.stage == "mae" else settings.drift).precision

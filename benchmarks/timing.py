@@ -6,12 +6,17 @@ import os
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import reduce
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+
+from drift.settings import Settings, load_settings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -41,7 +46,7 @@ class Split:
     def __init__(self, read: Callable[[], Any], difference: Callable[[Any, Any], float]):
         self._read, self._difference = read, difference
         self.name = "rest"
-        self._readings: list[tuple[str, Any]] | None = None  # what begins there
+        self._readings: list[tuple[str, Any]] = []  # what begins there; none before `start`
 
     def start(self) -> None:
         """Count from here on."""
@@ -50,7 +55,7 @@ class Split:
     def switch(self, name: str) -> None:
         """From here on another part is at work."""
         self.name = name
-        if self._readings is not None:
+        if self._readings:
             self._readings.append((name, self._read()))
 
     @contextmanager
@@ -67,7 +72,7 @@ class Split:
         """By part, up to now."""
         self.switch(self.name)
         totals: dict[str, float] = defaultdict(float)
-        for (name, start), (_, end) in zip(self._readings, self._readings[1:], strict=False):
+        for (name, start), (_, end) in pairwise(self._readings):
             totals[name] += self._difference(start, end)
         return dict(totals)
 
@@ -110,30 +115,49 @@ def peak_memory(device: torch.device) -> int:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures belong to."""
+    """What the figures belong to; prints it, too."""
     on_cpu = platform.processor() or platform.machine()
-    return {
+    facts = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu,
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
+    print("{device}, {threads} threads, {cores} cores, torch {torch}".format_map(facts))
+    return facts
 
 
 GPU_OR_CPU = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """The options that all have."""
-    made = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parser(description: str | None, preset: str | None = None) -> argparse.ArgumentParser:
+    """The options that all have, or all with a `preset`: its default."""
+    raw = argparse.RawDescriptionHelpFormatter
+    made = argparse.ArgumentParser(description=description, formatter_class=raw)
     made.add_argument("--json", type=Path, help="where to write all figures")
+    if preset is not None:
+        made.add_argument("--preset", type=Path, default=preset, help="the settings (%(default)s)")
+        made.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="any of the settings")
     return made
 
 
-def write(path: Path | None, content: dict[str, Any]) -> None:
+def read_settings(args: argparse.Namespace, changes: Mapping[str, Any]) -> Settings:
+    """The preset with `changes` by dotted key, and with what the command line says."""
+    content = load_settings(args.preset).model_dump(mode="json", exclude_unset=True)
+    said = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in args.set)}
+    for key, value in {**changes, **said}.items():
+        *sections, name = key.split(".")
+        reduce(dict.__getitem__, sections, content)[name] = value
+    return Settings.model_validate(content)
+
+
+def write_settings(path: Path, settings: Settings) -> None:
+    """What a stage takes as --params."""
+    path.write_text(yaml.safe_dump(settings.model_dump(mode="json", exclude_unset=True)))
+
+
+def write(path: Path | None, content: Mapping[str, Any]) -> None:
     """All figures as JSON, where a path is given."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -34,15 +34,8 @@ def test_field(tmp_path, monkeypatch):
 )
 def test_step(tmp_path, stage, network, parts):
     """The parts of a step add up to it, and a backward pass has twice the FLOPs of the forward pass."""
-    how = (
-        "--device",
-        "cpu",
-        "--preset",
-        "presets/digits.yaml",
-        "--set",
-        "mae.batch_size=8",
-        "drift.classes_per_step=2",
-    )
+    how = ("--device", "cpu", "--preset", "presets/digits.yaml")
+    how += ("--set", "mae.batch_size=8", "drift.classes_per_step=2")
     found = figures(benchmarks.step.main, tmp_path, *how, "--stage", stage, "--steps", "3")
     forward, backward = f"{network}, forward", f"{network}, backward"
     assert parts | {forward, backward} <= found["parts"].keys()
@@ -51,13 +44,22 @@ def test_step(tmp_path, stage, network, parts):
 
 
 def test_encode(tmp_path):
-    sizes = ("--count", "4", "--image-size", "32", "--batch", "2", "--workers", "0", "1")
-    found = figures(benchmarks.encode.main, tmp_path, *sizes)
+    how = ("--count", "4", "--workers", "0", "1", "--set", "encode.vae=pretrained/digits_vae")
+    found = figures(benchmarks.encode.main, tmp_path, *how, "data.image_size=32", "hardware.encode_batch=2")
     assert [row["workers"] for row in found["rows"]] == [0, 1]
 
 
 def test_fid(tmp_path):
     sizes = {"input_size": 8, "num_classes": 10, "hidden_size": 16, "depth": 1, "num_heads": 2}
     Generator(**sizes).save_pretrained(tmp_path / "generator")
-    found = figures(benchmarks.fid.main, tmp_path, "--images", "80", "--generator", f"{tmp_path}/generator")
+    found = figures(
+        benchmarks.fid.main,
+        tmp_path,
+        "--images",
+        "80",
+        "--generator",
+        f"{tmp_path}/generator",
+        "--set",
+        "fid.omegas=[1]",
+    )
     assert found["rows"][0]["images"] == 80

@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
             parent = places[""].add_parser(group, help=_GROUPS[group], description=f"{_GROUPS[group]}.")
             places[group] = parent.add_subparsers(title="what", metavar="WHAT", required=True)
         module = importlib.import_module(f"drift.cli.{re.sub('[ -]', '_', name)}")
-        about, examples, lines = module.__doc__.partition("examples:\n")
+        about, examples, lines = (module.__doc__ or "").partition("examples:\n")
         command = places[group].add_parser(
             word,
             help=about.partition("\n")[0].rstrip("."),

@@ -12,21 +12,22 @@ examples:
 import argparse
 from pathlib import Path
 
-from drift.cli.options import add_source, find_source
+from drift.cli.options import GENERATOR, add_versions, find_source
 
-METRICS = Path("reports/protocol.json")
+METRICS, PICTURE = Path("reports/protocol.json"), Path("plots/samples.png")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("destination", metavar="FOLDER", type=Path, help="where to write")
     parser.add_argument("--force", action="store_true", help="replace FOLDER if it exists")
-    add_source(parser, "--generator")
-    parser.add_argument("--vae-by-reference", action="store_true", help="only name the VAE, by its hub id")
     parser.add_argument(
-        "--metrics", type=Path, default=Path("reports/protocol.json"), help="(reports/protocol.json)"
+        "--generator", metavar="SOURCE", default=GENERATOR, help="the generator (%(default)s)"
     )
+    add_versions(parser)
+    parser.add_argument("--vae-by-reference", action="store_true", help="only name the VAE, by its hub id")
+    parser.add_argument("--metrics", type=Path, default=METRICS, help="(%(default)s)")
     parser.add_argument("--no-metrics", action="store_true", help="leave them out")
-    parser.add_argument("--picture", type=Path, default=Path("plots/samples.png"), help="(plots/samples.png)")
+    parser.add_argument("--picture", type=Path, default=PICTURE, help="(%(default)s)")
     parser.add_argument("--name", help="of the model, in the card (the folder's name)")
     parser.add_argument("--license", default="other", metavar="ID", help="of the weights, on the hub (other)")
     parser.add_argument("--dataset", metavar="ID", help="that it was trained on, on the hub")

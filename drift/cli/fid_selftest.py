@@ -12,30 +12,21 @@ examples:
 
 import argparse
 
-from drift.cli.options import add_params
+from drift.cli.options import add_params, gpu_or_cpu
 
 add_arguments = add_params
 
 
 def run(args: argparse.Namespace) -> None:
-    import torch
-
     from drift.evaluation.networks import load_feature_network
-    from drift.evaluation.reference import (
-        Reading,
-        load_statistics,
-        measure_images,
-        open_reference,
-        self_test,
-    )
+    from drift.evaluation.reference import Reading, load_statistics, measure_images, open_reference, self_test
     from drift.runtime.work import work_root
     from drift.settings import load_settings
 
     settings = load_settings(args.params)
     data, fid, hardware = settings.data, settings.fid, settings.hardware
     images = open_reference(fid.reference, data.dataset, data.root, data.classes)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = load_feature_network(fid.features, fid.mode, device, hardware.workers, fid.inception)
+    network = load_feature_network(fid.features, fid.mode, gpu_or_cpu(), hardware.workers, fid.inception)
     if images is None:
         reference = load_statistics(fid.reference, network.dimension, network.digest)
     else:

@@ -10,32 +10,23 @@ examples:
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from drift.cli.options import add_inspection, add_params, count, look, show_inspection
+from drift.cli.options import add_inspection, look
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="(artifacts/latents/<view>)")
     parser.add_argument("--view", choices=("center", "augmented"), help="center, or what FOLDER holds")
-    parser.add_argument("--count", type=count, default=32, metavar="N", help="latents to decode (32)")
-    add_params(parser)
-    add_inspection(parser, "outputs/latents-<view or name of FOLDER>")
+    add_inspection(parser, 32, "outputs/latents-<view or name of FOLDER>")
 
 
 def run(args: argparse.Namespace) -> None:
     from drift.evaluation.inspect_latents import inspect_latents
     from drift.settings import load_settings
 
-    view = args.view or (None if args.folder else "center")
-    show_inspection(
-        inspect_latents(
-            args.folder or Path("artifacts/latents", view),
-            load_settings(args.params),
-            args.out or Path(f"outputs/latents-{view or args.folder.resolve().name}"),
-            look(args),
-            view=view,
-            progress=sys.stderr.isatty(),
-        )
-    )
+    view = args.view or ("center" if args.folder is None else None)
+    folder = args.folder or Path("artifacts/latents", view or "")
+    out = args.out or Path(f"outputs/latents-{view or folder.resolve().name}")
+    lines = inspect_latents(folder, load_settings(args.params), out, look(args), view)
+    print(*lines, sep="\n")

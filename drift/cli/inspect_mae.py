@@ -14,35 +14,31 @@ examples:
 import argparse
 from pathlib import Path
 
-from drift.cli.options import add_inspection, add_params, count, look, show_inspection
+from drift.cli.options import add_inspection, count, look
 
-MAE, LATENTS = Path("artifacts/mae"), Path("artifacts/latents/center")
+MAE, LATENTS, OUT = Path("artifacts/mae"), Path("artifacts/latents/center"), Path("outputs/mae")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", nargs="?", type=Path, default=MAE, metavar="FOLDER", help=f"({MAE})")
-    parser.add_argument("--latents", type=Path, default=LATENTS, metavar="FOLDER", help=f"({LATENTS})")
-    parser.add_argument("--count", type=count, default=8, metavar="N", help="latents to show (8)")
-    parser.add_argument(
-        "--rows", type=count, default=1024, metavar="N", help="latents for the masked error (1024)"
-    )
-    parser.add_argument("--check-feature-sets", action="store_true", help="look at every feature set")
-    add_params(parser)
-    add_inspection(parser, "outputs/mae")
+    add = parser.add_argument
+    add("folder", nargs="?", type=Path, default=MAE, metavar="FOLDER", help="(%(default)s)")
+    add("--latents", type=Path, default=LATENTS, metavar="FOLDER", help="(%(default)s)")
+    add("--rows", type=count, default=1024, metavar="N", help="latents for the masked error (1024)")
+    add("--check-feature-sets", action="store_true", help="look at every feature set")
+    add_inspection(parser, 8, str(OUT))
 
 
 def run(args: argparse.Namespace) -> None:
     from drift.evaluation.inspect_features import inspect_mae
     from drift.settings import load_settings
 
-    show_inspection(
-        inspect_mae(
-            args.folder,
-            args.latents,
-            load_settings(args.params),
-            args.out or Path("outputs/mae"),
-            look(args),
-            rows=args.rows,
-            feature_sets=args.check_feature_sets,
-        )
+    lines = inspect_mae(
+        args.folder,
+        args.latents,
+        load_settings(args.params),
+        args.out or OUT,
+        look(args),
+        rows=args.rows,
+        feature_sets=args.check_feature_sets,
     )
+    print(*lines, sep="\n")

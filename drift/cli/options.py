@@ -3,8 +3,12 @@
 import argparse
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from drift.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from drift.evaluation.inspection import Look
 
 GENERATOR = "artifacts/generator"
 
@@ -32,10 +36,8 @@ def add_params(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="the settings (params.yaml)")
 
 
-def add_source(parser: argparse.ArgumentParser, name: str) -> None:
-    """The argument `name` for a generator, and what chooses among its versions."""
-    how = {} if name.startswith("-") else {"nargs": "?"}
-    parser.add_argument(name, metavar="SOURCE", default=GENERATOR, help=f"the generator ({GENERATOR})", **how)
+def add_versions(parser: argparse.ArgumentParser) -> None:
+    """What chooses among the versions of a generator SOURCE."""
     parser.add_argument("--rev", metavar="REVISION", help="take SOURCE as of this Git revision, by DVC")
     parser.add_argument(
         "--weights", default="model", metavar="NAME", help="or an EMA copy, as ema_0999 (model)"
@@ -70,8 +72,9 @@ def check_committable(params: Path, no_commit: bool) -> None:
         raise UserError(f"--params {params}: DVC goes by params.yaml; copy it there, or add --no-commit")
 
 
-def add_inspection(parser: argparse.ArgumentParser, out: str) -> None:
-    """What both inspections take."""
+def add_inspection(parser: argparse.ArgumentParser, shown: int, out: str) -> None:
+    """What both inspections take; `shown` latents unless --count says otherwise."""
+    parser.add_argument("--count", type=count, default=shown, metavar="N", help=f"latents to show ({shown})")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="which latents, which masks (0)")
     parser.add_argument(
         "--compare-images",
@@ -81,24 +84,18 @@ def add_inspection(parser: argparse.ArgumentParser, out: str) -> None:
         help="show the image of each latent, from data.root or from ROOT, which has train/<class>/ in it; "
         "refused if these are not the images that were encoded",
     )
+    add_params(parser)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help=f"where to write ({out})")
 
 
-def look(args: argparse.Namespace):
+def look(args: argparse.Namespace) -> "Look":
     """How `inspect_latents` and `inspect_mae` are to look."""
-    import torch
-
     from drift.evaluation.inspection import Look
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    compare = args.compare_images is not None
-    return Look(args.count, args.seed, compare, args.compare_images or None, device)
+    return Look(args.count, args.seed, args.compare_images, gpu_or_cpu())
 
 
-def show_inspection(found) -> None:
-    """Print the lines, warnings and files of an inspection."""
-    print("\n".join(found.lines))
-    for warning in found.warnings:
-        print(f"warning: {warning}")
-    for path in found.files:
-        print("written:", path)
+def gpu_or_cpu() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -15,14 +15,17 @@ examples:
 import argparse
 from pathlib import Path
 
-from drift.cli.options import add_source, count, find_source, positive
+from drift.cli.options import GENERATOR, add_versions, count, find_source, gpu_or_cpu, positive
 from drift.runtime.errors import UserError
 
 _AT_ONCE = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_source(parser, "source")
+    parser.add_argument(
+        "source", nargs="?", metavar="SOURCE", default=GENERATOR, help="the generator (%(default)s)"
+    )
+    add_versions(parser)
     parser.add_argument("--classes", nargs="+", metavar="CLASS", help="numbers or names (the first ten)")
     parser.add_argument("--omega", type=positive, default=1.0, help="CFG strength; 1 is none (1)")
     parser.add_argument("--seed", type=int, default=0, help="(0)")
@@ -56,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
         for start in range(0, args.count, _AT_ONCE):
             indices = range(start, min(start + _AT_ONCE, args.count))
             generators = pipe.sample_generators(args.seed, indices)
-            images = pipe([label] * len(indices), omega=args.omega, generator=generators).images
+            images = pipe([label] * len(indices), omega=args.omega, generator=generators)[0]
             if args.files:
                 (out / str(label)).mkdir(parents=True, exist_ok=True)
                 for index, image in zip(indices, images, strict=True):
@@ -81,8 +84,8 @@ def _label(pipe, name: str | int) -> int:
 def _device(name: str | None) -> str:
     import torch
 
+    device = name or gpu_or_cpu()
     try:
-        device = name or ("cuda" if torch.cuda.is_available() else "cpu")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None

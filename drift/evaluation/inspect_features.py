@@ -2,22 +2,25 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 
 from drift.data.bank import held_out_rows
 from drift.data.latents import LatentStore
-from drift.evaluation.inspection import WAY_OUT, Inspection, Latents, Look, bands, prepare_out
+from drift.evaluation.inspection import WAY_OUT, Latents, Look, bands, prepare_out, write_inspection
 from drift.models.base import model_files
 from drift.models.mae import LatentMAE, draw_mask
 from drift.runtime.errors import UserError
 from drift.runtime.files import sha256
 from drift.runtime.seeds import torch_generator
+from drift.runtime.work import SETTINGS_FILE
 from drift.runtime.yaml_files import read_yaml
 from drift.settings import Mae, Settings
 
@@ -30,25 +33,17 @@ _GREY = 128  # what is masked
 
 @dataclass(frozen=True)
 class FeatureSetCheck:
-    """Whether a feature set tells samples apart."""
+    """Whether a feature set `[M, L, C]` tells samples apart."""
 
     name: str
-    locations: int
-    """L."""
-    channels: int
-    """C."""
-    scale: float
-    """S of real samples among each other: mean distance over the root of the channels, without a guard."""
-    rms: float
-    """Of all its numbers."""
-    constant_channels: float
-    """Share of channels that are the same for all samples and locations."""
-    not_finite: float
-    """Share of its numbers that are NaN or infinite."""
-    by_construction: bool
-    """Whether it is the same for all samples whatever the weights are."""
-    problem: str | None
-    """Why no field can use it; None if it can, or if it is so by construction."""
+    locations: int  # L
+    channels: int  # C
+    scale: float  # S of real samples: mean distance over the root of C, without a guard
+    rms: float  # of all its numbers
+    constant_channels: float  # share of channels that are the same for all samples and locations
+    not_finite: float  # share of its numbers that are NaN or infinite
+    by_construction: bool  # whether it is the same for all samples whatever the weights are
+    problem: str | None  # why no field can use it; None if it can, or if it is so by construction
 
 
 @torch.inference_mode()
@@ -67,25 +62,27 @@ def check_feature_sets(
     rms = {name: float(values.square().mean().sqrt()) for name, values in sets.items()}
     checks = []
     for name, values in sets.items():
+        samples, locations, channels = values.shape
         size = rms[re.sub(r"_(mean|std)(_\d+)?$", "", name)]  # of the map, whose moments may cancel to 0
         bad = 1 - float(values.isfinite().float().mean())
         constant = float((values.flatten(0, 1).std(dim=0, correction=0) <= _CONSTANT * size).float().mean())
         vectors = (values - values.mean(dim=0)).transpose(0, 1).contiguous()  # [L, M, C]
         apart = torch.cdist(vectors, vectors, compute_mode="donot_use_mm_for_euclid_dist")
-        pairs = len(apart) * len(latents) * (len(latents) - 1)
-        scale = float(apart.sum()) / pairs / math.sqrt(values.shape[2])
-        problems = {
-            "not finite": bad > 0,
-            "constant": constant == 1,
-            "the same for every sample": scale <= _CONSTANT * size,
-            f"smaller than the field's guard ({guard:g})": scale < guard,
-        }
-        if name in constant_sets and not bad:
-            problems = {}
-        problem = next((what for what, found in problems.items() if found), None)
-        shape = values.shape[1:]
+        scale = float(apart.sum()) / (locations * samples * (samples - 1)) / math.sqrt(channels)
+        problem, by_construction = None, name in constant_sets
+        if bad:
+            problem = "not finite"
+        elif not by_construction:
+            if constant == 1:
+                problem = "constant"
+            elif scale <= _CONSTANT * size:
+                problem = "the same for every sample"
+            elif scale < guard:
+                problem = f"smaller than the field's guard ({guard:g})"
         checks.append(
-            FeatureSetCheck(name, *shape, scale, rms[name], constant, bad, name in constant_sets, problem)
+            FeatureSetCheck(
+                name, locations, channels, scale, rms[name], constant, bad, by_construction, problem
+            )
         )
     return checks
 
@@ -98,74 +95,65 @@ def _constant_by_construction(model: LatentMAE, sets: Mapping[str, Tensor]) -> s
     """
     found = {n for n in sets if n.endswith("_std") and sets[n.removesuffix("_std")].shape[1] == 1}
     for stage in range(4):
-        if model.norm_groups >= model.config.base_channels * 2**stage:
+        if model.norm_groups >= model.config["base_channels"] * 2**stage:
             moments = re.compile(rf"layer{stage + 1}(_(mean|std)(_\d+)?)?")
             found |= {n for n, values in sets.items() if moments.fullmatch(n) and values.shape[1] == 1}
     return found
 
 
-@dataclass(frozen=True)
-class Masked:
-    """Latents of some rows, what is hidden of them, and what the MAE makes of the rest."""
+@torch.inference_mode()
+def fill_in(
+    model: LatentMAE, latents: Tensor, rows: np.ndarray, ratio: float, seed: int, what: str
+) -> tuple[Tensor, Tensor]:
+    """What is hidden of `latents [n, C, H, W]`, bool `[n, 1, H, W]`, and what the MAE makes of the rest.
 
-    latents: Tensor  # [n, C, H, W]
-    hidden: Tensor  # bool [n, 1, H, W]
-    output: Tensor  # [n, C, H, W]
-    errors: Tensor
-    """`[n]`, as the stage mae computes and logs them."""
-
-    @classmethod
-    @torch.inference_mode()
-    def of(
-        cls, model: LatentMAE, store: LatentStore, rows: np.ndarray, ratio: float, seed: int, what: str
-    ) -> "Masked":
-        """The mask of a row is a function of (seed, what, row)."""
-        latents, grid = store.rows(rows), model.mask_grid(*store.shape[2:])
-        masks = [draw_mask((1, *grid), ratio, torch_generator(seed, what, int(row))) for row in rows]
-        mask, size = torch.cat(masks), model.patch_size
-        hidden = mask.repeat_interleave(size, dim=1).repeat_interleave(size, dim=2)[:, None]
-        outputs, errors, device = [], [], next(model.parameters()).device
-        for x, m, h in zip(latents.split(_BATCH), mask.split(_BATCH), hidden.split(_BATCH), strict=True):
-            outputs.append(model.reconstruct(x.masked_fill(h, 0).to(device))[0].float().cpu())
-            errors.append(model(x.to(device), m.to(device))[0].float().cpu())
-        return cls(latents, hidden, torch.cat(outputs), torch.cat(errors))
-
-    def error_of_means(self) -> float:
-        """What the mean error would be if the MAE knew nothing but the mean of each channel."""
-        means = self.latents.mean(dim=(0, 2, 3))[:, None, None]
-        errors = ((self.latents - means).square() * self.hidden).sum(dim=(1, 2, 3))
-        return float((errors / self.hidden.sum(dim=(1, 2, 3)).clamp(min=1)).mean())
-
-    def pictures(self, decoded: Callable[[Tensor], np.ndarray]) -> dict[str, np.ndarray]:
-        """Decoded latent, the same with what is masked in grey, with that filled in, and the output alone."""
-        original = decoded(self.latents)
-        side = original.shape[1] // self.latents.shape[2]  # pixels of one place of a latent
-        covered = self.hidden[:, 0].repeat_interleave(side, 1).repeat_interleave(side, 2).numpy()
-        return {
-            "latent": original,
-            "masked": np.where(covered[..., None], np.uint8(_GREY), original),
-            "filled in": decoded(torch.where(self.hidden, self.output, self.latents)),
-            "network": decoded(self.output),
-        }
+    The mask of a row is a function of (seed, what, row).
+    """
+    grid = model.mask_grid(*latents.shape[2:])
+    mask = torch.cat([draw_mask((1, *grid), ratio, torch_generator(seed, what, int(row))) for row in rows])
+    hidden = mask.repeat_interleave(model.patch_size, 1).repeat_interleave(model.patch_size, 2)[:, None]
+    device = next(model.parameters()).device
+    seen = latents.masked_fill(hidden, 0).split(_BATCH)
+    return hidden, torch.cat([model.reconstruct(part.to(device))[0].float().cpu() for part in seen])
 
 
-def _differing(folder: Path, settings: Settings) -> list[str]:
-    """How masks and held-out images of the MAE's training differ from the settings, as far as is known."""
-    path = folder / "settings.yaml"
-    if not path.exists():  # from elsewhere
-        return []
-    try:
-        decides = read_yaml(path, WAY_OUT)["decides"]
-        if decides["mae"].get("source"):  # whose training is unknown
-            return []
-        # The file says what differs from the defaults
-        of_mae = {key: decides["mae"].get(key, getattr(Mae(), key)) for key in _MASKING}
-        then = {"seed": decides["seed"], **{f"mae.{key}": value for key, value in of_mae.items()}}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
-        raise UserError(f"{path}: not what the stage mae writes ({reason}); {WAY_OUT}") from None
+def masked_errors(latents: Tensor, output: Tensor, hidden: Tensor) -> Tensor:
+    """The error of `output` for each latent, `[n]`, as the stage mae computes and logs it.
+
+    The squared error summed over channels and hidden places, over the number of these places.
+    """
+    return ((latents - output).square() * hidden).sum((1, 2, 3)) / hidden.sum((1, 2, 3)).clamp(min=1)
+
+
+def _measure(model: LatentMAE, store: LatentStore, rows: np.ndarray, settings: Settings) -> dict[str, float]:
+    """The mean error of `rows`, and what it would be if the MAE knew nothing but each channel's mean."""
+    latents = store.rows(rows)
+    hidden, output = fill_in(model, latents, rows, settings.mae.mask_ratio, settings.seed, "mae/held_out")
+    means = latents.mean(dim=(0, 2, 3))[:, None, None]
+    error, of_means = (float(masked_errors(latents, guess, hidden).mean()) for guess in (output, means))
+    return {"error": error, "of_means": of_means, "rows": len(rows)}
+
+
+def _training_warnings(folder: Path, model: LatentMAE, settings: Settings) -> list[str]:
+    """Whether the MAE's weights are finite; and whether it was trained with the settings' masks and held-out
+    images, as far as is known."""
+    warnings = []
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        warnings.append(f"{folder}: some of its weights are not finite: train it again")
+    path = folder / SETTINGS_FILE
+    trained = read_yaml(path, WAY_OUT)["decides"] if path.exists() else None
+    if trained is None or trained["mae"].get("source"):  # from elsewhere
+        return warnings
+    # The file says what differs from the defaults
+    of_mae = {key: trained["mae"].get(key, getattr(Mae(), key)) for key in _MASKING}
+    then = {"seed": trained["seed"], **{f"mae.{key}": value for key, value in of_mae.items()}}
     now = {"seed": settings.seed, **{f"mae.{key}": getattr(settings.mae, key) for key in _MASKING}}
-    return [f"{key} was {then[key]}" for key in now if then[key] != now[key]]
+    if differing := ", ".join(f"{key} was {then[key]}" for key in now if then[key] != now[key]):
+        warnings.append(
+            f"{folder} was trained with other masks or held-out images than these settings have "
+            f"({differing}): those called held out here were not, and its log differs"
+        )
+    return warnings
 
 
 def inspect_mae(
@@ -177,104 +165,104 @@ def inspect_mae(
     *,
     rows: int = 1024,
     feature_sets: bool = False,
-) -> Inspection:
-    """Show what the MAE of `folder` makes of masked `latents`, and measure it.
+) -> list[str]:
+    """Show what the MAE of `folder` makes of masked `latents`, and measure it; what to tell a person.
 
-    Writes `mae.png` and `meta.json` into `out`: from above, the source image (with `look.compare`), and the
-    pictures of `Masked`; of held-out images if there are any. The masked error is that of at most `rows`
-    latents of held-out images and of as many others. `feature_sets` asks for `check_feature_sets`. Raises
-    what `inspect_latents` does, and `UserError` if the MAE is not one for these latents.
+    Writes `mae.png` and `meta.json` into `out`. From above, the picture has the source image (with
+    `look.images`), the decoded latent, the same with what is masked in grey, with that filled in, and the
+    output alone; of held-out images if there are any. The masked error is that of at most `rows` latents of
+    held-out images and of as many others. `feature_sets` asks for `check_feature_sets`. Raises what
+    `inspect_latents` does, and `UserError` if the MAE is not one for these latents.
     """
     folder, options = Path(folder), settings.mae
-    differing, model = _differing(folder, settings), LatentMAE.from_pretrained(folder).to(look.device)
+    model = LatentMAE.from_pretrained(folder)
+    nn.Module.to(model, look.device)
+    warnings = _training_warnings(folder, model, settings)
     found = Latents(latents, settings, look)
-    store, every_row = found.store, np.arange(len(found.store))
+    store, parts = found.store, _parts(found.store, settings)
     _require_fit(folder, model, store)
     if feature_sets and len(store) < 2:
         raise UserError(f"{store.folder}: features of one latent cannot be compared; name more latents")
-    # What an encoder from elsewhere has seen is unknown
-    count = options.held_out if options.source is None else 0
-    held_out = held_out_rows(len(store), store.per_image, count, settings.seed)
-    others = np.setdiff1d(every_row, held_out, assume_unique=True)
     out = prepare_out(out, latents, folder)
 
     errors = {
-        name: _masked_error(model, store, found.choose(every, rows, "inspect/rows"), settings)
-        for name, every in (("held out", held_out), ("others", others))
-        if len(every)
+        name: _measure(model, store, found.choose(part, rows, "inspect/rows"), settings)
+        for name, part in parts.items()
     }
     checks = []
     if feature_sets:
-        real = store.rows(found.choose(every_row, _FEATURE_ROWS, "inspect/features"))
+        real = store.rows(found.choose(np.arange(len(store)), _FEATURE_ROWS, "inspect/features"))
         drop, guard = settings.drops_duplicates, settings.field_settings().guards.scale
         checks = check_feature_sets(model, real.to(look.device), drop_duplicates=drop, guard=guard)
 
-    shown = found.choose(held_out if len(held_out) else others, look.count, "inspect/mae")
-    masked = Masked.of(model, store, shown, options.mask_ratio, look.seed, "inspect/mask")
-    kinds = {**found.source_pictures(shown), **masked.pictures(found.decoded)}
-    each = found.described_rows(shown)
-    for one, error in zip(each, masked.errors.tolist(), strict=True):
-        one["masked_error"] = error
-    grid = bands(kinds, [f"{one['class']}  #{one['row']}  {one['masked_error']:.2f}" for one in each])
+    shown = found.choose(next(iter(parts.values())), look.count, "inspect/mae")
     meta = {
         "mae": {"folder": str(folder), "sha256": {path.name: sha256(path) for path in model_files(folder)}},
-        **found.described(),
+        **found.described(shown),
         "settings": {"count": look.count, "seed": look.seed, "rows": rows, "mask_ratio": options.mask_ratio},
         "masked_error": errors,
-        "shown": each,
         "feature_sets": [asdict(check) for check in checks],
     }
-    lines = [f"mae:          {folder}, width {model.config.base_channels}", f"latents:      {store.folder}"]
-    lines += [*_lines(errors), *feature_table(checks)]
-    warnings = _warnings(folder, model, differing, errors, checks)
-    return Inspection(lines, warnings).write(out, {"mae.png": grid}, meta)
+    grid = _picture(found, model, options.mask_ratio, look.seed, meta["shown"])
+    lines = [
+        f"mae:          {folder}, width {model.config['base_channels']}",
+        f"latents:      {store.folder}",
+    ]
+    lines += [
+        f"masked error: {of['error']:.4f} of {of['rows']} latents ({name}); "
+        f"the channels' means: {of['of_means']:.4f}"
+        for name, of in errors.items()
+    ]
+    lines += feature_table(checks)
+    return write_inspection(out, {"mae.png": grid}, meta, lines, warnings + _doubts(errors, checks))
+
+
+def _parts(store: LatentStore, settings: Settings) -> dict[str, np.ndarray]:
+    """The rows of held-out images, if there are any, and the others."""
+    # What an encoder from elsewhere has seen is unknown
+    count = settings.mae.held_out if settings.mae.source is None else 0
+    held_out = held_out_rows(len(store), store.per_image, count, settings.seed)
+    others = np.setdiff1d(np.arange(len(store)), held_out, assume_unique=True)
+    return {"held out": held_out, "others": others} if count else {"others": others}
 
 
 def _require_fit(folder: Path, model: LatentMAE, store: LatentStore) -> None:
-    config = model.config
-    if config.input_patch_size != 1:
+    patch, channels = model.config["input_patch_size"], model.config["in_channels"]
+    if patch != 1:
+        raise UserError(f"{folder}: an MAE of pixels (input_patch_size {patch}); name one of latents")
+    if channels != store.shape[1]:
         raise UserError(
-            f"{folder}: an MAE of pixels (input_patch_size {config.input_patch_size}); name one of latents"
-        )
-    if config.in_channels != store.shape[1]:
-        raise UserError(
-            f"{folder}: an MAE of {config.in_channels} channels, but {store.folder} has latents of "
-            f"{store.shape[1]}; name latents and MAE that belong together"
+            f"{folder}: an MAE of {channels} channels, but {store.folder} has latents of {store.shape[1]}; "
+            "name latents and MAE that belong together"
         )
     model.mask_grid(*store.shape[2:])
 
 
-def _masked_error(
-    model: LatentMAE, store: LatentStore, rows: np.ndarray, settings: Settings
-) -> dict[str, float]:
-    masked = Masked.of(model, store, rows, settings.mae.mask_ratio, settings.seed, "mae/held_out")
-    return {"error": float(masked.errors.mean()), "of_means": masked.error_of_means(), "rows": len(rows)}
+def _picture(
+    found: Latents, model: LatentMAE, ratio: float, seed: int, shown: Sequence[dict[str, Any]]
+) -> Image.Image:
+    """What the MAE makes of the latents that `shown` describes, to which their masked errors are added."""
+    rows = np.array([one["row"] for one in shown])
+    latents = found.store.rows(rows)
+    hidden, output = fill_in(model, latents, rows, ratio, seed, "inspect/mask")
+    for one, error in zip(shown, masked_errors(latents, output, hidden).tolist(), strict=True):
+        one["masked_error"] = error
+    original = found.decoded(latents)
+    side = original.shape[1] // latents.shape[2]  # pixels of one place of a latent
+    covered = hidden[:, 0].repeat_interleave(side, 1).repeat_interleave(side, 2).numpy()
+    kinds = {
+        **found.source_pictures(rows),
+        "latent": original,
+        "masked": np.where(covered[..., None], np.uint8(_GREY), original),
+        "filled in": found.decoded(torch.where(hidden, output, latents)),
+        "network": found.decoded(output),
+    }
+    return bands(kinds, [f"{one['class']}  #{one['row']}  {one['masked_error']:.2f}" for one in shown])
 
 
-def _lines(errors: Mapping[str, Mapping[str, float]]) -> list[str]:
-    return [
-        f"masked error: {numbers['error']:.4f} of {numbers['rows']} latents ({name}); "
-        f"the channels' means: {numbers['of_means']:.4f}"
-        for name, numbers in errors.items()
-    ]
-
-
-def _warnings(
-    folder: Path,
-    model: LatentMAE,
-    differing: Sequence[str],
-    errors: Mapping[str, Mapping[str, float]],
-    checks: Sequence[FeatureSetCheck],
-) -> list[str]:
+def _doubts(errors: Mapping[str, Mapping[str, float]], checks: Sequence[FeatureSetCheck]) -> list[str]:
     """What does not look like an MAE that has learnt from these latents, one line each."""
     warnings = []
-    if differing:
-        warnings.append(
-            f"{folder} was trained with other masks or held-out images than these settings have "
-            f"({', '.join(differing)}): those called held out here were not, and its log differs"
-        )
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        warnings.append(f"{folder}: some of its weights are not finite: train it again")
     for name, numbers in errors.items():
         error, naive = numbers["error"], numbers["of_means"]
         if math.isnan(naive):

@@ -3,7 +3,8 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,49 +35,26 @@ _RED = (200, 0, 0)  # an image that cannot be decoded
 
 @dataclass(frozen=True)
 class Look:
-    """How an inspection looks."""
+    """What an inspection looks at."""
 
     count: int = 32
     """Latents to decode."""
     seed: int = 0
-    compare: bool = False
-    """Show the image of each latent."""
-    root: str | None = None
-    """Where the images are, if not in `data.root`."""
+    images: str | None = None
+    """The root of the images to show beside the latents, "" for `data.root`; None shows none."""
     device: str | torch.device = "cpu"
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What was found."""
-
-    lines: list[str]
-    """The numbers, for a person."""
-    warnings: list[str]
-    """What a person must look into, one line each; empty for latents and networks as they should be."""
-    files: list[Path] = field(default_factory=list)
-    """The pictures, and `meta.json` with all of it for a program."""
-
-    def write(self, out: Path, pictures: Mapping[str, Image.Image], meta: Mapping[str, Any]) -> "Inspection":
-        """Write the pictures, then `meta.json`; the one of an earlier inspection must not vouch for them."""
-        (out / "meta.json").unlink(missing_ok=True)
-        for name, picture in pictures.items():
-            save_png(out / name, picture)
-        content = {**meta, "warnings": self.warnings, "files": list(pictures)}
-        write_json(out / "meta.json", finite_or_none(content))
-        return Inspection(self.lines, self.warnings, [out / name for name in (*pictures, "meta.json")])
-
-
-def prepare_out(out: str | Path, *inputs: str | Path) -> Path:
-    """The folder to write into; raises `UserError` if it is one of the `inputs`, or cannot be written."""
-    if any(Path(out).resolve() == Path(folder).resolve() for folder in inputs):
-        raise UserError(f"--out {out}: is what is inspected; name another folder")
-    check_writable(out)
-    return Path(out)
 
 
 class _Meta(BaseModel):
     """What `encode` writes into the meta file; one from elsewhere may lack every key."""
+
+    class Skipped(BaseModel):
+        count: int = 0
+        names: list[str]
+
+    class Hashes(BaseModel):
+        latents: str
+        labels: str
 
     model_config = ConfigDict(strict=True)
     view: Literal["center", "augmented"] | None = None
@@ -84,21 +62,12 @@ class _Meta(BaseModel):
     class_names: list[str] | None = None
     shape: list[int] | None = None
     crops: PositiveInt | None = None
-    mirror: bool | None = None
+    mirror: bool = False
     images: PositiveInt | None = None
     images_sha256: str | None = None
-    dataset_split: str | None = None
+    dataset_split: str = "train"
     vae_sha256: str | None = None
-
-    class Skipped(BaseModel):
-        count: int
-        names: list[str]
-
-    class Hashes(BaseModel):
-        latents: str
-        labels: str
-
-    skipped_images: Skipped | None = None
+    skipped_images: Skipped = Skipped(names=[])
     sha256: Hashes | None = None
 
 
@@ -112,36 +81,34 @@ def open_latents(folder: str | Path, settings: Settings, view: str | None) -> La
         raise UserError(
             f"{folder}: there is no such folder of latents; run encode (dvc repro) or name another"
         )
-    try:
-        _Meta.model_validate(json.loads(meta_path.read_bytes()))
-    except ValidationError as error:
-        wrong = error.errors()[0]
-        if key := ".".join(map(str, wrong["loc"])):
-            found = json.dumps(wrong["input"])[:60]
-            raise UserError(f"{meta_path}: {key} is {found} ({wrong['msg']}); {WAY_OUT}") from None
-    except (OSError, ValueError):
-        pass  # `LatentStore.open` complains
+    with suppress(OSError):  # `LatentStore` complains about what cannot be read, or is no object
+        try:
+            _Meta.model_validate_json(meta_path.read_bytes())
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            if key := ".".join(map(str, wrong["loc"])):
+                found = json.dumps(wrong["input"])[:60]
+                raise UserError(f"{meta_path}: {key} is {found} ({wrong['msg']}); {WAY_OUT}") from None
     store = LatentStore.open(folder)
-    meta = store.meta
-    check_latents(store, settings, view or meta.get("view") or "center")
-    shape, names = list(store.shape), store.class_names
+    meta, shape, names = _Meta.model_validate(store.meta), list(store.shape), store.class_names
+    check_latents(store, settings, view or meta.view or "center")
     for key, fits in (
-        ("shape", meta.get("shape", shape) == shape),
+        ("shape", meta.shape in (None, shape)),
         ("class_names", len(names) == store.num_classes),
     ):
         if not fits:
             raise UserError(
-                f"{meta_path}: {key} is {json.dumps(meta[key])[:60]}, but the latents beside it are {shape}, "
-                f"of {store.num_classes} classes; {WAY_OUT}"
+                f"{meta_path}: {key} is {json.dumps(store.meta[key])[:60]}, but the latents beside it are "
+                f"{shape}, of {store.num_classes} classes; {WAY_OUT}"
             )
     _ = store.per_image  # raises UserError for a number of images that does not fit
-    if "sha256" in meta:
-        hashes = file_hashes(folder)
+    if meta.sha256 is not None:
+        found, stated = file_hashes(folder), meta.sha256.model_dump()
         for name, path in (("latents", latents_path), ("labels", labels_path)):
-            if hashes[name] != meta["sha256"][name]:
+            if found[name] != stated[name]:
                 raise UserError(
-                    f"{path}: is not what {meta_path.name} was written for (SHA-256 {hashes[name][:12]}, "
-                    f"there {meta['sha256'][name][:12]}): one of them was changed; {WAY_OUT}"
+                    f"{path}: is not what {meta_path.name} was written for (SHA-256 {found[name][:12]}, "
+                    f"there {stated[name][:12]}): one of them was changed; {WAY_OUT}"
                 )
     return store
 
@@ -149,35 +116,36 @@ def open_latents(folder: str | Path, settings: Settings, view: str | None) -> La
 class SourceImages:
     """The images that latents were encoded from, by the row of the latents."""
 
-    def __init__(self, store: LatentStore, settings: Settings, root: str | None = None):
+    def __init__(self, store: LatentStore, settings: Settings, root: str = ""):
         """Those of the settings' data, with `root` in place of `data.root` if it is given.
 
         Raises `UserError` if they are missing, or are not those that were encoded into `store`.
         """
-        data, meta = settings.data, store.meta
+        data, meta = settings.data, _Meta.model_validate(store.meta)
         _, labels_path, meta_path = latent_files(store.folder, store.split)
-        if root is not None and not Path(root).is_dir():
+        if root and not Path(root).is_dir():
             raise UserError(f"--compare-images {root}: there is no such folder; correct the path")
-        if "images_sha256" not in meta:
+        if meta.images_sha256 is None:
             raise UserError(
                 f"{meta_path}: has no images_sha256, so nobody can know which images the latents are of; "
                 "leave out --compare-images"
             )
-        split, where = meta.get("dataset_split", "train"), root or data.root or data.dataset
-        self.source = open_images(data.dataset, root or data.root, split, data.classes)
-        if self.source.digest != meta["images_sha256"]:
+        where = root or data.root or data.dataset
+        self.source = open_images(data.dataset, root or data.root, meta.dataset_split, data.classes)
+        if self.source.digest != meta.images_sha256:
             raise UserError(
-                f"{where}: its {len(self.source)} images ({split}) are not those that were encoded into "
-                f"{store.folder}; name the folder of those, or rerun encode (dvc repro)"
+                f"{where}: its {len(self.source)} images ({meta.dataset_split}) are not those that were "
+                f"encoded into {store.folder}; name the folder of those, or rerun encode (dvc repro)"
             )
-        left_out = set(meta.get("skipped_images", {"names": ()})["names"])
+        left_out = set(meta.skipped_images.names)
         self._images = [i for i in range(len(self.source)) if self.source.name_in_split(i) not in left_out]
         self._size, self._per_image = data.image_size, store.per_image
-        if not np.array_equal(np.repeat(self.source.labels[self._images], self._per_image), store.labels):
+        labels = np.asarray(self.source.labels)[self._images]
+        if not np.array_equal(labels.repeat(self._per_image), store.labels):
             raise UserError(f"{labels_path}: the labels are not those of the images in {where}; {WAY_OUT}")
-        self.exact = meta.get("view") == "center"
-        """Whether `picture` is what was encoded, and the centre of an image that was cropped at random."""
-        self._mirrored = self.exact and meta.get("mirror", False)
+        self.exact = meta.view == "center"
+        """Whether `picture` is what was encoded: of an image cropped at random it is the centre."""
+        self._mirrored = self.exact and meta.mirror
 
     def name(self, row: int) -> str:
         return self.source.name_in_split(self._images[row // self._per_image])
@@ -194,35 +162,6 @@ class SourceImages:
         return view[:, ::-1] if self._mirrored and row % self._per_image else view
 
 
-def bands(kinds: Mapping[str, np.ndarray], captions: Sequence[str]) -> Image.Image:
-    """Pictures of n things in several kinds: a column per thing, a row per kind with its name to the left.
-
-    `kinds` are uint8 `[n, S, S, 3]` by name, which is left out where there is only one; `captions` stand
-    above each thing. After `_COLUMNS` things the next ones follow below.
-    """
-    n, size = len(captions), next(iter(kinds.values())).shape[1]
-    columns, scale = min(_COLUMNS, n), -(-_SIDE // size)
-    strips = []
-    for start in range(0, n, columns):
-        heads = [_fitting(text, scale * size) for text in captions[start : start + columns]]
-        images = np.full((len(kinds), columns, size, size, 3), 255, np.uint8)
-        images[:, : len(heads)] = [kind[start : start + columns] for kind in kinds.values()]
-        labels = {"column_labels": heads + [""] * (columns - len(heads))}
-        if len(kinds) > 1:
-            labels["row_labels"] = list(kinds)
-        strips.append(
-            np.asarray(image_grid(images.reshape(-1, size, size, 3), columns, scale=scale, **labels))
-        )
-    return Image.fromarray(np.concatenate(strips))
-
-
-def _fitting(text: str, pixels: int) -> str:
-    font = ImageFont.load_default()
-    while font.getlength(text) > pixels:
-        text = text[:-1]
-    return text
-
-
 class Latents:
     """Latents with their VAE and, where they are to be compared, the images that they were encoded from."""
 
@@ -232,7 +171,7 @@ class Latents:
         Raises `UserError` for whatever is missing, damaged, changed or does not belong together.
         """
         self.store = open_latents(folder, settings, view)
-        self.sources = SourceImages(self.store, settings, look.root) if look.compare else None
+        self.sources = None if look.images is None else SourceImages(self.store, settings, look.images)
         encode, stated = settings.encode, self.store.meta.get("vae_sha256")
         self.vae = vae = VAE.from_pretrained(encode.vae, encode.vae_revision, look.device)
         latents_path, _, meta_path = latent_files(folder)
@@ -266,9 +205,15 @@ class Latents:
         """The images of `rows` as a kind of `bands`, if they are compared."""
         return {} if self.sources is None else {"source": np.stack([self.sources.picture(r) for r in rows])}
 
-    def described(self) -> dict[str, Any]:
-        """What was read, for `meta.json`."""
-        store, vae, images = self.store, self.vae, self.sources and self.sources.source
+    def described(self, rows: np.ndarray) -> dict[str, Any]:
+        """What was read, for `meta.json`, and in `shown` the `rows` of the picture."""
+        store, vae, sources = self.store, self.vae, self.sources
+        shown = []
+        for row in rows.tolist():
+            label = int(store.labels[row])
+            shown.append({"row": row, "label": label, "class": store.class_names[label]})
+            if sources is not None:
+                shown[-1]["image"] = sources.name(row)
         return {
             "latents": {
                 "folder": str(store.folder),
@@ -278,23 +223,74 @@ class Latents:
                 "digest": store.digest,
             },
             "vae": {"id": vae.id, "revision": vae.revision, "sha256": vae.digest},
-            "images": images and {"count": len(images), "sha256": images.digest},
+            "images": sources and {"count": len(sources.source), "sha256": sources.source.digest},
+            "shown": shown,
         }
 
-    def described_rows(self, rows: np.ndarray) -> list[dict[str, Any]]:
-        shown = []
-        for row in rows.tolist():
-            label = int(self.store.labels[row])
-            shown.append({"row": row, "label": label, "class": self.store.class_names[label]})
-            if self.sources is not None:
-                shown[-1]["image"] = self.sources.name(row)
-        return shown
+
+def bands(kinds: Mapping[str, np.ndarray], captions: Sequence[str]) -> Image.Image:
+    """Pictures of n things in several kinds: a column per thing, a row per kind with its name to the left.
+
+    `kinds` are uint8 `[n, S, S, 3]` by name, which is left out where there is only one; `captions` stand
+    above each thing. After `_COLUMNS` things the next ones follow below.
+    """
+    n, size = len(captions), next(iter(kinds.values())).shape[1]
+    columns, scale = min(_COLUMNS, n), -(-_SIDE // size)
+    row_labels = list(kinds) if len(kinds) > 1 else None
+    strips = []
+    for start in range(0, n, columns):
+        part = slice(start, start + columns)
+        heads = [_fitting(text, scale * size) for text in captions[part]]
+        missing = columns - len(heads)
+        padding = ((0, missing), (0, 0), (0, 0), (0, 0))
+        images = [np.pad(kind[part], padding, constant_values=255) for kind in kinds.values()]
+        grid = image_grid(
+            np.concatenate(images),
+            columns,
+            scale=scale,
+            row_labels=row_labels,
+            column_labels=heads + [""] * missing,
+        )
+        strips.append(np.asarray(grid))
+    return Image.fromarray(np.concatenate(strips))
 
 
-def finite_or_none(tree: Any) -> Any:
+def _fitting(text: str, pixels: int) -> str:
+    font = ImageFont.load_default()
+    while font.getlength(text) > pixels:
+        text = text[:-1]
+    return text
+
+
+def prepare_out(out: str | Path, *inputs: str | Path) -> Path:
+    """The folder to write into; raises `UserError` if it is one of the `inputs`, or cannot be written."""
+    if any(Path(out).resolve() == Path(folder).resolve() for folder in inputs):
+        raise UserError(f"--out {out}: is what is inspected; name another folder")
+    check_writable(out)
+    return Path(out)
+
+
+def write_inspection(
+    out: Path,
+    pictures: Mapping[str, Image.Image],
+    meta: Mapping[str, Any],
+    lines: Sequence[str],
+    warnings: Sequence[str],
+) -> list[str]:
+    """Write `pictures` by name, and `meta` with the `warnings`; what to tell a person, line by line."""
+    (out / "meta.json").unlink(missing_ok=True)  # that of an earlier inspection must not vouch for these
+    for name, picture in pictures.items():
+        save_png(out / name, picture)
+    content = {**meta, "warnings": warnings, "files": list(pictures)}
+    write_json(out / "meta.json", _finite_or_none(content))
+    written = [f"written: {out / name}" for name in (*pictures, "meta.json")]
+    return [*lines, *(f"warning: {warning}" for warning in warnings), *written]
+
+
+def _finite_or_none(tree: Any) -> Any:
     """`tree` with null for every number that is not finite, as JSON can hold it."""
     if isinstance(tree, Mapping):
-        return {key: finite_or_none(value) for key, value in tree.items()}
+        return {key: _finite_or_none(value) for key, value in tree.items()}
     if isinstance(tree, list):
-        return [finite_or_none(value) for value in tree]
+        return [_finite_or_none(value) for value in tree]
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree

@@ -180,8 +180,8 @@ def test_without_a_network_the_way_out_is_told(tmp_path, monkeypatch, capsys):
     assert "mae_latent_640" in error and "models/mae/jax/mae_latent_640/" in error
 
 
-@pytest.mark.parametrize("name", ["metadata.json", "ema_params.msgpack"])
-def test_truncated_files_are_named_and_nothing_is_written(tmp_path, capsys, name):
+def test_a_truncated_file_is_named_and_nothing_is_written(tmp_path, capsys):
+    name = "metadata.json"
     source = shutil.copytree(RELEASE / "params_ema", tmp_path / "source")
     os.truncate(source / name, (source / name).stat().st_size // 2)
     assert cli.main(["import-release", str(source), str(tmp_path / "ours")]) == 2

@@ -8,18 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from complaints import complaint
 from imports import ROOT
 from PIL import Image
 
 from drift import cli
 from drift.autoencoders.kl import VAE, to_uint8
+from drift.data.bank import held_out_rows
 from drift.data.datasets import DigitImages, open_images
 from drift.data.latents import LatentStore, latent_files, write_latents
 from drift.data.views import Augmented, Center
 from drift.evaluation import inspect_latents as inspection_of_latents
-from drift.evaluation.inspect_features import Masked, check_feature_sets, inspect_mae
+from drift.evaluation.inspect_features import check_feature_sets, inspect_mae
 from drift.evaluation.inspect_latents import (
+    density,
     histogram_picture,
     inspect_latents,
     latent_warnings,
@@ -67,25 +70,14 @@ def world(tmp_path_factory):
     bad = folder / "images" / "train" / "a" / "01.png"
     bad.write_bytes(bad.read_bytes()[:60])
 
-    text = (ROOT / "presets" / "digits.yaml").read_text()
-    for before, after in {
-        "dataset: digits": f"dataset: folder\n  root: {folder / 'images'}",
-        "classes: 10": f"classes: {CLASSES}",
-        "  posterior: mean": "  posterior: mean\n  crops: 2",
-        "mirror: false": "mirror: true",
-        "  held_out: 64": "  held_out: 3",
-        "  steps: 510": "  steps: 4",
-        "  batch_size: 128": "  batch_size: 8",
-        "  warmup_steps: 20": "  warmup_steps: 1",
-        "  finetune_steps: 300": "  finetune_steps: 2",
-        "  finetune_ramp_steps: 100": "  finetune_ramp_steps: 1",
-        "  evaluate_every: 50": "  evaluate_every: 2",
-        "  classes_per_step: 10": f"  classes_per_step: {CLASSES}",
-        "reference: held_out": f"reference: {folder / 'images'}",
-    }.items():
-        assert before in text, before
-        text = text.replace(before, after)
-    (folder / "params.yaml").write_text(text)
+    content = load_settings(ROOT / "presets/digits.yaml").model_dump(mode="json", exclude_unset=True)
+    content["data"] |= {"dataset": "folder", "root": str(folder / "images"), "classes": CLASSES}
+    content["encode"] |= {"crops": 2, "mirror": True}
+    content["mae"] |= {"held_out": 3, "steps": 4, "batch_size": 8, "warmup_steps": 1}
+    content["mae"] |= {"finetune_steps": 2, "finetune_ramp_steps": 1, "evaluate_every": 2}
+    content["drift"]["classes_per_step"] = CLASSES
+    content["fid"] |= {"reference": str(folder / "images"), "picture_classes": CLASSES}
+    (folder / "params.yaml").write_text(yaml.safe_dump(content))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         settings = load_settings(folder / "params.yaml")
@@ -119,14 +111,8 @@ def trained(world):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setenv("DRIFT_WORK_DIR", str(world / "mae_work"))
-        arguments = [
-            "--latents",
-            world / "augmented",
-            "--out",
-            world / "mae",
-            "--params",
-            world / "params.yaml",
-        ]
+        arguments = ["--latents", world / "augmented", "--out", world / "mae"]
+        arguments += ["--params", world / "params.yaml"]
         arguments += ["--plot", world / "plot.csv", "--held-out-plot", world / "held_out.csv"]
         assert mae_stage.main([str(argument) for argument in arguments]) == 0
     return world / "mae"
@@ -160,6 +146,10 @@ def cell(picture: np.ndarray, index: int, kind: int, n: int, kinds: int) -> np.n
     return block[::SCALE, ::SCALE]
 
 
+def read_meta(tmp_path) -> dict:
+    return json.loads((tmp_path / "out" / "meta.json").read_text())
+
+
 def read_png(path) -> np.ndarray:
     with Image.open(path) as image:
         return np.asarray(image)
@@ -175,46 +165,40 @@ def decoded(latents: torch.Tensor) -> np.ndarray:
 @pytest.mark.parametrize("block", [1, 600, 10**6])
 def test_statistics_are_those_of_the_whole_array(tmp_path, monkeypatch, block):
     latents = normal() * np.array([0.3, 1, 2, 30])[:, None, None] + np.array([0, 1, -0.5, 3])[:, None, None]
-    latents[7], latents[11, 2, 3, 3], latents[12, 0, 0, 0], latents[12, 1, 0, 0] = (
-        0.25,
-        np.nan,
-        np.inf,
-        -np.inf,
-    )
+    latents[7], latents[11, 2, 3, 3] = 0.25, np.nan
+    latents[12, :2, 0, 0] = np.inf, -np.inf
     latents[13] = 0
     latents[59, 3, 7, 7] = np.nan
     monkeypatch.setattr(inspection_of_latents, "_BLOCK", block)
-    found = measure_latents(make_store(tmp_path, latents), CLASSES)
+    numbers, counts = measure_latents(make_store(tmp_path, latents), CLASSES)
     stored = latents.astype(np.float16).astype(np.float64)
-    for measured, values in [
-        *((found.channels[c], stored[:, c]) for c in range(4)),
-        (found.all, stored),
-    ]:
+    parts = [(numbers["channels"][c], counts[c], stored[:, c]) for c in range(4)]
+    for found, count, values in [*parts, (numbers["all"], counts.sum(0), stored)]:
         finite = values[np.isfinite(values)]
-        assert measured.mean == pytest.approx(finite.mean(), rel=1e-12, abs=1e-14)
-        assert measured.std == pytest.approx(finite.std(), rel=1e-12)
-        assert (measured.min, measured.max) == (finite.min(), finite.max())
-        assert measured.nans == np.isnan(values).sum() and measured.infinities == np.isinf(values).sum()
+        assert found["mean"] == pytest.approx(finite.mean(), rel=1e-12, abs=1e-14)
+        assert found["std"] == pytest.approx(finite.std(), rel=1e-12)
+        assert (found["min"], found["max"]) == (finite.min(), finite.max())
+        assert (found["nans"], found["infinities"]) == (np.isnan(values).sum(), np.isinf(values).sum())
         edges = np.linspace(-5, 5, 31)
         histogram = np.histogram(finite, edges)[0] / (finite.size * np.diff(edges))
-        np.testing.assert_allclose(measured.density(edges), histogram, rtol=1e-12)
-    assert found.not_finite_rows == [11, 12, 59] and found.constant_rows == [7, 13]
-    assert found.per_class.tolist() == [20, 20, 20]
-    described = found.as_json()
-    assert described["not_finite_rows"] == {"count": 3, "first": [11, 12, 59]}
+        np.testing.assert_allclose(density(count, edges), histogram, rtol=1e-12)
+    assert numbers["not_finite_rows"] == {"count": 3, "first": [11, 12, 59]}
+    assert numbers["constant_rows"] == {"count": 2, "first": [7, 13]}
+    assert numbers["rows_per_class"] == [20, 20, 20]
 
 
 def test_without_any_finite_number_there_are_no_statistics(tmp_path):
-    found = measure_latents(make_store(tmp_path, np.full((3, 4, 8, 8), np.nan)), CLASSES)
-    assert found.all.nans == 768 and math.isnan(found.all.mean) and math.isnan(found.all.max)
-    assert "768 NaN" in latent_warnings(found, 1.0, CLASSES, [])[0]
-    assert histogram_picture(found).size == (800, 450)
+    numbers, counts = measure_latents(make_store(tmp_path, np.full((3, 4, 8, 8), np.nan)), CLASSES)
+    found = numbers["all"]
+    assert found["nans"] == 768 and math.isnan(found["mean"]) and math.isnan(found["max"])
+    assert "768 NaN" in latent_warnings(numbers, 1.0, CLASSES, [])[0]
+    assert histogram_picture(numbers, counts).size == (800, 450)
 
 
-def warnings_of(tmp_path, latents, labels=None, scaling_factor=1.82155, classes=CLASSES):
+def warnings_of(tmp_path, latents, labels=None, scaling_factor=1.82155):
     store = make_store(tmp_path, latents, labels)
-    found = measure_latents(store, max(classes, store.num_classes))
-    return latent_warnings(found, scaling_factor, classes, ["ape", "bee", "cat"])
+    numbers, _ = measure_latents(store, max(CLASSES, store.num_classes))
+    return latent_warnings(numbers, scaling_factor, CLASSES, ["ape", "bee", "cat"])
 
 
 def test_good_latents_have_no_warnings(tmp_path):
@@ -283,7 +267,7 @@ def test_other_images_are_refused(world, settings, copy, tmp_path):
     shutil.copy(images / "train" / "b" / "04.png", images / "train" / "b" / "new.png")
 
     def look(root):
-        how = Look(compare=True, root=root)
+        how = Look(images=root)
         return complaint(lambda: inspect_latents(copy, settings, tmp_path / "out", how))
 
     told = look(str(images))
@@ -292,7 +276,7 @@ def test_other_images_are_refused(world, settings, copy, tmp_path):
     meta_path = latent_files(copy)[2]
     meta = json.loads(meta_path.read_text())
     meta_path.write_text(json.dumps({k: v for k, v in meta.items() if k != "images_sha256"}))
-    assert "has no images_sha256" in look(None)
+    assert "has no images_sha256" in look("")
     assert not (tmp_path / "out").exists()
 
 
@@ -300,10 +284,11 @@ def test_other_images_are_refused(world, settings, copy, tmp_path):
 
 
 def test_the_picture_has_each_latent_above_its_image(world, settings, tmp_path):
-    found = inspect_latents(world / "center", settings, tmp_path / "out", Look(13, compare=True))
-    assert found.warnings == []
-    assert [p.name for p in found.files] == ["latents.png", "histogram.png", "meta.json"]
-    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    found = inspect_latents(world / "center", settings, tmp_path / "out", Look(13, images=""))
+    meta = read_meta(tmp_path)
+    assert meta["warnings"] == [] and not any(line.startswith("warning") for line in found)
+    files = ["latents.png", "histogram.png", "meta.json"]
+    assert found[-3:] == [f"written: {tmp_path / 'out' / name}" for name in files]
     store = LatentStore.open(world / "center")
     assert meta["latents"]["digest"] == store.digest and meta["files"] == ["latents.png", "histogram.png"]
     picture = read_png(tmp_path / "out" / "latents.png")
@@ -337,8 +322,8 @@ def test_latents_of_other_images_or_labels_are_told(world, settings, tmp_path):
     latents, labels = (np.load(path) for path in latent_files(world / "center")[:2])
     shuffled = np.random.default_rng(3).permutation(len(latents))
     write_latents(tmp_path / "latents", "train", latents[shuffled], labels, meta)
-    found = inspect_latents(tmp_path / "latents", settings, tmp_path / "out", Look(compare=True))
-    assert any("differ from their images" in line for line in found.warnings)
+    found = inspect_latents(tmp_path / "latents", settings, tmp_path / "out", Look(images=""))
+    assert any("differ from their images" in line for line in found)
     write_latents(tmp_path / "latents", "train", latents, labels[::-1], meta)
     told = complaint(lambda: SourceImages(LatentStore.open(tmp_path / "latents"), settings))
     assert "labels are not those of the images" in told
@@ -353,7 +338,7 @@ def test_a_latent_that_is_not_finite_is_red(settings, tmp_path):
 
 
 def test_the_histogram_shows_the_channels(tmp_path):
-    picture = np.asarray(histogram_picture(measure_latents(make_store(tmp_path, normal()), CLASSES)))
+    picture = np.asarray(histogram_picture(*measure_latents(make_store(tmp_path, normal()), CLASSES)))
     blue = (np.abs(picture.astype(int) - (31, 119, 180)).sum(-1) < 30).nonzero()
     assert blue[1].max() - blue[1].min() > 300  # the first curve crosses the picture
 
@@ -361,18 +346,18 @@ def test_the_histogram_shows_the_channels(tmp_path):
 # drift inspect mae
 
 
-def naive_error(model, latents, masks, patch) -> float:
-    """Mean over samples of the squared error per masked place, summed over channels, place by place."""
+def naive_error(latents, masks, guess) -> float:
+    """Mean over samples of the squared error per masked place, summed over channels, place by place.
+
+    A place of a mask is 2 x 2 of a latent; `guess` makes of a sample `[C, H, W]`, without these, its output.
+    """
     errors = []
     for x, mask in zip(latents, masks, strict=True):
-        hidden = [
-            (y, z) for y in range(x.shape[1]) for z in range(x.shape[2]) if mask[y // patch, z // patch]
-        ]
+        hidden = [(y, z) for y in range(8) for z in range(8) if mask[y // 2, z // 2]]
         seen = x.clone()
         for y, z in hidden:
             seen[:, y, z] = 0
-        with torch.no_grad():
-            output = model.reconstruct(seen[None])[0][0]
+        output = guess(seen)
         errors.append(np.mean([float((output[:, y, z] - x[:, y, z]).square().sum()) for y, z in hidden]))
     return float(np.mean(errors))
 
@@ -381,37 +366,29 @@ def test_the_masked_error_is_that_of_a_plain_loop(world, settings, tmp_path):
     model = random_mae()
     model.save_pretrained(tmp_path / "mae")
     found = inspect_mae(tmp_path / "mae", world / "center", settings, tmp_path / "out", Look(2))
-    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
-    store = LatentStore.open(world / "center")
-    assert meta["masked_error"]["held out"]["rows"] == 6 and meta["masked_error"]["others"]["rows"] == 16
+    meta, store = read_meta(tmp_path), LatentStore.open(world / "center")
+
+    @torch.no_grad()
+    def of_network(seen):
+        return model.reconstruct(seen[None])[0][0]
+
+    def naive(rows, *masking, guess=of_network):
+        masks = torch.cat([draw_mask((1, 4, 4), 0.5, torch_generator(*masking, int(r))) for r in rows])
+        return pytest.approx(naive_error(store.rows(np.array(rows)), masks, guess), rel=1e-5)
+
     shown = [entry["row"] for entry in meta["shown"]]
-    masks = torch.cat([draw_mask((1, 4, 4), 0.5, torch_generator(0, "inspect/mask", r)) for r in shown])
     errors = [entry["masked_error"] for entry in meta["shown"]]
-    naive = naive_error(model, store.rows(np.array(shown)), masks, 2)
-    assert np.mean(errors) == pytest.approx(naive, rel=1e-5)
-
-    every = np.arange(len(store))
-    masks = torch.cat([draw_mask((1, 4, 4), 0.5, torch_generator(0, "mae/held_out", int(r))) for r in every])
-    naive = naive_error(model, store.rows(every), masks, 2)
-    both = sum(
-        meta["masked_error"][name]["error"] * meta["masked_error"][name]["rows"]
-        for name in ("held out", "others")
-    )
-    assert both / len(store) == pytest.approx(naive, rel=1e-5)
-    assert any("it has learnt nothing" in line for line in found.warnings)
+    assert np.mean(errors) == naive(shown, 0, "inspect/mask")
+    held_out = held_out_rows(22, 2, 3, settings.seed)
+    others = np.setdiff1d(np.arange(22), held_out)
+    for name, rows in (("held out", held_out), ("others", others)):
+        measured = meta["masked_error"][name]
+        assert measured["rows"] == len(rows)
+        assert measured["error"] == naive(rows, 0, "mae/held_out")
+        means = store.rows(rows).mean(dim=(0, 2, 3))[:, None, None].expand(4, 8, 8)
+        assert measured["of_means"] == naive(rows, 0, "mae/held_out", guess=lambda _, means=means: means)
+    assert any("it has learnt nothing" in line for line in found)
     assert meta["feature_sets"] == []
-
-
-def test_the_error_of_the_means_is_that_of_a_network_that_gives_them(world):
-    store, rows = LatentStore.open(world / "center"), np.array([3, 4, 9, 15])
-    means = store.rows(rows).mean(dim=(0, 2, 3))
-
-    class Means(LatentMAE):
-        def _decode(self, x):
-            return means[None, :, None, None].expand_as(x), x.new_zeros(len(x), 1)
-
-    masked = Masked.of(Means(**MAE), store, rows, 0.5, 7, "x")
-    assert masked.error_of_means() == pytest.approx(float(masked.errors.mean()), rel=1e-5)
 
 
 def test_on_the_latents_of_its_training_the_error_is_that_of_the_log(world, settings, trained, tmp_path):
@@ -421,12 +398,12 @@ def test_on_the_latents_of_its_training_the_error_is_that_of_the_log(world, sett
     error = json.loads((out / "meta.json").read_text())["masked_error"]["held out"]["error"]
     assert error == pytest.approx(last["held_out"], rel=1e-6)
     found = inspect_mae(trained, world / "augmented", settings.model_copy(update={"seed": 5}), out)
-    assert any("seed was 0" in line for line in found.warnings)
+    assert any("seed was 0" in line for line in found)
 
 
 def test_the_picture_of_the_mae(world, settings, trained, tmp_path):
-    inspect_mae(trained, world / "center", settings, tmp_path / "out", Look(5, 3, compare=True))
-    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    inspect_mae(trained, world / "center", settings, tmp_path / "out", Look(5, 3, ""))
+    meta = read_meta(tmp_path)
     picture = read_png(tmp_path / "out" / "mae.png")
     store, model = LatentStore.open(world / "center"), LatentMAE.from_pretrained(trained)
     for index, shown in enumerate(meta["shown"]):
@@ -483,30 +460,13 @@ def test_the_scale_is_the_mean_distance_of_a_plain_loop():
         assert one.not_finite == one.constant_channels == 0
 
 
-def test_zeroed_weights_are_flagged(world, settings, tmp_path):
-    model = random_mae()
-    for parameter in model.parameters():
-        parameter.data.zero_()
-    found = check(model)
-    assert found["norm_x"].problem is None and found["global"].problem is None
-    others = [c for name, c in found.items() if name not in ("norm_x", "global")]
-    assert all(c.problem == "constant" and c.constant_channels == 1 for c in others)
-    model.save_pretrained(tmp_path / "mae")
-    report = inspect_mae(tmp_path / "mae", world / "center", settings, tmp_path / "out", feature_sets=True)
-    (line,) = (line for line in report.warnings if line.startswith("feature sets"))
-    assert "conv1" in line and "layer4" in line and "norm_x" not in line
-    assert any("<- constant" in line for line in report.lines)
-    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
-    assert {c["name"] for c in meta["feature_sets"] if c["problem"]} == {c.name for c in others}
-
-
 def test_a_stage_of_zeros_and_an_encoder_that_does_not_look_at_its_input():
     model = random_mae()
     for parameter in model.encoder.stages[3].parameters():
         parameter.data.zero_()
     found = check(model)
     assert {c.problem for name, c in found.items() if not name.startswith("layer4")} == {None}
-    assert found["layer4"].problem == "constant"
+    assert found["layer4"].problem == "constant" and found["layer4"].constant_channels == 1
     model = random_mae()
     model.encoder.stem.conv.weight.data.zero_()
     model.encoder.stem.norm.bias.data.normal_()
@@ -523,10 +483,13 @@ def test_weights_that_are_not_finite(world, settings, tmp_path):
     assert found["layer2"].problem is None and found["layer3"].problem == "not finite"
     assert 0 < found["layer3"].not_finite <= 1
     report = inspect_mae(tmp_path / "mae", world / "center", settings, tmp_path / "out", feature_sets=True)
-    assert any("its weights are not finite" in line for line in report.warnings)
-    assert any(line.startswith("feature sets that are not finite: layer3") for line in report.warnings)
-    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    assert any("its weights are not finite" in line for line in report)
+    assert any(line.startswith("warning: feature sets that are not finite: layer3") for line in report)
+    assert any(line.startswith("layer3_mean ") and line.endswith("<- not finite") for line in report)
+    meta = read_meta(tmp_path)
     assert meta["masked_error"]["others"]["error"] is None
+    bad = {name for name, one in found.items() if one.problem}
+    assert {one["name"] for one in meta["feature_sets"] if one["problem"]} == bad
 
 
 def test_features_below_the_guard_of_the_field():
@@ -587,16 +550,13 @@ def set_meta(**changes):
         (2, set_meta(num_classes="3"), 'num_classes is "3"'),
         (2, set_meta(num_classes=2), "labels 0 to 2"),
         (2, set_meta(class_names=["a", "b"]), "class_names is"),
-        (2, set_meta(class_names=["a", "b", 3]), "class_names.2 is 3"),
         (2, set_meta(shape=[1, 2]), "shape is [1, 2]"),
         (2, set_meta(view="side"), 'view is "side"'),
         (2, set_meta(sha256={}), "sha256.latents is {}"),
         (2, set_meta(skipped_images={"count": 1}), "skipped_images.names is"),
         (2, set_meta(images=50), "49 images"),
-        (2, set_meta(images=0), "images is 0"),
         (2, set_meta(mirror=1), "mirror is 1"),
         (2, set_meta(image_size=64), "image_size is 64"),
-        (2, set_meta(scaling_factor=1.0), "scaling_factor is 1.0"),
         (2, set_meta(vae_sha256="0" * 64), "other weights of pretrained/digits_vae"),
     ],
 )
@@ -625,10 +585,7 @@ def test_a_wrong_folder_view_or_shape(world, settings, tmp_path):
 @pytest.mark.parametrize(
     ("tamper", "told"),
     [
-        (
-            lambda f: cut(f / "diffusion_pytorch_model.safetensors"),
-            "diffusion_pytorch_model.safetensors: damaged",
-        ),
+        (lambda f: cut(f / "diffusion_pytorch_model.safetensors"), "model.safetensors: damaged"),
         (lambda f: set_meta(base_channels=8)(f / "config.json"), "copying a param with shape"),
         (lambda f: (f / "settings.yaml").write_text("{"), "settings.yaml: line 1 is not YAML"),
         (shutil.rmtree, "there is no such folder"),
@@ -660,7 +617,7 @@ def test_one_latent_has_no_features_to_compare(settings, tmp_path):
     arguments = (tmp_path / "mae", tmp_path / "latents", settings, tmp_path / "out")
     assert "features of one latent" in complaint(lambda: inspect_mae(*arguments, feature_sets=True))
     found = inspect_mae(*arguments)
-    assert any("of 1 latents" in line for line in found.lines)
+    assert any("of 1 latents" in line for line in found)
 
 
 # Pictures
@@ -685,8 +642,7 @@ def test_bands_put_kinds_below_each_other_and_go_on_below():
 
 def run(capsys, *arguments):
     code = cli.main(["inspect", *map(str, arguments)])
-    out, err = capsys.readouterr()
-    return code, out, err
+    return code, *capsys.readouterr()
 
 
 def test_the_command_prints_numbers_warnings_and_files(world, tmp_path, capsys, trained):
@@ -706,11 +662,6 @@ def test_the_command_prints_numbers_warnings_and_files(world, tmp_path, capsys, 
     assert code == 0 and "layer3_mean_2" not in out and "layer3_mean " in out
     assert {path.name for path in (tmp_path / "a").iterdir()} >= {"mae.png", "meta.json"}
 
-    cut(Path(shutil.copytree(trained, tmp_path / "cut")) / "diffusion_pytorch_model.safetensors")
-    code, out, err = run(capsys, "mae", tmp_path / "cut", "--latents", world / "center", *params)
-    assert (code, out) == (2, "")
-    assert err.startswith("error: ") and err.count("\n") == 1 and "diffusion_pytorch_model.safetensors" in err
-
 
 def test_without_a_folder_it_is_that_of_the_view(world, tmp_path, capsys, monkeypatch):
     (tmp_path / "artifacts").mkdir()
@@ -722,7 +673,3 @@ def test_without_a_folder_it_is_that_of_the_view(world, tmp_path, capsys, monkey
     assert code == 0 and "outputs/latents-augmented/meta.json" in out
     code, _, err = run(capsys, "latents")
     assert code == 2 and "artifacts/latents/center: there is no such folder" in err
-    for arguments, told in ((["latents", "--count", "0"], "0: a whole number above 0"), ([], "WHAT")):
-        with pytest.raises(SystemExit, match="2"):
-            cli.main(["inspect", *arguments])
-        assert told in capsys.readouterr().err
