@@ -1,21 +1,18 @@
 """Batches, the feature store, and all metrics, against torch-fidelity, clean-fid, closed forms and loops."""
 
 import threading
-import warnings
 
 import numpy as np
 import pytest
-import scipy.linalg
 import standins  # noqa: F401  (before torch-fidelity imports torchvision)
 import torch
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import calculate_precision_recall_full
 
-from drift.evaluation import moments as moments_module
 from drift.evaluation import store as store_module
 from drift.evaluation.batches import BATCH, in_batches, one_behind
 from drift.evaluation.metrics import inception_score, kernel_distance, precision_recall
-from drift.evaluation.moments import Moments, frechet_distance, trace_by_eigenvalues, trace_by_square_root
+from drift.evaluation.moments import Moments, frechet_distance
 from drift.evaluation.store import FeatureStore
 from drift.runtime.seeds import derive_seed, numpy_generator
 
@@ -98,7 +95,7 @@ def test_rows_come_back_in_any_order(tmp_path, features, monkeypatch):
 
 def test_what_is_there_is_kept_if_it_fits(tmp_path, features):
     store = FeatureStore.create(tmp_path / "x", 20, 3)
-    store.write([4], features[4:5])
+    store.write(np.array([4]), features[4:5])
     assert 4 not in FeatureStore.create(tmp_path / "x", 20, 3).missing()
     assert 4 in FeatureStore.create(tmp_path / "x", 21, 3).missing()
     (tmp_path / "x/done.npy").unlink()
@@ -138,7 +135,7 @@ def test_distance_of_commuting_gaussians_and_a_shift():
 
 
 @pytest.mark.filterwarnings("ignore:The `disp` argument")
-def test_distance_is_cleanfids_by_either_road():
+def test_distance_is_cleanfids():
     from cleanfid import fid as cleanfid
 
     for seed in range(4):
@@ -146,7 +143,6 @@ def test_distance_is_cleanfids_by_either_road():
         mu1, mu2 = np.random.default_rng(seed).standard_normal((2, 24))
         expected = cleanfid.frechet_distance(mu1, a, mu2, b)
         assert frechet_distance(mu1, a, mu2, b) == pytest.approx(expected, rel=1e-9)
-        assert trace_by_square_root(a, b) == pytest.approx(trace_by_eigenvalues(a, b), rel=1e-9)
 
 
 def test_singular_covariances():
@@ -156,30 +152,11 @@ def test_singular_covariances():
     assert frechet_distance(np.zeros(4), a, np.zeros(4), b) == pytest.approx(expected, rel=1e-9)
     a, b = covariances(0, dimension=30, samples=20)
     mu = np.zeros(30)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        found = frechet_distance(mu, a, mu, b)
-        assert abs(frechet_distance(mu, a, mu, a)) < 1e-6 * np.trace(a)
+    assert abs(frechet_distance(mu, a, mu, a)) < 1e-6 * np.trace(a)
     # tr (ab)^1/2 is the nuclear norm of a^1/2 b^1/2
     roots = [(v * np.sqrt(w.clip(0))) @ v.T for w, v in (np.linalg.eigh(x) for x in (a, b))]
     expected = np.trace(a) + np.trace(b) - 2 * np.linalg.norm(roots[0] @ roots[1], "nuc")
-    assert found == pytest.approx(expected, rel=1e-6)
-
-
-def fail(product):
-    raise scipy.linalg.LinAlgError("no")
-
-
-@pytest.mark.parametrize(
-    "root", [lambda p: p, lambda p: np.full_like(p, np.nan), lambda p: 1j * np.eye(len(p)), fail]
-)
-def test_a_broken_square_root_is_noticed(monkeypatch, root):
-    a, b = covariances(0)
-    mu = np.zeros(len(a))
-    expected = frechet_distance(mu, a, mu, b)
-    monkeypatch.setattr(moments_module.scipy.linalg, "sqrtm", root)
-    assert trace_by_square_root(a, b) is None
-    assert frechet_distance(mu, a, mu, b) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(mu, a, mu, b) == pytest.approx(expected, rel=1e-6)
 
 
 def test_distance_that_is_not_finite_is_an_error():
