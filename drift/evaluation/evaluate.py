@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
@@ -25,7 +26,7 @@ from drift.evaluation.reference import (
     self_test,
 )
 from drift.evaluation.sample import ImageDecoder, sample_labels
-from drift.evaluation.sweep import Entry, Sweep, best_entry
+from drift.evaluation.sweep import Entry, Sweep
 from drift.models.base import model_files
 from drift.models.ema import ema_variant
 from drift.models.generator import CLASSES_FILE, Generator, read_class_names
@@ -58,12 +59,18 @@ class Copies:
         if trained:
             self._variants = {decay: ema_variant(trained, decay) for decay in wanted}
         self.decays = tuple(self._variants)
-        self.load = lru_cache(maxsize=1)(self._load)
+        self._cached = lru_cache(maxsize=1)(self._read)
         for decay in reversed(self.decays):
             self.load(decay)
 
-    def _load(self, decay: float | None) -> Generator:
+    def _read(self, decay: float | None) -> Generator:
         return Generator.from_pretrained(self.folder, variant=self._variants[decay])
+
+    def load(self, decay: float | None, device: str | torch.device = "cpu") -> Generator:
+        """One of the `decays`, of which the last to be asked for stays in memory."""
+        generator = self._cached(decay)
+        nn.Module.to(generator, device)  # diffusers' own has no types
+        return generator
 
     @property
     def digests(self) -> list[str]:
@@ -140,7 +147,7 @@ class Evaluation:
         if hardware.compile and ranks.device.type == "cuda":
             self.vae.compile_with(Compiled)
         decode = ImageDecoder(self.vae.to(ranks.device), hardware.decode_batch, fid.rounding)
-        load = lambda decay: nn.Module.to(self.copies.load(decay), ranks.device)  # noqa: E731
+        load = partial(self.copies.load, device=ranks.device)
         decays, of_reference = self.copies.decays, len(self.reference_images or ())
         real = of_reference + self.floor_images
         total = real + len(decays) * len(fid.omegas) * fid.images
@@ -185,7 +192,7 @@ class Evaluation:
     ) -> dict[str, Any]:
         settings, fid, made_by = self.settings, self.settings.fid, self.copies.made_by
         return {
-            "best": best_entry(entries),
+            "best": min(entries, key=lambda entry: entry["fid"]),
             "sweep": entries,
             "floor": tested["halves"],
             "training": training and training.statistics.distance(reference.statistics),

@@ -84,9 +84,9 @@ def load_statistics(path: str | Path, dimension: int, features: str | None = Non
                     "statistics are mu and sigma, or ref_mu and ref_sigma"
                 )
             mu, sigma = (file[key] for key in keys)
-            if "feature_network" in file:
+            if "feature_network" in file:  # of our own
                 made_with, accuracy, count = (
-                    file[key].item() for key in ("feature_network", "accuracy", "count")
+                    file[k].item() for k in ("feature_network", "accuracy", "count")
                 )
     except (ValueError, TypeError, EOFError, BadZipFile) as error:
         raise UserError(f"{path}: cannot be read ({error}); get a fresh copy") from None
@@ -95,26 +95,25 @@ def load_statistics(path: str | Path, dimension: int, features: str | None = Non
             f"fid.reference = {path}: was measured with another feature network ({made_with[:12]}) than "
             f"that of fid.features and fid.mode ({features[:12]}); measure it again with this one"
         )
-    if reason := _why_no_gaussian(mu, sigma, dimension):
-        raise UserError(f"{path}: {' and '.join(keys)} {reason}")
+    names = " and ".join(keys)
+    if mu.shape != (dimension,) or sigma.shape != (dimension, dimension):
+        raise UserError(
+            f"{path}: {names} have shapes {list(mu.shape)} and {list(sigma.shape)}, but the features have "
+            f"{dimension} dimensions; take the feature network that the file was made with"
+        )
+    floats = all(np.issubdtype(array.dtype, np.floating) for array in (mu, sigma))
+    if not (floats and np.isfinite(mu).all() and _symmetric(sigma) and (np.diag(sigma) >= 0).all()):
+        raise UserError(
+            f"{path}: {names} are no mean and covariance: not real, not finite or not symmetric; "
+            "get a fresh copy"
+        )
     accuracy = None if accuracy is None or np.isnan(accuracy) else accuracy
     statistics = FeatureStatistics(mu.astype(np.float64), sigma.astype(np.float64), accuracy, count)
     return Reference(str(path), sha256(path), statistics, path)
 
 
-def _why_no_gaussian(mu: np.ndarray, sigma: np.ndarray, dimension: int) -> str | None:
-    if not all(np.issubdtype(array.dtype, np.floating) for array in (mu, sigma)):
-        return f"are {mu.dtype} and {sigma.dtype}; both must be floats"
-    if mu.shape != (dimension,) or sigma.shape != (dimension, dimension):
-        return (
-            f"have shapes {list(mu.shape)} and {list(sigma.shape)}, which do not fit features of {dimension} "
-            "dimensions; take the feature network that the file was made with"
-        )
-    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        return "have numbers that are not finite; get a fresh copy"
-    if abs(sigma - sigma.T).max() > 1e-6 * abs(sigma).max() or (np.diag(sigma) < 0).any():
-        return "are no mean and covariance (not symmetric); get a fresh copy"
-    return None
+def _symmetric(sigma: np.ndarray) -> bool:
+    return bool(np.isfinite(sigma).all() and abs(sigma - sigma.T).max() <= 1e-6 * abs(sigma).max())
 
 
 def measure_images(

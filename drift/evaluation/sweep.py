@@ -141,8 +141,3 @@ class Sweep:
         if statistics.accuracy is not None:
             entry["accuracy"] = statistics.accuracy
         return entry
-
-
-def best_entry(sweep: Sequence[Entry]) -> Entry:
-    """The entry of the lowest Fréchet distance."""
-    return min(sweep, key=lambda entry: entry["fid"])

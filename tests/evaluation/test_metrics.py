@@ -32,21 +32,6 @@ def test_the_function_sees_one_shape_and_every_row_has_its_result(rows):
     assert shapes == [((BATCH, 5), (BATCH,))] * -(-rows // BATCH)
 
 
-def test_a_row_does_not_feel_its_company_nor_its_place():
-    """A plain product does: its kernel is chosen by the number of rows."""
-    generator = torch.Generator().manual_seed(0)
-    network = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 32, 3, padding=1), torch.nn.SiLU(), torch.nn.Flatten(), torch.nn.Linear(8192, 200)
-    )
-    images = torch.randn(100, 3, 16, 16, generator=generator)
-    with torch.inference_mode():
-        whole = in_batches(network, images)
-        order = torch.randperm(100, generator=generator)
-        for size in (1, 7, 64):
-            for part in order.split(size):
-                assert torch.equal(in_batches(network, images[part]), whole[part])
-
-
 def test_work_is_done_in_order_while_the_next_item_is_made():
     """Each is only finished once the next is being made, so one after the other would never end."""
     made = [threading.Event() for _ in range(4)]
@@ -216,16 +201,6 @@ def test_kernel_distance_is_cleanfids_and_leaves_numpys_state():
     assert kernel_distance(real, generated, seed=3) == pytest.approx(expected, rel=1e-12)
     assert np.array_equal(np.random.get_state()[1], state)
     assert kernel_distance(real, generated, seed=4) != expected
-
-
-def test_kernel_distance_is_the_unbiased_estimate():
-    """With fewer than 1000 samples of equal number each subset is the whole set, in another order."""
-    generated, real = (x[:40].astype(np.float64) for x in sets())
-    kernel = lambda a, b: (a @ b.T / a.shape[1] + 1) ** 3  # noqa: E731
-    off = ~np.eye(40, dtype=bool)
-    expected = kernel(real, real)[off].mean() + kernel(generated, generated)[off].mean()
-    expected -= 2 * kernel(real, generated).mean()
-    assert kernel_distance(real, generated, seed=0) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(3))

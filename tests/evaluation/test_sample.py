@@ -155,14 +155,6 @@ def test_images_that_are_not_finite_in_float32_are_not_rounded_to_pictures(preci
         ImageDecoder(VAE(Overflowing(), "stub", precision=precision), 4)(latents)
 
 
-def test_omega_reaches_the_generator(generator):
-    low, high = (sample_latents(generator, *inputs(4), omega=omega) for omega in (1.0, 4.0))
-    assert (low - high).abs().max() > 1e-3
-    mixed = sample_latents(generator, *inputs(4), omega=torch.tensor([1.0, 4.0, 1.0, 4.0]))
-    torch.testing.assert_close(mixed[::2], low[::2])
-    torch.testing.assert_close(mixed[1::2], high[1::2])
-
-
 def test_latents_that_are_not_finite_are_not_rounded_to_a_picture():
     def diverged(noise, labels, omega, style_indices):
         return torch.where(noise > 2, torch.nan, noise)
