@@ -44,7 +44,7 @@ PACKAGES = ("clean-fid", "diffusers", "numpy", "pillow", "scipy", "torch", "torc
 
 
 class Copies:
-    """The EMA copies of the generator in a folder; one that no stage of ours has made has one, `None`."""
+    """The EMA copies of the generator in a folder; if the drift stage did not write it, one copy: `None`."""
 
     def __init__(self, folder: Path, wanted: tuple[float, ...]):
         """Raises `UserError` if one of the `wanted` copies is missing or damaged."""
@@ -67,7 +67,7 @@ class Copies:
         return Generator.from_pretrained(self.folder, variant=self._variants[decay])
 
     def load(self, decay: float | None, device: str | torch.device = "cpu") -> Generator:
-        """One of the `decays`, of which the last to be asked for stays in memory."""
+        """The copy of one of the `decays`; the last one stays in memory."""
         generator = self._cached(decay)
         nn.Module.to(generator, device)  # diffusers' own has no types
         return generator

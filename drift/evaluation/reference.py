@@ -152,7 +152,7 @@ def measure_images(
         store = FeatureStore.create(folder, count, network.dimension, ranks)
         missing = store.missing()
         if ranks.first and len(missing):
-            result.unlink(missing_ok=True)  # of fewer images, where some had to be left out
+            result.unlink(missing_ok=True)  # it may lack images that were left out and are repaired
         batch_size = settings.hardware.sample_batch
         how = {"batch_size": batch_size, "ranks": ranks, "on_images": on_images}
         measure_rows(store, missing, network, lambda rows: chosen[rows], resized, **how)
@@ -173,7 +173,7 @@ def measure_images(
 
 @contextmanager
 def _locked(folder: Path, first: bool) -> Iterator[None]:
-    """Have `folder` alone; wait for another run that measures the same images."""
+    """Hold the lock of `folder`; wait for another run that measures the same images."""
     if not first:
         yield
         return
@@ -220,7 +220,7 @@ def require_enough(count: int, network: FeatureNetwork, what: str) -> None:
 
 
 def self_test(reference: Reference, seed: int) -> dict[str, Any]:
-    """Measure what is known beforehand; raises `UserError` where the answer is another.
+    """Measure known distances; raises `UserError` where one comes out wrong.
 
     - `same`: the distance of the reference to itself, which is 0.
     - `shift`: that to itself with every feature moved by a tenth of its standard deviation: a hundredth of

@@ -102,9 +102,10 @@ def measure_rows(
 ) -> None:
     """Write the features of the `missing` rows, which all processes share, into the store.
 
-    `make` (rows -> their images, or what else `resized` wants) runs in this thread. Beside it `resized`
-    (rows, images) -> (what `network.features` takes, which images do not decode) runs in another one for the
-    batch before. `on_images` receives how many rows are there, if all processes keep pace.
+    `make` turns rows into images, or whatever `resized` takes, and runs in this thread. `resized` turns rows
+    and images into what `network.features` takes, and says which images do not decode; it runs in another
+    thread while the next batch is made. `on_images` receives how many rows are there, if all processes keep
+    pace.
     """
     ranks.barrier()  # nobody writes before all have looked, or they would share the rows differently
     mine = np.array_split(missing, ranks.world_size)[ranks.rank]
