@@ -38,11 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
 
     with join(hardware.time_limit, deterministic=hardware.deterministic) as ranks:
-        evaluation.enter(ranks)
         remarks = settings.remarks("fid")
         with Work("fid", evaluation.decides, fresh=args.fresh, first=ranks.first, remarks=remarks) as work:
             ranks.barrier()
-            evaluated = evaluation.run(work.folder)
+            evaluated = evaluation.run(work.folder, ranks)
             if evaluated is not None:
                 outputs.write(evaluated, settings, evaluation.copies)
                 work.finish(outputs.metrics)

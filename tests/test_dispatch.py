@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from drift.data.views import make_view
-from drift.evaluation.sweep import check_metrics
 from drift.field import FieldSettings
 from drift.settings import load_settings
 from drift.sharing.adopt import _expected
@@ -46,7 +45,6 @@ DISPATCHES = {
     "posterior": lambda name: encode_options(posterior=name),
     "on_bad_image": lambda name: encode_options(on_bad_image=name),
     "adopted view": lambda name: _expected(name, SETTINGS),
-    "metrics": lambda name: check_metrics([name], SimpleNamespace(classify=True), True),
     **{
         key: lambda name, key=key: replace(FieldSettings(), **{key: name})
         for key, kind in get_type_hints(FieldSettings).items()

@@ -19,18 +19,17 @@ add_arguments = add_params
 
 def run(args: argparse.Namespace) -> None:
     from drift.evaluation.networks import load_feature_network
-    from drift.evaluation.reference import Reading, load_statistics, measure_images, open_reference, self_test
-    from drift.runtime.work import work_root
+    from drift.evaluation.reference import load_statistics, measure_images, open_reference, self_test
     from drift.settings import load_settings
 
     settings = load_settings(args.params)
-    data, fid, hardware = settings.data, settings.fid, settings.hardware
+    data, fid = settings.data, settings.fid
     images = open_reference(fid.reference, data.dataset, data.root, data.classes)
-    network = load_feature_network(fid.features, fid.mode, gpu_or_cpu(), hardware.workers, fid.inception)
+    network = load_feature_network(fid, gpu_or_cpu(), settings.hardware.workers)
     if images is None:
         reference = load_statistics(fid.reference, network.dimension, network.digest)
     else:
-        reference = measure_images(images, network, work_root() / "reference", Reading.of(settings))
+        reference = measure_images(images, network, settings)
     found = self_test(reference, settings.seed)
     count, floor = reference.statistics.count, found["halves"]
     print(f"reference:  {reference.name}, {count if count else 'unknown number of'} images")

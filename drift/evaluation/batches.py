@@ -1,4 +1,4 @@
-"""Batches of one shape, since a network rounds differently for other numbers of rows; and one ahead."""
+"""Batches of one shape, as a network rounds differently for other numbers of rows; and a second thread."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor

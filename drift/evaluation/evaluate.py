@@ -2,23 +2,22 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 from tqdm import tqdm
 
 import drift
 from drift.autoencoders.kl import VAE
 from drift.data.datasets import Dataset, class_difference, open_images
-from drift.evaluation.networks import FeatureNetwork, load_feature_network
+from drift.evaluation.networks import load_feature_network
 from drift.evaluation.pictures import VISIBLE_SIDE, draw_images, image_grid
 from drift.evaluation.reference import (
-    Reading,
     Reference,
     load_statistics,
     measure_images,
@@ -26,8 +25,8 @@ from drift.evaluation.reference import (
     require_enough,
     self_test,
 )
-from drift.evaluation.sample import ImageDecoder, Samples, balanced_labels, random_labels, split_labels
-from drift.evaluation.sweep import Entry, Sweep, Tools, best_entry, check_metrics, evaluate_sweep
+from drift.evaluation.sample import ImageDecoder, sample_labels
+from drift.evaluation.sweep import Entry, Sweep
 from drift.models.base import model_files
 from drift.models.ema import ema_variant
 from drift.models.generator import CLASSES_FILE, Generator, read_class_names
@@ -36,7 +35,7 @@ from drift.runtime.files import sha256
 from drift.runtime.processes import Ranks
 from drift.runtime.progress import ProgressLog
 from drift.runtime.seeds import numpy_generator
-from drift.runtime.work import SETTINGS_FILE, work_root
+from drift.runtime.work import SETTINGS_FILE
 from drift.runtime.yaml_files import read_yaml
 from drift.settings import Drift, Settings
 from drift.training.compile import Compiled
@@ -45,7 +44,7 @@ PACKAGES = ("clean-fid", "diffusers", "numpy", "pillow", "scipy", "torch", "torc
 
 
 class Copies:
-    """The EMA copies of the generator in a folder; one that no stage of ours has made has one, `None`."""
+    """The EMA copies of the generator in a folder; if the drift stage did not write it, one copy: `None`."""
 
     def __init__(self, folder: Path, wanted: tuple[float, ...]):
         """Raises `UserError` if one of the `wanted` copies is missing or damaged."""
@@ -56,14 +55,22 @@ class Copies:
         trained = None
         if self.made_by:  # which says what differs from the defaults
             trained = self.made_by["decides"]["drift"].get("ema_decays", list(Drift().ema_decays))
-        self.decays: tuple[float | None, ...] = wanted if trained else (None,)
-        self._variants = {d: ema_variant(trained, d) if trained else None for d in self.decays}
-        self.load = lru_cache(maxsize=1)(self._load)
+        self._variants: dict[float | None, str | None] = {None: None}
+        if trained:
+            self._variants = {decay: ema_variant(trained, decay) for decay in wanted}
+        self.decays = tuple(self._variants)
+        self._cached = lru_cache(maxsize=1)(self._read)
         for decay in reversed(self.decays):
             self.load(decay)
 
-    def _load(self, decay: float | None) -> Generator:
+    def _read(self, decay: float | None) -> Generator:
         return Generator.from_pretrained(self.folder, variant=self._variants[decay])
+
+    def load(self, decay: float | None, device: str | torch.device = "cpu") -> Generator:
+        """The copy of one of the `decays`; the last one stays in memory."""
+        generator = self._cached(decay)
+        nn.Module.to(generator, device)  # diffusers' own has no types
+        return generator
 
     @property
     def digests(self) -> list[str]:
@@ -105,31 +112,17 @@ class Evaluation:
         self.training = open_images(data.dataset, data.root, "train", data.classes)
         self.copies.require_classes(self.training)
         self.reference_images = open_reference(fid.reference, data.dataset, data.root, data.classes)
-        self.labels = _labels(settings)
+        self.labels = sample_labels(settings)
         self.floor_images = min(fid.floor_images, len(self.training))
-        self.network = self._load_network("cpu")
+        self.network = load_feature_network(fid, workers=settings.hardware.workers)
         require_enough(fid.images, self.network, "generated images per omega (fid.images)")
         if self.floor_images:
             what = "real training images (fid.floor_images; 0 takes none)"
             require_enough(self.floor_images, self.network, what)
-        check_metrics(fid.metrics, self.network, self.reference_images is not None)
-
-    def _load_network(self, device: str | torch.device) -> FeatureNetwork:
-        fid = self.settings.fid
-        return load_feature_network(
-            fid.features, fid.mode, device, self.settings.hardware.workers, fid.inception
-        )
-
-    def enter(self, ranks: Ranks) -> None:
-        """Move the networks to the device of one of the processes."""
-        fid, hardware, self.ranks = self.settings.fid, self.settings.hardware, ranks
-        if ranks.device != self.network.device:
-            self.network = self._load_network(ranks.device)
-        if hardware.compile and ranks.device.type == "cuda":
-            self.vae.compile_with(Compiled)
-        self.decode = ImageDecoder(self.vae.to(ranks.device), hardware.decode_batch, fid.rounding)
-        on_device = lambda decay: self.copies.load(decay).to(ranks.device).eval()  # noqa: E731
-        self.load: Callable[[float | None], Generator] = lru_cache(maxsize=1)(on_device)
+        if "inception_score" in fid.metrics and self.network.classify is None:
+            raise UserError(
+                f"fid.metrics has inception_score, but {fid.features} does not classify; leave it out"
+            )
 
     @property
     def decides(self) -> dict[str, Any]:
@@ -146,71 +139,60 @@ class Evaluation:
             "reference": sha256(settings.fid.reference) if images is None else images.digest,
         }
 
-    def run(self, work: Path) -> Evaluated | None:
+    def run(self, work: Path, ranks: Ranks) -> Evaluated | None:
         """Measure and draw, or go on from what `work` has; None on all processes but the first."""
-        settings, fid, ranks, decays = self.settings, self.settings.fid, self.ranks, self.copies.decays
-        of_reference = 0 if self.reference_images is None else len(self.reference_images)
+        settings, fid, hardware = self.settings, self.settings.fid, self.settings.hardware
+        if ranks.device != self.network.device:
+            self.network = load_feature_network(fid, ranks.device, hardware.workers)
+        if hardware.compile and ranks.device.type == "cuda":
+            self.vae.compile_with(Compiled)
+        decode = ImageDecoder(self.vae.to(ranks.device), hardware.decode_batch, fid.rounding)
+        load = partial(self.copies.load, device=ranks.device)
+        decays, of_reference = self.copies.decays, len(self.reference_images or ())
         real = of_reference + self.floor_images
         total = real + len(decays) * len(fid.omegas) * fid.images
         with _progress(work / "logs.jsonl", total, ranks.first) as reached:
-            reference = self._reference(reached)
+            if self.reference_images is None:
+                reference = load_statistics(fid.reference, self.network.dimension, self.network.digest)
+            else:
+                images = self.reference_images
+                reference = measure_images(images, self.network, settings, ranks=ranks, on_images=reached)
             tested = self_test(reference, settings.seed) if ranks.first else {}
             training = None
             if self.floor_images:
                 after = lambda images: reached(of_reference + images)  # noqa: E731
-                training = self._measure(self.training, after, self.floor_images)
-            pictures = self._draw(self.load(decays[0])) if ranks.first else ()
-            samples = Samples(self.labels, settings.seed, settings.hardware.sample_batch, ranks.device)
-            sweep = Sweep(samples, fid.omegas, decays, fid.metrics, fid.precision_recall_images)
-            folder = settings.hardware.png_folder
-            entries = evaluate_sweep(
-                sweep,
-                Tools(self.load, self.decode, self.network, reference),
-                work,
-                png=None if folder is None else Path(folder),
-                ranks=ranks,
-                on_images=lambda images: reached(real + images),
-            )
+                part = {"images": self.floor_images, "ranks": ranks, "on_images": after}
+                training = measure_images(self.training, self.network, settings, **part)
+            pictures = self._draw(load(decays[0]), decode) if ranks.first else None
+            sweep = Sweep(settings, self.labels, decays, load, decode, self.network, reference, ranks)
+            entries = sweep.run(work, lambda images: reached(real + images))
         self.vae.tell_recomputed()
-        if not ranks.first:
+        if pictures is None:
             return None
         return Evaluated(self._described(entries, reference, training, tested), *pictures)
 
-    def _reference(self, reached: Callable[[int], None]) -> Reference:
-        if self.reference_images is None:
-            return load_statistics(self.settings.fid.reference, self.network.dimension, self.network.digest)
-        return self._measure(self.reference_images, reached)
-
-    def _measure(
-        self, source: Dataset, reached: Callable[[int], None], images: int | None = None
-    ) -> Reference:
-        cache, reading = work_root() / "reference", Reading.of(self.settings)
-        options = {"images": images, "ranks": self.ranks, "on_images": reached}
-        return measure_images(source, self.network, cache, reading, **options)
-
-    def _draw(self, generator: Generator) -> tuple[Image.Image, Image.Image]:
+    def _draw(self, generator: Generator, decode: ImageDecoder) -> tuple[Image.Image, Image.Image]:
         """Rows of random classes: columns of different noise; columns of omegas."""
         fid, seed, batch = self.settings.fid, self.settings.seed, self.settings.hardware.sample_batch
         drawn = numpy_generator(seed, "fid/pictures").permutation(self.settings.data.classes)
         classes = sorted(drawn[: fid.picture_classes].tolist())
-        names, grids = [self.training.class_names[label] for label in classes], []
-        for columns, heads in (
-            ([(column, fid.picture_omega) for column in range(fid.picture_columns)], None),
-            ([(0, omega) for omega in fid.omegas], [f"omega {omega:g}" for omega in fid.omegas]),
-        ):
+        names = [self.training.class_names[label] for label in classes]
+
+        def grid(columns: list[tuple[int, float]], heads: list[str] | None = None) -> Image.Image:
             wanted = [(label, *column) for label in classes for column in columns]
-            images = draw_images(generator, self.decode, wanted, seed, batch)
+            images = draw_images(generator, decode, wanted, seed, batch)
             scale = -(-VISIBLE_SIDE // images.shape[1])
-            options = {"scale": scale, "row_labels": names, "column_labels": heads}
-            grids.append(image_grid(images, len(columns), **options))
-        return grids[0], grids[1]
+            return image_grid(images, len(columns), scale=scale, row_labels=names, column_labels=heads)
+
+        samples = grid([(column, fid.picture_omega) for column in range(fid.picture_columns)])
+        return samples, grid([(0, omega) for omega in fid.omegas], [f"omega {o:g}" for o in fid.omegas])
 
     def _described(
         self, entries: list[Entry], reference: Reference, training: Reference | None, tested: dict[str, Any]
     ) -> dict[str, Any]:
         settings, fid, made_by = self.settings, self.settings.fid, self.copies.made_by
         return {
-            "best": best_entry(entries),
+            "best": min(entries, key=lambda entry: entry["fid"]),
             "sweep": entries,
             "floor": tested["halves"],
             "training": training and training.statistics.distance(reference.statistics),
@@ -231,7 +213,7 @@ class Evaluation:
                 "floor_images": training.statistics.count if training else 0,
                 "precision_recall_images": fid.precision_recall_images,
                 "seed": settings.seed,
-                "device": self.ranks.device.type,
+                "device": self.network.device.type,
                 "vae": settings.encode.vae,
                 "vae_precision": fid.precision,
                 "vae_sha256": self.vae.digest,
@@ -242,17 +224,6 @@ class Evaluation:
                 "versions": {"drift": drift.__version__} | {name: version(name) for name in PACKAGES},
             },
         }
-
-
-def _labels(settings: Settings) -> np.ndarray:
-    fid, data, seed = settings.fid, settings.data, settings.seed
-    if fid.labels == "balanced":
-        return balanced_labels(fid.images, data.classes)
-    if fid.labels == "random":
-        return random_labels(fid.images, data.classes, seed)
-    return split_labels(
-        open_images(data.dataset, data.root, fid.labels, data.classes).labels, fid.images, seed
-    )
 
 
 @contextmanager

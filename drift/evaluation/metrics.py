@@ -1,6 +1,7 @@
 """Metrics beside the Fréchet distance, from features or class logits."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,22 +14,22 @@ from drift.runtime.torchvision import ensure_torchvision
 
 SPLITS = 10  # of the Inception Score (Salimans et al. 2016)
 NEIGHBOURS = 3  # k of precision and recall (Kynkäänniemi et al. 2019)
+Features = FeatureStore | np.ndarray  # float32 [N, D]
 
 
-def kernel_distance(
-    reference: FeatureStore | np.ndarray, generated: FeatureStore | np.ndarray, seed: int
-) -> float:
-    """KID of two sets of features `[N, D]`, `[M, D]`: clean-fid's function, with subsets drawn from `seed`.
+def kernel_distance(reference: Features, generated: Features, seed: int) -> float:
+    """KID of features `[N, D]` and `[M, D]`: clean-fid's function, with subsets drawn from `seed`.
 
     clean-fid draws them from NumPy's global generator, whose state is restored afterwards.
     """
     ensure_torchvision()
     from cleanfid import fid as cleanfid
 
+    measure: Any = cleanfid.kernel_distance  # has no types, and reads either kind of features alike
     state = np.random.get_state()
     np.random.seed(derive_seed(seed, "fid/kid") % 2**32)
     try:
-        return float(cleanfid.kernel_distance(reference, generated))
+        return float(measure(reference, generated))
     finally:
         np.random.set_state(state)
 
@@ -46,79 +47,45 @@ def inception_score(blocks: Iterable[tuple[slice, Tensor]], count: int, seed: in
     part[order] = np.searchsorted(ends, np.arange(count), side="right")
     weights = F.one_hot(torch.from_numpy(part), SPLITS).double()
     weights /= weights.sum(0)  # [N, 10]
-    mean, entropy = 0, 0
+    mean = entropy = torch.zeros(())
     for rows, logits in blocks:
         log_p = logits.double().log_softmax(1)
         p, of_part = log_p.exp(), weights[rows].T.to(logits.device)
-        mean = mean + of_part @ p
-        entropy = entropy + of_part @ (p * log_p).sum(1)
+        mean = mean + of_part @ p  # [10, K]
+        entropy = entropy + of_part @ (p * log_p).sum(1)  # [10]
     scores = (entropy - torch.special.xlogy(mean, mean).sum(1)).exp()
     return float(scores.mean()), float(scores.std(correction=0))
 
 
 @torch.inference_mode()
 def precision_recall(
-    generated: FeatureStore | np.ndarray,
-    real: FeatureStore | np.ndarray,
-    images: int,
-    device: str | torch.device = "cpu",
-    *,
-    seed: int,
+    generated: Features, real: Features, images: int, device: str | torch.device = "cpu", *, seed: int
 ) -> tuple[float, float]:
     """Improved precision and recall of features `[N, D]` and `[M, D]` (Kynkäänniemi et al. 2019).
 
     Precision is the share of generated samples that lie within the distance of some real one to its k-th
     neighbour, recall the share of real ones within that of some generated one. Of each set, `images` drawn
-    from `seed` take part. Computed in blocks and in float64.
+    from `seed` take part, in float64.
     """
-    made, found = (
-        _Points(features, numpy_generator(seed, "fid/precision_recall", name), images, device)
-        for name, features in (("generated", generated), ("real", real))
-    )
-    return made.share_within(found), found.share_within(made)
+    points = []
+    for name, features in (("generated", generated), ("real", real)):
+        rng = numpy_generator(seed, "fid/precision_recall", name)
+        rows = np.sort(rng.permutation(len(features))[:images])  # sorted, a file is read faster
+        points.append(torch.from_numpy(features[rows]).to(device, torch.float64))
+    made, found = points
+    return _share_within(made, found), _share_within(found, made)
 
 
-class _Points:
-    """Random rows of a set of features, and the squared distance of each to its k-th neighbour."""
-
-    def __init__(
-        self,
-        features: FeatureStore | np.ndarray,
-        rng: np.random.Generator,
-        images: int,
-        device: str | torch.device,
-    ):
-        self._features, self._device = features, device
-        self._rows = np.sort(rng.permutation(len(features))[:images])  # sorted, a file is read faster
-        assert len(self._rows) > NEIGHBOURS
-        self._radii = torch.cat([self._radius(start, block) for start, block in self._blocks()])
-
-    def _blocks(self) -> Iterator[tuple[int, Tensor]]:
-        for start in range(0, len(self._rows), BLOCK):
-            block = self._features[self._rows[start : start + BLOCK]]
-            yield start, torch.from_numpy(block).to(self._device, torch.float64)
-
-    def _radius(self, start: int, block: Tensor) -> Tensor:
-        nearest = block.new_empty(len(block), 0)
-        for other_start, other in self._blocks():
-            distances = _squared_distances(block, other)
-            if start == other_start:
-                distances.fill_diagonal_(torch.inf)  # a sample is not its own neighbour
-            nearest = torch.cat([nearest, distances], 1)
-            nearest = nearest.topk(min(NEIGHBOURS, nearest.shape[1]), 1, largest=False).values
-        return nearest[:, -1]
-
-    def share_within(self, others: "_Points") -> float:
-        """Share of these points that some of the others have among their neighbours."""
-        inside = 0
-        for _, block in self._blocks():
-            found = torch.zeros(len(block), dtype=torch.bool, device=block.device)
-            for start, other in others._blocks():
-                found |= (_squared_distances(block, other) <= others._radii[start : start + len(other)]).any(
-                    1
-                )
-            inside += int(found.sum())
-        return inside / len(self._rows)
+def _share_within(points: Tensor, others: Tensor) -> float:
+    """The share of `points` `[N, D]` that some of the `others` `[M, D]` have among their neighbours."""
+    assert len(others) > NEIGHBOURS
+    radii, inside = [], 0
+    for block in others.split(BLOCK):
+        nearest = _squared_distances(block, others).topk(NEIGHBOURS + 1, largest=False)  # with itself
+        radii.append(nearest.values[:, -1])
+    for block in points.split(BLOCK):
+        inside += int((_squared_distances(block, others) <= torch.cat(radii)).any(1).sum())
+    return inside / len(points)
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:

@@ -1,15 +1,11 @@
 """Gaussian fits to feature vectors, and the Fréchet distance between two of them."""
 
-import warnings
+from dataclasses import dataclass
 
 import numpy as np
 import scipy.linalg
 import torch
 from torch import Tensor
-
-# A square root is refused if its square differs from the product by more than this (relative, Frobenius norm)
-# or its trace has a larger imaginary share. Rounding leaves 1e-12 of both where all is well.
-_TOLERANCE = 1e-6
 
 
 class Moments:
@@ -40,47 +36,43 @@ class Moments:
         self.count = count
 
 
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """A Gaussian fit to the features of a set of images, and how often their labels were recognised."""
+
+    mean: np.ndarray  # [D]
+    covariance: np.ndarray  # [D, D]
+    accuracy: float | None = None
+    """Share of images whose predicted label is theirs; None where the network does not classify."""
+    count: int | None = None
+    """Number of images, if known."""
+
+    @classmethod
+    def of(cls, moments: Moments, accuracy: float | None = None) -> "FeatureStatistics":
+        mean, covariance = moments.mean.cpu().numpy(), moments.covariance.cpu().numpy()
+        return cls(mean, covariance, accuracy, moments.count)
+
+    def distance(self, other: "FeatureStatistics") -> float:
+        """Squared Fréchet distance."""
+        return frechet_distance(self.mean, self.covariance, other.mean, other.covariance)
+
+
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
     """Squared Fréchet distance of N(mu1, sigma1) and N(mu2, sigma2) (Dowson and Landau 1982).
 
-    |mu1 - mu2|^2 + tr sigma1 + tr sigma2 - 2 tr (sigma1 sigma2)^1/2. The root is SciPy's, as in clean-fid,
-    where it holds: its square is the product, its trace is real. Otherwise (nearly singular covariances) the
-    trace is the sum of the roots of the eigenvalues of sigma1^1/2 sigma2 sigma1^1/2, which always exists.
-    Raises `FloatingPointError` if an argument or the result is not finite.
+    |mu1 - mu2|^2 + tr sigma1 + tr sigma2 - 2 tr (sigma1 sigma2)^1/2. The last trace is the sum of the roots
+    of the eigenvalues of sigma1^1/2 sigma2 sigma1^1/2. Unlike SciPy's root of the product, which clean-fid
+    takes, these exist for singular covariances too. Raises `FloatingPointError` if an argument or the result
+    is not finite.
     """
     for name, array in (("mu1", mu1), ("sigma1", sigma1), ("mu2", mu2), ("sigma2", sigma2)):
         if not np.isfinite(array).all():
             raise FloatingPointError(f"Fréchet distance: {name} is not finite")
-    cross = trace_by_square_root(sigma1, sigma2)
-    if cross is None:
-        cross = trace_by_eigenvalues(sigma1, sigma2)
+    values, vectors = scipy.linalg.eigh(sigma1)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    cross = np.sqrt(scipy.linalg.eigvalsh(root @ sigma2 @ root).clip(0)).sum()
     difference = mu1 - mu2
     distance = float(difference @ difference + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
     if not np.isfinite(distance):
         raise FloatingPointError(f"the Fréchet distance is {distance}")
     return distance
-
-
-def trace_by_square_root(sigma1: np.ndarray, sigma2: np.ndarray) -> float | None:
-    """Trace of SciPy's square root of `sigma1 sigma2`, or None if that is not one."""
-    product = sigma1 @ sigma2
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about singular matrices, which the check below finds
-            root = scipy.linalg.sqrtm(product)
-    except (scipy.linalg.LinAlgError, ValueError):
-        return None
-    if not np.isfinite(root).all():
-        return None
-    trace = np.trace(root)
-    residual = np.linalg.norm(root @ root - product)
-    if residual > _TOLERANCE * np.linalg.norm(product) or abs(trace.imag) > _TOLERANCE * abs(trace):
-        return None
-    return float(trace.real)
-
-
-def trace_by_eigenvalues(sigma1: np.ndarray, sigma2: np.ndarray) -> float:
-    """Trace of the square root of `sigma1 sigma2`, positive semidefinite but for rounding."""
-    values, vectors = scipy.linalg.eigh(sigma1)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    return float(np.sqrt(scipy.linalg.eigvalsh(root @ sigma2 @ root).clip(0)).sum())

@@ -2,34 +2,31 @@
 
 import hashlib
 import os
-import shutil
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
-from pickle import UnpicklingError
 from unittest import mock
-from urllib.request import urlopen
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from drift.evaluation.batches import in_batches
 from drift.models.base import model_files
 from drift.models.classifier import ImageClassifier
 from drift.runtime.errors import UserError
-from drift.runtime.files import atomic_write, check_readable, sha256, without_wrappers
+from drift.runtime.files import check_readable, sha256, without_wrappers
 from drift.runtime.torchvision import ensure_torchvision
+from drift.settings import Fid
 
 INCEPTION = "inception"
 INCEPTION_DIMENSION = 2048  # width of Inception-v3's last pooling layer
 INCEPTION_SIZE = 299  # pixels
 TORCHSCRIPT = (".pt", ".ts", ".torchscript")
-CONNECT_TIMEOUT = 20  # seconds without an answer after which a download is given up
 
 # SHA-256 of the published weights, by clean-fid's mode. The TorchScript file is stylegan2-ada-pytorch's;
 # of pytorch-fid's weights these are the first eight digits, which their file name carries.
@@ -60,11 +57,8 @@ class FeatureNetwork:
     """Whether the classes are those of the data, so that predictions can be compared with labels."""
     published: bool | None = None
     """Whether the weights are those that everybody's FID is measured with; None if there are no such."""
-    workers: int = 1
+    pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     """Threads that resize; the resizers release Python's lock while they compute."""
-
-    def __post_init__(self):
-        self.pool = ThreadPoolExecutor(max(1, self.workers))
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 `[B, H, W, 3]` -> float32 features `[B, D]`."""
@@ -90,18 +84,11 @@ class FeatureNetwork:
             return self.classify(torch.as_tensor(features).to(self.device))
 
 
-def load_feature_network(
-    name: str,
-    mode: str = "clean",
-    device: str | torch.device = "cpu",
-    workers: int = 1,
-    inception: str | None = None,
-) -> FeatureNetwork:
-    """The feature network `name`, ready on `device`.
+def load_feature_network(fid: Fid, device: str | torch.device = "cpu", workers: int = 1) -> FeatureNetwork:
+    """The feature network `fid.features`, ready on `device`.
 
-    - `inception`: clean-fid's extractor with the resizing of its `mode` (`clean`, `legacy_tensorflow` or
-      `legacy_pytorch`), from the file `inception` if one is named, and else from PyTorch's cache, into which
-      it is downloaded.
+    - `inception`: clean-fid's extractor with the resizing of `fid.mode`, from the file `fid.inception` if it
+      is named, and else from PyTorch's cache, into which it is downloaded.
     - A TorchScript file: float32 `[B, 3, S, S]` in 0..255 -> `[B, D]`, after the resizing of clean-fid's
       `clean` to its attribute `image_size` (299 without one). Its code runs, so trust its source.
     - The folder of an image classifier of this project, which sees images resized in the same way.
@@ -109,60 +96,24 @@ def load_feature_network(
     Raises `UserError` if a file is missing, damaged or of something else.
     """
     device = torch.device(device)
-    if name == INCEPTION:
-        return _load_inception(mode, device, workers, inception)
-    if name.endswith(TORCHSCRIPT):
-        return _load_torchscript(name, device, workers)
-    return _load_classifier(name, device, workers)
-
-
-def fetch(url: str, path: Path, digest: str) -> None:
-    """Make sure that `path` is the file published at `url`, whose SHA-256 begins with `digest`.
-
-    Raises `UserError` if it cannot be downloaded, or if `path` cannot be read or holds something else.
-    clean-fid's own download checks no digest, has no timeout, and keeps the file in a shared `/tmp`.
-    """
-    way_out = "name a copy of Inception's weights in fid.inception"
-    if os.path.lexists(path):
-        check_readable(path, str(path), way_out)
-        if not sha256(path).startswith(digest):
-            raise UserError(f"{path}: damaged, or not the file published at {url}; delete it, or {way_out}")
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        print(f"downloading {url} to {path}", flush=True)
-        with urlopen(url, timeout=CONNECT_TIMEOUT) as answer, atomic_write(path) as file:
-            shutil.copyfileobj(answer, file)
-            file.flush()
-            if not sha256(file.name).startswith(digest):
-                raise OSError("what arrived is not the published file")
-    except (OSError, HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        raise UserError(
-            f"{path}: Inception's weights are missing and cannot be downloaded ({reason}); "
-            f"get {url} where there is a network and put it there, or name your copy in fid.inception"
-        ) from None
-
-
-def _inception_file(mode: str) -> tuple[str, Path, str]:
-    """URL of the weights for a clean-fid mode, their path in the user's PyTorch cache, and their digest."""
-    if mode not in _INCEPTION_DIGESTS:
-        raise UserError(f"feature network mode {mode}: allowed: {', '.join(_INCEPTION_DIGESTS)}")
     ensure_torchvision()
-    if mode == "legacy_pytorch":
-        from cleanfid.inception_pytorch import FID_WEIGHTS_URL as url
+    if fid.features == INCEPTION:
+        network = _load_inception(fid.mode, device, fid.inception)
+    elif fid.features.endswith(TORCHSCRIPT):
+        network = _load_torchscript(fid.features, device)
     else:
-        from cleanfid.downloads_helper import inception_url as url
-    return url, Path(torch.hub.get_dir(), "checkpoints", Path(url).name), _INCEPTION_DIGESTS[mode]
+        network = _load_classifier(fid.features, device)
+    network.pool = ThreadPoolExecutor(max(1, workers))
+    return network
 
 
-def _load_inception(mode: str, device: torch.device, workers: int, local: str | None) -> FeatureNetwork:
-    url, path, digest = _inception_file(mode)
+def _load_inception(mode: str, device: torch.device, local: str | None) -> FeatureNetwork:
+    digest = _INCEPTION_DIGESTS[mode]
     if local is None:
-        fetch(url, path, digest)
+        path, what = _download_inception(mode), "Inception's weights"
     else:
-        path = Path(local)
-        check_readable(path, f"fid.inception = {path}", "correct the path")
+        path, what = Path(local), f"fid.inception = {local}"
+        check_readable(path, what, "correct the path")
     found = sha256(path)
     if not found.startswith(digest):
         print(f"note: {path} is not the published file for fid.mode {mode}: its numbers are not comparable")
@@ -174,18 +125,10 @@ def _load_inception(mode: str, device: torch.device, workers: int, local: str | 
         resize = build_resizer(mode)
         try:
             extract, weight = _inception_layers(mode, path, device)
-        except (
-            RuntimeError,
-            UnpicklingError,
-            EOFError,
-            LookupError,
-            TypeError,
-            ValueError,
-            AttributeError,
-        ) as e:
-            reason = " ".join(str(e).split())[:200]
+        except Exception as error:  # PyTorch raises exceptions of seven kinds for damaged files
+            reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"fid.inception = {path}: damaged, or not Inception's weights for this fid.mode ({reason}); "
+                f"{what}: damaged, or not Inception's weights for this fid.mode ({reason}); "
                 "get a fresh copy or choose another mode"
             ) from None
     return FeatureNetwork(
@@ -198,8 +141,39 @@ def _load_inception(mode: str, device: torch.device, workers: int, local: str | 
         # Without the bias, as the original Inception Score is computed (OpenAI's improved-gan, issue 39)
         classify=lambda features: features @ weight.T,
         published=found.startswith(digest),
-        workers=workers,
     )
+
+
+def _inception_file(mode: str) -> tuple[str, Path]:
+    """URL of the weights for a clean-fid mode, and their path in PyTorch's cache.
+
+    clean-fid's own download checks no digest, and keeps the file in a shared `/tmp`.
+    """
+    if mode == "legacy_pytorch":
+        from cleanfid.inception_pytorch import FID_WEIGHTS_URL as url
+    else:
+        from cleanfid.downloads_helper import inception_url as url
+    return url, Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+
+
+def _download_inception(mode: str) -> Path:
+    """The weights in PyTorch's cache, whole; `UserError` if they cannot be had."""
+    digest, (url, path) = _INCEPTION_DIGESTS[mode], _inception_file(mode)
+    way_out = "name a copy of Inception's weights in fid.inception"
+    if not os.path.lexists(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            print(f"downloading {url} to {path}", flush=True)
+            torch.hub.download_url_to_file(url, str(path), digest)
+        except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: of another digest
+            raise UserError(
+                f"{path}: Inception's weights are missing and cannot be downloaded ({error}); get {url} "
+                f"where there is a network and put it there, or {way_out}"
+            ) from None
+    check_readable(path, str(path), way_out)
+    if not sha256(path).startswith(digest):
+        raise UserError(f"{path}: damaged, or not the file published at {url}; delete it, or {way_out}")
+    return path
 
 
 def _inception_layers(
@@ -220,10 +194,7 @@ def _inception_layers(
     return lambda images: layers((images - 128) / 128), weight
 
 
-def _load_torchscript(name: str, device: torch.device, workers: int) -> FeatureNetwork:
-    ensure_torchvision()
-    from cleanfid.resize import make_resizer
-
+def _load_torchscript(name: str, device: torch.device) -> FeatureNetwork:
     check_readable(name, f"feature network {name}", "correct fid.features")
     try:
         network = torch.jit.load(name, map_location=device).eval()
@@ -233,35 +204,38 @@ def _load_torchscript(name: str, device: torch.device, workers: int) -> FeatureN
     size = int(getattr(network, "image_size", INCEPTION_SIZE))
     with torch.inference_mode():
         found = network(torch.zeros(1, 3, size, size, device=device))
-    if not isinstance(found, Tensor) or found.ndim != 2:
-        shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    if not isinstance(shape, list) or len(shape) != 2:
         raise UserError(f"feature network {name}: gives {shape} for an image; it must give [1, D] features")
-    digest, resize = _digest(str(size), sha256(name)), make_resizer("PIL", False, "bicubic", (size, size))
-    return FeatureNetwork(name, found.shape[1], digest, device, resize, network, workers=workers)
+    return FeatureNetwork(
+        name, shape[1], _digest(str(size), sha256(name)), device, _clean_resizer(size), network
+    )
 
 
-def _load_classifier(folder: str, device: torch.device, workers: int) -> FeatureNetwork:
+def _load_classifier(folder: str, device: torch.device) -> FeatureNetwork:
     if not Path(folder).is_dir():
         raise UserError(
             f"feature network {folder}: there is no such folder; name one, or a TorchScript file "
             f"({', '.join(TORCHSCRIPT)}), or write {INCEPTION}"
         )
-    ensure_torchvision()
-    from cleanfid.resize import make_resizer
-
-    network = ImageClassifier.from_pretrained(folder).to(device).eval().requires_grad_(False)
-    size = network.config.image_size
+    network = ImageClassifier.from_pretrained(folder).requires_grad_(False)
+    nn.Module.to(network, device)  # diffusers' own has no types
     return FeatureNetwork(
         folder,
-        network.config.feature_dim,
+        network.config["feature_dim"],
         _digest(*map(sha256, model_files(Path(folder)))),
         device,
-        make_resizer("PIL", False, "bicubic", (size, size)),
+        _clean_resizer(network.config["image_size"]),
         network.features,
         network.logits,
         labels=True,
-        workers=workers,
     )
+
+
+def _clean_resizer(size: int) -> Callable[[np.ndarray], np.ndarray]:
+    from cleanfid.resize import make_resizer
+
+    return make_resizer("PIL", False, "bicubic", (size, size))
 
 
 def _digest(*parts: str) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile, is_zipfile
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -21,45 +21,24 @@ from torch import Tensor
 
 from drift.data.datasets import Dataset, ImageFiles, open_images, refuse_or_leave_out
 from drift.data.views import center_views, view_digest
-from drift.evaluation.batches import one_behind
-from drift.evaluation.moments import Moments, frechet_distance
+from drift.evaluation.moments import FeatureStatistics, Moments
 from drift.evaluation.networks import FeatureNetwork
-from drift.evaluation.store import FeatureStore
+from drift.evaluation.store import ALONE, FeatureStore, measure_rows
 from drift.runtime.errors import UserError
 from drift.runtime.files import atomic_write, check_readable, sha256
 from drift.runtime.lock import Lock
 from drift.runtime.processes import Ranks
 from drift.runtime.seeds import numpy_generator
+from drift.runtime.work import work_root
 from drift.settings import Settings
 
-ALONE = Ranks(0, 1, torch.device("cpu"))
-_KEYS = (
-    ("mu", "sigma"),
-    ("ref_mu", "ref_sigma"),
-)  # of clean-fid and the Sinkhorn paper's code; of the release
 _WAIT_S = 1.0  # between two looks at a lock
 _VERSIONS = ("clean-fid", "pillow", "torch", "torchvision")  # packages whose version features depend on
 
-# Of the self-test, relative to the trace of the covariance. The square root leaves 1e-9 where all is well.
+# Of the self-test, relative to the trace of the covariance. Rounding leaves 1e-9 where all is well.
 _ZERO = 1e-5
 _SHIFT = 0.1  # of each feature, in its standard deviations
 _SCALE = 0.1  # by which features grow
-
-
-@dataclass(frozen=True)
-class FeatureStatistics:
-    """A Gaussian fit to the features of a set of images, and how often their labels were recognised."""
-
-    mean: np.ndarray  # [D]
-    covariance: np.ndarray  # [D, D]
-    accuracy: float | None = None
-    """Share of images whose predicted label is theirs; None where the network does not classify."""
-    count: int | None = None
-    """Number of images, if known."""
-
-    def distance(self, other: "FeatureStatistics") -> float:
-        """Squared Fréchet distance."""
-        return frechet_distance(self.mean, self.covariance, other.mean, other.covariance)
 
 
 @dataclass(frozen=True)
@@ -69,28 +48,10 @@ class Reference:
     name: str
     digest: str
     statistics: FeatureStatistics
+    file: Path
+    """Where the statistics are; `load_statistics` takes a copy of it anywhere."""
     features: FeatureStore | None = None
     """None if only statistics are known."""
-    file: Path | None = None
-    """Where the statistics are; `load_statistics` takes a copy of it anywhere."""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How real images are read."""
-
-    image_size: int
-    batch_size: int
-    seed: int = 0
-    on_bad_image: str = "error"
-    """`skip` leaves out what does not decode."""
-    workers: int = 1
-    """Threads that decode."""
-
-    @classmethod
-    def of(cls, settings: Settings) -> "Reading":
-        hardware, bad = settings.hardware, settings.encode.on_bad_image
-        return cls(settings.data.image_size, hardware.sample_batch, settings.seed, bad, hardware.workers)
 
 
 def open_reference(name: str, dataset: str, root: str | None, classes: int) -> Dataset | None:
@@ -105,58 +66,60 @@ def open_reference(name: str, dataset: str, root: str | None, classes: int) -> D
 
 
 def load_statistics(path: str | Path, dimension: int, features: str | None = None) -> Reference:
-    """A reference from an `.npz` with `mu` `[D]` and `sigma` `[D, D]`, or `ref_mu` and `ref_sigma`.
+    """A reference from an `.npz` with `mu` `[D]` and `sigma` `[D, D]`, as clean-fid names them.
 
-    Raises `UserError` if the file is missing, damaged, of another dimension or no covariance; or if
-    `measure_images` has written it with another feature network than that of the digest `features`.
+    The release names them `ref_mu` and `ref_sigma`. Raises `UserError` if the file is missing, damaged, of
+    another dimension or no covariance; or if `measure_images` has written it with another feature network
+    than that of the digest `features`.
     """
     path = Path(path)
     check_readable(path, f"fid.reference = {path}", "correct the path")
-    if not is_zipfile(path):
-        raise UserError(f"{path}: not an .npz file, or cut short; get a fresh copy")
-    with np.load(path, allow_pickle=False) as file:
-        keys = next((pair for pair in _KEYS if all(key in file for key in pair)), None)
-        if keys is None:
-            wanted = " or ".join(" and ".join(pair) for pair in _KEYS)
-            raise UserError(f"{path}: has the arrays {', '.join(file)}; reference statistics are {wanted}")
-        made_with = str(file["feature_network"]) if "feature_network" in file else None
-        try:
-            mu, sigma = (np.asarray(file[key]) for key in keys)
-        except (ValueError, BadZipFile) as error:  # ValueError: pickled objects
-            raise UserError(
-                f"{path}: {' or '.join(keys)} cannot be read ({error}); get a fresh copy"
-            ) from None
+    made_with = accuracy = count = None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            keys = ("mu", "sigma") if "mu" in file else ("ref_mu", "ref_sigma")
+            if lacking := [key for key in keys if key not in file]:
+                raise UserError(
+                    f"{path}: has the arrays {', '.join(file)}, and no {' or '.join(lacking)}; reference "
+                    "statistics are mu and sigma, or ref_mu and ref_sigma"
+                )
+            mu, sigma = (file[key] for key in keys)
+            if "feature_network" in file:  # of our own
+                made_with, accuracy, count = (
+                    file[k].item() for k in ("feature_network", "accuracy", "count")
+                )
+    except (ValueError, TypeError, EOFError, BadZipFile) as error:
+        raise UserError(f"{path}: cannot be read ({error}); get a fresh copy") from None
     if made_with is not None and features not in (None, made_with):
         raise UserError(
             f"fid.reference = {path}: was measured with another feature network ({made_with[:12]}) than "
             f"that of fid.features and fid.mode ({features[:12]}); measure it again with this one"
         )
-    if reason := _why_no_gaussian(mu, sigma, dimension):
-        raise UserError(f"{path}: {' and '.join(keys)} {reason}")
-    statistics = FeatureStatistics(mu.astype(np.float64), sigma.astype(np.float64))
-    return Reference(str(path), sha256(path), _load(path) if made_with else statistics, file=path)
-
-
-def _why_no_gaussian(mu: np.ndarray, sigma: np.ndarray, dimension: int) -> str | None:
-    if not all(np.issubdtype(array.dtype, np.floating) for array in (mu, sigma)):
-        return f"are {mu.dtype} and {sigma.dtype}; both must be floats"
+    names = " and ".join(keys)
     if mu.shape != (dimension,) or sigma.shape != (dimension, dimension):
-        return (
-            f"have shapes {list(mu.shape)} and {list(sigma.shape)}, which do not fit features of {dimension} "
-            "dimensions; take the feature network that the file was made with"
+        raise UserError(
+            f"{path}: {names} have shapes {list(mu.shape)} and {list(sigma.shape)}, but the features have "
+            f"{dimension} dimensions; take the feature network that the file was made with"
         )
-    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        return "have numbers that are not finite; get a fresh copy"
-    if abs(sigma - sigma.T).max() > 1e-6 * abs(sigma).max() or (np.diag(sigma) < 0).any():
-        return "are no mean and covariance (not symmetric); get a fresh copy"
-    return None
+    floats = all(np.issubdtype(array.dtype, np.floating) for array in (mu, sigma))
+    if not (floats and np.isfinite(mu).all() and _symmetric(sigma) and (np.diag(sigma) >= 0).all()):
+        raise UserError(
+            f"{path}: {names} are no mean and covariance: not real, not finite or not symmetric; "
+            "get a fresh copy"
+        )
+    accuracy = None if accuracy is None or np.isnan(accuracy) else accuracy
+    statistics = FeatureStatistics(mu.astype(np.float64), sigma.astype(np.float64), accuracy, count)
+    return Reference(str(path), sha256(path), statistics, path)
+
+
+def _symmetric(sigma: np.ndarray) -> bool:
+    return bool(np.isfinite(sigma).all() and abs(sigma - sigma.T).max() <= 1e-6 * abs(sigma).max())
 
 
 def measure_images(
     source: Dataset,
     network: FeatureNetwork,
-    cache: Path,
-    reading: Reading,
+    settings: Settings,
     *,
     images: int | None = None,
     ranks: Ranks = ALONE,
@@ -164,72 +127,53 @@ def measure_images(
 ) -> Reference:
     """Features and statistics of the centre views of `source`: of all, or of `images` of them at random.
 
-    They are kept in a folder within `cache` and read from there the next time; an interrupted measurement
-    goes on. `on_images` receives the number of measured images. Raises `UserError` if there are too few for
-    the network's features, or if some do not decode and `reading` does not skip them.
+    They are kept in the work folder and read from there the next time; an interrupted measurement goes on.
+    `on_images` receives the number of measured images. Raises `UserError` if there are too few for the
+    network's features, or if some do not decode and `encode.on_bad_image` does not skip them.
     """
     count = len(source) if images is None else min(images, len(source))
     require_enough(count, network, f"real images of {source.split}")
-    chosen = np.sort(numpy_generator(reading.seed, "fid/real").permutation(len(source))[:count])
+    size, on_bad_image = settings.data.image_size, settings.encode.on_bad_image
+    chosen = np.sort(numpy_generator(settings.seed, "fid/real").permutation(len(source))[:count])
     chosen_digest = hashlib.sha256(chosen.tobytes()).hexdigest()
-    depends_on = [network.digest, source.digest, reading.image_size, chosen_digest, view_digest("center")]
+    depends_on = [network.digest, source.digest, size, chosen_digest, view_digest("center")]
     depends_on += [version(package) for package in _VERSIONS]
     digest = hashlib.sha256(repr(depends_on).encode()).hexdigest()
-    folder = cache / digest[:16]
+    folder = work_root() / "reference" / digest[:16]
     result = folder / "statistics.npz"
-    with _locked(folder, ranks.first):
-        if ranks.first:
-            if source.passed_over:
-                print(source.passed_over, flush=True)
-            FeatureStore.create(folder, count, network.dimension)
-        ranks.barrier()
-        store = FeatureStore(folder)
-        if len(missing := store.missing()) or not result.exists():
-            ranks.barrier()  # nobody writes before all have looked, or they would share it differently
-            mine = np.array_split(missing, ranks.world_size)[ranks.rank]
-            done = count - len(missing)
-            for batch in _measure(source, chosen, mine, network, store, reading):
-                done += batch * ranks.world_size
-                on_images(min(done, count))
-            ranks.barrier()
-            bad = store.undecodable()
-            refuse_or_leave_out(source, chosen[bad], reading.on_bad_image, show=ranks.first)
-            require_enough(count - len(bad), network, f"real images of {source.split} that decode")
-            if ranks.first:
-                kept = np.delete(chosen, bad)
-                labels = None if source.labels is None else source.labels[kept]
-                _save(result, store_statistics(FeatureStore(folder, bad), network, labels), network.digest)
-            ranks.barrier()
-        if len(bad := store.undecodable()):
-            digest = hashlib.sha256(digest.encode() + np.delete(chosen, bad).tobytes()).hexdigest()
-        on_images(count)
-        return Reference(source.split, digest, _load(result), FeatureStore(folder, bad), result)
+    with _locked(folder, ranks.first), ThreadPoolExecutor(max(1, settings.hardware.workers)) as pool:
 
-
-def _measure(
-    source: Dataset,
-    chosen: np.ndarray,
-    rows: np.ndarray,
-    network: FeatureNetwork,
-    store: FeatureStore,
-    reading: Reading,
-) -> Iterator[int]:
-    """Write the features of the images `chosen[rows]` as those `rows`; yields how many each batch has."""
-    batches = [rows[start : start + reading.batch_size] for start in range(0, len(rows), reading.batch_size)]
-    with ThreadPoolExecutor(max(1, reading.workers)) as pool:
-
-        def resized(batch: np.ndarray) -> tuple[Tensor, np.ndarray]:
-            views, undecodable = center_views(source, chosen[batch], reading.image_size, pool)
+        def resized(rows: np.ndarray, images: np.ndarray) -> tuple[Tensor, np.ndarray]:
+            views, undecodable = center_views(source, images.tolist(), size, pool)
             return network.resized(torch.from_numpy(views)), undecodable
 
-        for batch, (ready, undecodable) in one_behind(batches, resized):
-            store.write(batch, network.features(ready).cpu().numpy(), undecodable)
-            yield len(batch)
+        if ranks.first and source.passed_over:
+            print(source.passed_over, flush=True)
+        store = FeatureStore.create(folder, count, network.dimension, ranks)
+        missing = store.missing()
+        if ranks.first and len(missing):
+            result.unlink(missing_ok=True)  # it may lack images that were left out and are repaired
+        batch_size = settings.hardware.sample_batch
+        how = {"batch_size": batch_size, "ranks": ranks, "on_images": on_images}
+        measure_rows(store, missing, network, lambda rows: chosen[rows], resized, **how)
+        bad = store.undecodable()
+        refuse_or_leave_out(source, chosen[bad].tolist(), on_bad_image, show=ranks.first)
+        require_enough(count - len(bad), network, f"real images of {source.split} that decode")
+        kept, store = np.delete(chosen, bad), FeatureStore(folder, bad)
+        if ranks.first and not result.exists():
+            labels = None if source.labels is None else source.labels[kept]
+            _save(result, store_statistics(store, network, labels), network.digest)
+        ranks.barrier()
+        if len(bad):
+            digest = hashlib.sha256(digest.encode() + kept.tobytes()).hexdigest()
+        on_images(count)
+        statistics = load_statistics(result, network.dimension).statistics
+        return Reference(source.split, digest, statistics, result, store)
 
 
 @contextmanager
 def _locked(folder: Path, first: bool) -> Iterator[None]:
-    """Have `folder` alone; a run that measures the same images is waited for."""
+    """Hold the lock of `folder`; wait for another run that measures the same images."""
     if not first:
         yield
         return
@@ -252,26 +196,17 @@ def _save(path: Path, statistics: FeatureStatistics, feature_network: str) -> No
         np.savez(file, **found, accuracy=accuracy, feature_network=feature_network)
 
 
-def _load(path: Path) -> FeatureStatistics:
-    with np.load(path, allow_pickle=False) as file:
-        accuracy = float(file["accuracy"])
-        return FeatureStatistics(
-            file["mu"], file["sigma"], None if np.isnan(accuracy) else accuracy, int(file["count"])
-        )
-
-
 def store_statistics(
     store: FeatureStore, network: FeatureNetwork, labels: np.ndarray | None
 ) -> FeatureStatistics:
     """Statistics of all features in a store; `labels [N]` are compared with what the network predicts."""
-    known = network.labels and labels is not None
-    moments, correct = Moments(network.dimension, network.device), 0
+    moments, correct = Moments(network.dimension, network.device), None
     for rows, block in store.blocks():
         moments.update(torch.from_numpy(block).to(network.device))
-        if known:
-            correct += int((network.logits(block).argmax(1).cpu().numpy() == labels[rows]).sum())
-    mean, covariance = moments.mean.cpu().numpy(), moments.covariance.cpu().numpy()
-    return FeatureStatistics(mean, covariance, correct / len(store) if known else None, len(store))
+        if network.labels and labels is not None:
+            predicted = network.logits(block).argmax(1).cpu().numpy()
+            correct = (correct or 0) + int((predicted == labels[rows]).sum())
+    return FeatureStatistics.of(moments, None if correct is None else correct / len(store))
 
 
 def require_enough(count: int, network: FeatureNetwork, what: str) -> None:
@@ -285,7 +220,7 @@ def require_enough(count: int, network: FeatureNetwork, what: str) -> None:
 
 
 def self_test(reference: Reference, seed: int) -> dict[str, Any]:
-    """Measure what is known beforehand; raises `UserError` where the answer is another.
+    """Measure known distances; raises `UserError` where one comes out wrong.
 
     - `same`: the distance of the reference to itself, which is 0.
     - `shift`: that to itself with every feature moved by a tenth of its standard deviation: a hundredth of
@@ -327,5 +262,5 @@ def _halves(reference: Reference, seed: int) -> float | None:
         for half, chosen in zip(halves, (first[rows], ~first[rows]), strict=True):
             if chosen.any():
                 half.update(torch.from_numpy(block[chosen]))
-    a, b = (FeatureStatistics(half.mean.numpy(), half.covariance.numpy()) for half in halves)
+    a, b = map(FeatureStatistics.of, halves)
     return a.distance(b)

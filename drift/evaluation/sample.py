@@ -6,19 +6,20 @@ same noise with another strength. Networks see batches of one shape, so batch si
 not change a pixel either.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers.configuration_utils import FrozenDict
 from torch import Tensor
 from tqdm import tqdm
 
 from drift.autoencoders.kl import VAE, Rounding, to_uint8
+from drift.data.datasets import open_images
 from drift.evaluation.batches import in_batches
 from drift.models.generator import Generator
 from drift.runtime.seeds import numpy_generator, torch_generator
+from drift.settings import Settings
 
 
 def sample_generator(seed: int, index: int) -> torch.Generator:
@@ -26,23 +27,22 @@ def sample_generator(seed: int, index: int) -> torch.Generator:
     return torch_generator(seed, "fid/sample", index)
 
 
-def draw_sample(config: FrozenDict, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+def draw_sample(config: Mapping[str, Any], generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """What a generator network with `config` turns into one sample, beside its label.
 
     Returns noise `[C, H, W]` and style indices `[S]`, uniform in each codebook, on the device of the random
     `generator` (None is PyTorch's own).
     """
     device = None if generator is None else generator.device
-    shape = (config.in_channels, config.input_size, config.input_size)
+    shape = (config["in_channels"], config["input_size"], config["input_size"])
     noise = torch.randn(shape, generator=generator, device=device)
-    return noise, torch.randint(
-        config.style_entries, (config.style_codebooks,), generator=generator, device=device
-    )
+    entries, codebooks = config["style_entries"], config["style_codebooks"]
+    return noise, torch.randint(entries, (codebooks,), generator=generator, device=device)
 
 
 def draw_inputs(
     indices: Sequence[int],
-    config: FrozenDict,
+    config: Mapping[str, Any],
     seed: int,
     device: str | torch.device = "cpu",
 ) -> tuple[Tensor, Tensor]:
@@ -53,23 +53,22 @@ def draw_inputs(
     return torch.stack(noise).to(device), torch.stack(style).to(device)
 
 
-def balanced_labels(count: int, classes: int) -> np.ndarray:
-    """Labels `[count]` in turn: label i is i modulo the number of classes."""
-    return np.arange(count) % classes
+def sample_labels(settings: Settings) -> np.ndarray:
+    """The labels `[fid.images]` of the samples, as `fid.labels` has them.
 
-
-def random_labels(count: int, classes: int, seed: int) -> np.ndarray:
-    """Labels `[count]`, uniform and independent, as the Sinkhorn paper's code draws them."""
-    return numpy_generator(seed, "fid/labels").integers(classes, size=count)
-
-
-def split_labels(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Labels `[count]` of a split's images in a random order: each image once before any comes again.
-
-    The split's own `labels [N]` are sorted, so the first of them would cover few classes.
+    `balanced`: in turn. `random`: uniform and independent, as the Sinkhorn paper's code draws them. A split:
+    those of its images in a random order, each image once before any comes again; the split itself has them
+    sorted, so its first ones would be of few classes.
     """
-    order = numpy_generator(seed, "fid/labels").permutation(len(labels))
-    return labels[np.resize(order, count)]
+    fid, data = settings.fid, settings.data
+    rng = numpy_generator(settings.seed, "fid/labels")
+    if fid.labels == "balanced":
+        return np.arange(fid.images) % data.classes
+    if fid.labels == "random":
+        return rng.integers(data.classes, size=fid.images)
+    labels = open_images(data.dataset, data.root, fid.labels, data.classes).labels
+    assert labels is not None
+    return labels[np.resize(rng.permutation(len(labels)), fid.images)]
 
 
 @torch.no_grad()  # and no inference mode, in which hooks that move the network to its device would fail
@@ -83,7 +82,8 @@ def sample_latents(
     strength = torch.as_tensor(omega, dtype=noise.dtype, device=noise.device).expand(len(noise))
     latents = in_batches(generator, noise, labels, strength, style_indices)
     if not latents.isfinite().all():
-        raise FloatingPointError(f"the generator's latents at omega {omega} are not finite")
+        values = ", ".join(f"{value:g}" for value in strength.unique().tolist())
+        raise FloatingPointError(f"the generator's latents at omega {values} are not finite")
     return latents
 
 
@@ -96,7 +96,8 @@ class ImageDecoder:
     """
 
     def __init__(self, vae: VAE, batch_size: int, rounding: Rounding = "nearest"):
-        self.vae, self.batch_size, self.rounding = vae, batch_size, rounding
+        self.vae, self.batch_size = vae, batch_size
+        self.rounding: Rounding = rounding
 
     @torch.inference_mode()
     def __call__(self, latents: Tensor) -> Tensor:
@@ -144,28 +145,3 @@ class ImageDecoder:
         )
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Which samples are drawn, and how many at once."""
-
-    labels: np.ndarray
-    """`[N]`, the label of every sample."""
-    seed: int
-    batch_size: int
-    """Generated and decoded at once, per process; changes no number."""
-    device: str | torch.device = "cpu"
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def images(
-        self, generator: Generator, decode: ImageDecoder, indices: Sequence[int], omega: float
-    ) -> Iterator[tuple[Sequence[int], Tensor]]:
-        """Yields (indices, uint8 images `[B, H, W, 3]` on the CPU), at most `batch_size` at once."""
-        for start in range(0, len(indices), self.batch_size):
-            batch = indices[start : start + self.batch_size]
-            noise, style_indices = draw_inputs(batch, generator.config, self.seed, self.device)
-            labels = torch.tensor([int(self.labels[index]) for index in batch], device=self.device)
-            yield batch, decode(sample_latents(generator, noise, labels, style_indices, omega))

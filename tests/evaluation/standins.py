@@ -1,18 +1,26 @@
 """Small stand-ins: images whose features are known by looking, Inception's interface, ranks in threads."""
 
 import threading
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from imports import ROOT
 from PIL import Image
 
 from drift.evaluation.networks import FeatureNetwork
 from drift.runtime.torchvision import ensure_torchvision
+from drift.settings import Settings, load_settings
 
 ensure_torchvision()  # before whatever imports torchvision
 CLASSES = 3
+DIGITS = load_settings(ROOT / "presets/digits.yaml")
+
+
+def settings(seed: int = 0, **sections: dict) -> Settings:
+    """Those of the digits with other values of some keys: `fid={"images": 60}`."""
+    changed = {name: getattr(DIGITS, name).model_copy(update=keys) for name, keys in sections.items()}
+    return DIGITS.model_copy(update={"seed": seed, **changed})
 
 
 class Source:
@@ -44,7 +52,7 @@ class Decoder:
 class Painter:
     """Generates the greys of `Source`; below omega 1.2 every fifth noise gives the next class instead."""
 
-    config = SimpleNamespace(in_channels=3, input_size=4, style_codebooks=1, style_entries=2)
+    config = {"in_channels": 3, "input_size": 4, "style_codebooks": 1, "style_entries": 2}  # noqa: RUF012
     device = torch.device("cpu")
 
     def __call__(self, noise, labels, omega, style_indices):

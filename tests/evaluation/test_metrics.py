@@ -1,21 +1,18 @@
 """Batches, the feature store, and all metrics, against torch-fidelity, clean-fid, closed forms and loops."""
 
 import threading
-import warnings
 
 import numpy as np
 import pytest
-import scipy.linalg
 import standins  # noqa: F401  (before torch-fidelity imports torchvision)
 import torch
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import calculate_precision_recall_full
 
-from drift.evaluation import moments as moments_module
 from drift.evaluation import store as store_module
 from drift.evaluation.batches import BATCH, in_batches, one_behind
 from drift.evaluation.metrics import inception_score, kernel_distance, precision_recall
-from drift.evaluation.moments import Moments, frechet_distance, trace_by_eigenvalues, trace_by_square_root
+from drift.evaluation.moments import Moments, frechet_distance
 from drift.evaluation.store import FeatureStore
 from drift.runtime.seeds import derive_seed, numpy_generator
 
@@ -33,21 +30,6 @@ def test_the_function_sees_one_shape_and_every_row_has_its_result(rows):
     a, b = torch.randn(rows, 5), torch.arange(rows)
     assert torch.equal(in_batches(difference, a, b), a.sum(1) - b)
     assert shapes == [((BATCH, 5), (BATCH,))] * -(-rows // BATCH)
-
-
-def test_a_row_does_not_feel_its_company_nor_its_place():
-    """A plain product does: its kernel is chosen by the number of rows."""
-    generator = torch.Generator().manual_seed(0)
-    network = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 32, 3, padding=1), torch.nn.SiLU(), torch.nn.Flatten(), torch.nn.Linear(8192, 200)
-    )
-    images = torch.randn(100, 3, 16, 16, generator=generator)
-    with torch.inference_mode():
-        whole = in_batches(network, images)
-        order = torch.randperm(100, generator=generator)
-        for size in (1, 7, 64):
-            for part in order.split(size):
-                assert torch.equal(in_batches(network, images[part]), whole[part])
 
 
 def test_work_is_done_in_order_while_the_next_item_is_made():
@@ -98,7 +80,7 @@ def test_rows_come_back_in_any_order(tmp_path, features, monkeypatch):
 
 def test_what_is_there_is_kept_if_it_fits(tmp_path, features):
     store = FeatureStore.create(tmp_path / "x", 20, 3)
-    store.write([4], features[4:5])
+    store.write(np.array([4]), features[4:5])
     assert 4 not in FeatureStore.create(tmp_path / "x", 20, 3).missing()
     assert 4 in FeatureStore.create(tmp_path / "x", 21, 3).missing()
     (tmp_path / "x/done.npy").unlink()
@@ -138,7 +120,7 @@ def test_distance_of_commuting_gaussians_and_a_shift():
 
 
 @pytest.mark.filterwarnings("ignore:The `disp` argument")
-def test_distance_is_cleanfids_by_either_road():
+def test_distance_is_cleanfids():
     from cleanfid import fid as cleanfid
 
     for seed in range(4):
@@ -146,7 +128,6 @@ def test_distance_is_cleanfids_by_either_road():
         mu1, mu2 = np.random.default_rng(seed).standard_normal((2, 24))
         expected = cleanfid.frechet_distance(mu1, a, mu2, b)
         assert frechet_distance(mu1, a, mu2, b) == pytest.approx(expected, rel=1e-9)
-        assert trace_by_square_root(a, b) == pytest.approx(trace_by_eigenvalues(a, b), rel=1e-9)
 
 
 def test_singular_covariances():
@@ -156,30 +137,11 @@ def test_singular_covariances():
     assert frechet_distance(np.zeros(4), a, np.zeros(4), b) == pytest.approx(expected, rel=1e-9)
     a, b = covariances(0, dimension=30, samples=20)
     mu = np.zeros(30)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        found = frechet_distance(mu, a, mu, b)
-        assert abs(frechet_distance(mu, a, mu, a)) < 1e-6 * np.trace(a)
+    assert abs(frechet_distance(mu, a, mu, a)) < 1e-6 * np.trace(a)
     # tr (ab)^1/2 is the nuclear norm of a^1/2 b^1/2
     roots = [(v * np.sqrt(w.clip(0))) @ v.T for w, v in (np.linalg.eigh(x) for x in (a, b))]
     expected = np.trace(a) + np.trace(b) - 2 * np.linalg.norm(roots[0] @ roots[1], "nuc")
-    assert found == pytest.approx(expected, rel=1e-6)
-
-
-def fail(product):
-    raise scipy.linalg.LinAlgError("no")
-
-
-@pytest.mark.parametrize(
-    "root", [lambda p: p, lambda p: np.full_like(p, np.nan), lambda p: 1j * np.eye(len(p)), fail]
-)
-def test_a_broken_square_root_is_noticed(monkeypatch, root):
-    a, b = covariances(0)
-    mu = np.zeros(len(a))
-    expected = frechet_distance(mu, a, mu, b)
-    monkeypatch.setattr(moments_module.scipy.linalg, "sqrtm", root)
-    assert trace_by_square_root(a, b) is None
-    assert frechet_distance(mu, a, mu, b) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(mu, a, mu, b) == pytest.approx(expected, rel=1e-6)
 
 
 def test_distance_that_is_not_finite_is_an_error():
@@ -239,16 +201,6 @@ def test_kernel_distance_is_cleanfids_and_leaves_numpys_state():
     assert kernel_distance(real, generated, seed=3) == pytest.approx(expected, rel=1e-12)
     assert np.array_equal(np.random.get_state()[1], state)
     assert kernel_distance(real, generated, seed=4) != expected
-
-
-def test_kernel_distance_is_the_unbiased_estimate():
-    """With fewer than 1000 samples of equal number each subset is the whole set, in another order."""
-    generated, real = (x[:40].astype(np.float64) for x in sets())
-    kernel = lambda a, b: (a @ b.T / a.shape[1] + 1) ** 3  # noqa: E731
-    off = ~np.eye(40, dtype=bool)
-    expected = kernel(real, real)[off].mean() + kernel(generated, generated)[off].mean()
-    expected -= 2 * kernel(real, generated).mean()
-    assert kernel_distance(real, generated, seed=0) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -172,7 +172,7 @@ def test_images_are_of_their_label_sample_and_omega():
     class Stripes:
         """Red tells the class, green the noise, blue the style index and omega."""
 
-        config = SimpleNamespace(in_channels=3, input_size=16, style_codebooks=1, style_entries=5)
+        config = {"in_channels": 3, "input_size": 16, "style_codebooks": 1, "style_entries": 5}  # noqa: RUF012
         device = torch.device("cpu")
 
         def __call__(self, noise, labels, omega, style_indices):

@@ -4,17 +4,12 @@ import numpy as np
 import pytest
 import torch
 from overflow import Overflowing
+from standins import settings
 
 from drift.autoencoders.kl import VAE
-from drift.evaluation.sample import (
-    ImageDecoder,
-    Samples,
-    balanced_labels,
-    draw_inputs,
-    random_labels,
-    sample_latents,
-    split_labels,
-)
+from drift.evaluation import sample as module
+from drift.evaluation.pictures import draw_images
+from drift.evaluation.sample import ImageDecoder, draw_inputs, sample_labels, sample_latents
 from drift.models.generator import Generator
 
 SIZES = {
@@ -30,9 +25,6 @@ class Decoder:
         return latents[:, :3].repeat_interleave(2, 2).repeat_interleave(2, 3).tanh()
 
 
-CONFIG = SimpleNamespace(**SIZES)
-
-
 @pytest.fixture(scope="module")
 def generator():
     torch.manual_seed(0)
@@ -43,53 +35,43 @@ def generator():
     return model
 
 
-LABELS = balanced_labels(20, 3)
-
-
-def everything(generator, *, batch_size, world_size=1, omega=1.5):
-    """Images of 20 samples by index, from all ranks."""
-    found = {}
-    for rank in range(world_size):
-        decode = ImageDecoder(Decoder(), 5)
-        samples = Samples(LABELS, 7, batch_size)
-        for indices, images in samples.images(generator, decode, range(20)[rank::world_size], omega):
-            assert len(indices) <= batch_size
-            assert found.keys().isdisjoint(indices)
-            found |= dict(zip(indices, images, strict=True))
-    return found
-
-
 def test_inputs_of_a_sample_do_not_depend_on_its_company():
-    noise, style = draw_inputs(range(10), CONFIG, 3)
+    noise, style = draw_inputs(range(10), SIZES, 3)
     assert (noise.shape, style.shape) == ((10, 4, 4, 4), (10, 3))
     for order in ([4], [9, 4, 0]):
-        part = draw_inputs(order, CONFIG, 3)
+        part = draw_inputs(order, SIZES, 3)
         for whole, some in zip((noise, style), part, strict=True):
             assert torch.equal(whole[order], some)
-    assert not torch.equal(noise, draw_inputs(range(10), CONFIG, 4)[0])
+    assert not torch.equal(noise, draw_inputs(range(10), SIZES, 4)[0])
 
 
-def test_labels_of_a_split_are_of_all_its_classes_however_few():
-    labels = np.repeat(np.arange(50), [100] * 25 + [60] * 25)  # 4000, class after class
-    few = np.bincount(split_labels(labels, 1000, seed=3), minlength=50)
+def labels(kind, count, seed=0):
+    return sample_labels(settings(seed, fid={"labels": kind, "images": count}))
+
+
+def test_labels_of_a_split_are_of_all_its_classes_however_few(monkeypatch):
+    of_split = np.repeat(np.arange(50), [100] * 25 + [60] * 25)  # 4000, class after class
+    monkeypatch.setattr(module, "open_images", lambda *args: SimpleNamespace(labels=of_split))
+    few = np.bincount(labels("val", 1000, seed=3), minlength=50)
     # The first thousand would be of 10 classes. What a class has is hypergeometric, with a spread of 4.3
     assert (abs(few - np.repeat([25, 15], 25)) < 4 * 4.3).all()
-    whole = split_labels(labels, 9000, seed=3)
-    assert np.bincount(whole[:4000]).tolist() == np.bincount(labels).tolist()
+    whole = labels("val", 9000, seed=3)
+    assert np.bincount(whole[:4000]).tolist() == np.bincount(of_split).tolist()
     assert np.array_equal(whole[4000:8000], whole[:4000])
-    assert not np.array_equal(whole, split_labels(labels, 9000, seed=4))
+    assert not np.array_equal(whole, labels("val", 9000, seed=4))
 
 
-def test_random_labels_are_uniform_and_independent():
-    labels = random_labels(20_000, 10, seed=1)
-    counts = np.bincount(labels, minlength=10)
+def test_other_labels_are_in_turn_or_uniform_and_independent():
+    assert labels("balanced", 25).tolist() == [*range(10), *range(10), *range(5)]
+    found = labels("random", 20_000, seed=1)
+    counts = np.bincount(found, minlength=10)
     # Chi squared with 9 degrees of freedom: 21.7 is exceeded once in a hundred times, 2.1 fallen short of
     assert 2.1 < ((counts - 2000) ** 2 / 2000).sum() < 21.7
-    assert (labels[1:] == labels[:-1]).mean() == pytest.approx(0.1, abs=0.01)
+    assert (found[1:] == found[:-1]).mean() == pytest.approx(0.1, abs=0.01)
 
 
 def test_inputs_are_independent_standard_draws():
-    noise, style = draw_inputs(range(2000), CONFIG, 0)
+    noise, style = draw_inputs(range(2000), SIZES, 0)
     numbers = noise.flatten(1)  # [2000, 64]
     assert abs(numbers.mean()) < 0.02 and abs(numbers.std() - 1) < 0.02
     assert abs((numbers[1:] * numbers[:-1]).mean()) < 0.02  # samples next to each other
@@ -97,31 +79,22 @@ def test_inputs_are_independent_standard_draws():
     assert counts.shape == (8,) and abs(counts / counts.sum() - 1 / 8).max() < 0.02
 
 
-@pytest.mark.parametrize(("batch_size", "world_size"), [(7, 2), (64, 1), (1, 3)])
-def test_batch_size_and_ranks_change_nothing(generator, batch_size, world_size):
-    reference = everything(generator, batch_size=3)
-    found = everything(generator, batch_size=batch_size, world_size=world_size)
-    assert found.keys() == reference.keys() == set(range(20))
-    for index, image in reference.items():
-        assert image.dtype == torch.uint8 and image.shape == (8, 8, 3)
-        assert torch.equal(found[index], image)
+def images(generator, indices, batch_size):
+    wanted = [(i % 3, i, 1.5) for i in indices]
+    return draw_images(generator, ImageDecoder(Decoder(), 5), wanted, 7, batch_size)
+
+
+def test_an_image_does_not_depend_on_its_company(generator):
+    whole = images(generator, range(20), 3)
+    assert whole.dtype == torch.uint8 and whole.shape == (20, 8, 8, 3)
+    for indices in (range(0, 20, 2), [19, 4], [7]):
+        for batch_size in (1, 7, 64):
+            assert torch.equal(images(generator, indices, batch_size), whole[list(indices)])
 
 
 def inputs(count):
-    noise, style = draw_inputs(range(count), CONFIG, 1)
+    noise, style = draw_inputs(range(count), SIZES, 1)
     return noise, torch.arange(count) % 3, style
-
-
-def test_each_sample_has_its_label(generator):
-    def painter(noise, labels, omega, style_indices):
-        return (labels / 4)[:, None, None, None].expand(-1, 4, 4, 4)
-
-    painter.config = CONFIG
-    labels = [2, 0, 1, 1, 2]
-    decode = ImageDecoder(Decoder(), 5)
-    for indices, images in Samples(labels, 0, 2).images(painter, decode, [4, 1, 3], 1.0):
-        expected = torch.tensor([labels[i] for i in indices]) / 4
-        torch.testing.assert_close(images[:, 0, 0, 0].float(), (127.5 + 127.5 * expected.tanh()).round())
 
 
 class Small:
@@ -180,14 +153,6 @@ def test_images_that_are_not_finite_in_float32_are_not_rounded_to_pictures(preci
     latents[5, 0, 0, 0] = torch.nan
     with pytest.raises(FloatingPointError, match="the VAE's images are not finite"):
         ImageDecoder(VAE(Overflowing(), "stub", precision=precision), 4)(latents)
-
-
-def test_omega_reaches_the_generator(generator):
-    low, high = (sample_latents(generator, *inputs(4), omega=omega) for omega in (1.0, 4.0))
-    assert (low - high).abs().max() > 1e-3
-    mixed = sample_latents(generator, *inputs(4), omega=torch.tensor([1.0, 4.0, 1.0, 4.0]))
-    torch.testing.assert_close(mixed[::2], low[::2])
-    torch.testing.assert_close(mixed[1::2], high[1::2])
 
 
 def test_latents_that_are_not_finite_are_not_rounded_to_a_picture():

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from small_generator import SIZES, VAE_FOLDER
 
 from drift.autoencoders.kl import VAE
-from drift.evaluation.sample import ImageDecoder, Samples
+from drift.evaluation.pictures import draw_images
+from drift.evaluation.sample import ImageDecoder
 from drift.interop.pipeline import DriftPipeline
 from drift.models.generator import Generator
 
@@ -22,7 +23,7 @@ def test_pixels_are_those_of_the_fid_stage_and_do_not_depend_on_company(generato
     labels = np.arange(40) % 3
     decode = ImageDecoder(VAE.from_pretrained(VAE_FOLDER), 32, rounding)
     generator = Generator.from_pretrained(generator_folder)
-    expected = torch.cat([i for _, i in Samples(labels, 9, 64).images(generator, decode, range(40), 1.5)])
+    expected = draw_images(generator, decode, [(label, i, 1.5) for i, label in enumerate(labels)], 9, 64)
     for indices in (range(40), [5], [30, 2, 39]):
         generators = pipe.sample_generators(9, indices)
         images = pipe(labels[list(indices)], omega=1.5, generator=generators, rounding=rounding).images
