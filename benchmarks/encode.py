@@ -45,7 +45,7 @@ def write_images(folder: Path, count: int) -> None:
 def write_settings(path: Path, root: Path, workers: int, args: argparse.Namespace) -> None:
     content = load_settings(PRESET).model_dump(mode="json", exclude_unset=True)
     content["data"] |= {"dataset": "folder", "root": str(root), "image_size": args.image_size, "classes": 1}
-    content["encode"] |= {"vae": args.vae, "precision": args.precision}
+    content["encode"] |= {"autoencoder": args.vae, "precision": args.precision}
     content["drift"]["classes_per_step"] = content["fid"]["picture_classes"] = 1
     hardware = {"encode_batch": args.batch, "workers": workers, "compile": args.compile, "processes": 1}
     content["hardware"] |= hardware

@@ -49,8 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seed": settings.seed,
         **settings.deciding("drift"),
         "latents": store.digest,
-        "vae": settings.encode.vae,  # that of the latents, which decodes what the generator makes
-        "vae_revision": settings.encode.vae_revision,
+        # That of the latents, which decodes what the generator makes
+        "vae": settings.encode.autoencoder.source,
+        "vae_revision": settings.encode.autoencoder.revision,
     }
     if settings.needs_mae:
         decides["mae"] = {path.name: sha256(path) for path in model_files(args.mae)}

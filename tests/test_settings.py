@@ -99,7 +99,7 @@ def test_a_file_in_another_encoding_is_one_line(tmp_path, encoding, told):
         ("mae__source", "artifacts/mae", "artifacts/mae"),
         ("mae__source", "./artifacts/../artifacts/mae/", "artifacts/mae"),
         ("mae__source", "linked/encoder", "artifacts/mae"),
-        ("encode__vae", "artifacts/latents/center/vae", "artifacts/latents"),
+        ("encode__autoencoder", "artifacts/latents/center/vae", "artifacts/latents"),
         ("fid__reference", "reports/real", "reports"),
     ],
 )
@@ -185,9 +185,7 @@ def test_defaults_are_as_written_down():
     written = load_content(ROOT / "tests" / "defaults.yaml")
     for name, kind in Settings.model_fields.items():
         if name in written:
-            fields = kind.annotation.model_fields
-            found = {key: f.get_default() for key, f in fields.items() if not f.is_required()}
-            assert {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()} == written[name]
+            assert kind.annotation.model_construct().model_dump(mode="json") == written[name]
 
 
 def test_a_key_that_is_left_out_has_its_default_and_is_no_other_run(tmp_path):
@@ -244,7 +242,7 @@ def test_settings_are_frozen():
         ({"encode__crop_scale": [0.9, 0.2]}, ["encode.crop_scale", "smaller number first"]),
         ({"fid__ema_decays": [0.9]}, ["fid.ema_decays = [0.9]", "0.995"]),
         ({"fid__omegas": [1.0, 1]}, ["omegas = [1.0, 1.0]", "each once"]),
-        ({"fid__inception": "x.pt"}, ["inception = x.pt", "features is not inception"]),
+        ({"fid__inception": "x.pt"}, ["inception = 'x.pt'", "features is not inception"]),
         ({"fid__reference": "a/b.npz"}, ["metrics = ", "without kid", "a/b.npz"]),
         ({"fid__metrics": ["fid"]}, ["fid.metrics.0", "precision_recall"]),
         ({"fid__omegas": [0.5]}, ["fid.omegas.0", "0.5", "greater than or equal to 1"]),
@@ -264,7 +262,7 @@ def test_settings_are_frozen():
         ),
         (
             {"drift__class_sampling": "pushed", "drift__sampling": "direct"},
-            ["drift.class_sampling = pushed", "uniform, where sampling is direct"],
+            ["drift.class_sampling = 'pushed'", "uniform, where sampling is direct"],
         ),
         ({"encode__on_bad_image": "ignore"}, ["encode.on_bad_image", "'ignore'", "error", "skip"]),
         ({"mae__evaluate_every": 0}, ["mae.evaluate_every", "greater than or equal to 1"]),
@@ -342,6 +340,24 @@ def test_features_are_encoders_by_name_or_with_options(tmp_path):
     assert "is now features" in refusal(tmp_path, drift__duplicate_features="drop")
 
 
+def test_an_autoencoder_is_a_text_or_a_kind_with_its_source(tmp_path):
+    for written, source, revision in (
+        ("somebody/vae", "somebody/vae", None),
+        ({"source": "somebody/vae", "revision": "main"}, "somebody/vae", "main"),
+        ({"kind": "kl", "source": "folder"}, "folder", None),
+    ):
+        made = load_settings(changed(tmp_path, encode__autoencoder=written)).encode.autoencoder
+        assert (made.kind, made.source, made.revision) == ("kl", source, revision)
+    for written, wanted in (
+        ("kl", "missing key encode.autoencoder.source"),
+        ({"kind": "vq", "source": "x"}, "encode.autoencoder.kind = 'vq': allowed: kl"),
+        ({"source": "x", "commit": "y"}, "unknown key encode.autoencoder.commit"),
+    ):
+        assert wanted in refusal(tmp_path, encode__autoencoder=written)
+    assert "it is now encode.autoencoder" in refusal(tmp_path, encode__vae="x")
+    assert "revision: ...}" in refusal(tmp_path, encode__vae_revision="x")
+
+
 def test_conventions_then_top_level_then_field(tmp_path):
     """Later ones win."""
     made = load_settings(changed(tmp_path, conventions="wflow", field={"cost_factor": 1.0})).field_settings()
@@ -370,7 +386,8 @@ def test_sinkhorn_presets_have_that_papers_field_in_the_ablation_setting():
     for settings in (baseline, sinkhorn):
         assert settings.mae == ablation.mae
         assert settings.drift == ablation.drift.model_copy(update={"class_sampling": "uniform"})
-        assert (settings.encode.vae, settings.encode.posterior) == ("stabilityai/sd-vae-ft-ema", "mean")
+        assert settings.encode.autoencoder.source == "stabilityai/sd-vae-ft-ema"
+        assert settings.encode.posterior == "mean"
         assert settings.fid.reference == "val"
 
 

@@ -25,9 +25,9 @@ _LOADED_AT_ONCE = 4096  # rows
 _WAY_OUT = "rerun encode (dvc repro) or fetch it (dvc pull)"
 _SETTINGS = {
     "image_size": "data.image_size",
-    "vae": "encode.vae",
+    "vae": "encode.autoencoder",
     "vae_precision": "encode.precision",
-    "vae_revision": "encode.vae_revision",
+    "vae_revision": "encode.autoencoder.revision",
 }
 """The settings with which keys of the meta file are compared, where they have another name."""
 
@@ -257,7 +257,7 @@ def check_meta(store: LatentStore, **expected: Any) -> None:
 def _read_at(file: int, position: int, buffer: np.ndarray) -> None:
     """Fill `buffer`, uint8, with a file's bytes from `position` on; raises OSError if it has not as many."""
     while len(buffer):  # one call reads at most 2 GiB
-        count = os.preadv(file, [buffer], position)
+        count = os.preadv(file, [buffer.data], position)
         if not count:
             raise OSError(errno.ENODATA, "it has been cut short")
         buffer, position = buffer[count:], position + count

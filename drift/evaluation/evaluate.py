@@ -13,7 +13,6 @@ from PIL import Image
 from tqdm import tqdm
 
 import drift
-from drift.autoencoders.kl import VAE
 from drift.data.datasets import Dataset, class_difference, open_images
 from drift.evaluation.networks import FeatureNetwork, load_feature_network
 from drift.evaluation.pictures import VISIBLE_SIDE, draw_images, image_grid
@@ -101,7 +100,7 @@ class Evaluation:
         data, encode, fid = settings.data, settings.encode, settings.fid
         self.settings = settings
         self.copies = Copies(generator, fid.ema_decays)
-        self.vae = VAE.from_pretrained(encode.vae, encode.vae_revision, precision=fid.precision)
+        self.vae = encode.autoencoder.load(fid.precision)
         self.training = open_images(data.dataset, data.root, "train", data.classes)
         self.copies.require_classes(self.training)
         self.reference_images = open_reference(fid.reference, data.dataset, data.root, data.classes)
@@ -232,7 +231,7 @@ class Evaluation:
                 "precision_recall_images": fid.precision_recall_images,
                 "seed": settings.seed,
                 "device": self.ranks.device.type,
-                "vae": settings.encode.vae,
+                "vae": settings.encode.autoencoder.source,
                 "vae_precision": fid.precision,
                 "vae_sha256": self.vae.digest,
                 "latent_scale_factor": self.vae.scaling_factor,

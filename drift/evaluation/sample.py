@@ -15,7 +15,8 @@ from diffusers.configuration_utils import FrozenDict
 from torch import Tensor
 from tqdm import tqdm
 
-from drift.autoencoders.kl import VAE, Rounding, to_uint8
+from drift.autoencoders import Autoencoder
+from drift.autoencoders.kl import Rounding, to_uint8
 from drift.evaluation.batches import in_batches
 from drift.models.generator import Generator
 from drift.runtime.seeds import numpy_generator, torch_generator
@@ -95,7 +96,7 @@ class ImageDecoder:
     bfloat16 are decoded again in float32; raises `FloatingPointError` if they are not finite then either.
     """
 
-    def __init__(self, vae: VAE, batch_size: int, rounding: Rounding = "nearest"):
+    def __init__(self, vae: Autoencoder, batch_size: int, rounding: Rounding = "nearest"):
         self.vae, self.batch_size, self.rounding = vae, batch_size, rounding
 
     @torch.inference_mode()
@@ -130,7 +131,7 @@ class ImageDecoder:
             )
         return images
 
-    def _images(self, vae: VAE, latents: Tensor) -> tuple[Tensor, Tensor]:
+    def _images(self, vae: Autoencoder, latents: Tensor) -> tuple[Tensor, Tensor]:
         """8-bit images `[B, H, W, 3]`, and whether each was finite before it was rounded, `[B]`."""
         decoded = in_batches(vae.decode, latents, size=self.batch_size)
         finite = decoded.isfinite().flatten(1).all(1)

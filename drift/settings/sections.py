@@ -4,12 +4,18 @@ The defaults are those of the paper's ablation on ImageNet, with the release's c
 changes without a line in CHANGELOG.md and tests/defaults.yaml: neither DVC nor a fingerprint would notice.
 """
 
-from typing import Annotated, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from operator import attrgetter
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+import torch
+from pydantic import BaseModel, ConfigDict, Field, GetPydanticSchema, model_validator
+from pydantic_core import core_schema
 
+from drift.autoencoders import AUTOENCODERS, Autoencoder
 from drift.data.datasets import DATASETS
 from drift.field.settings import unused
+from drift.runtime.yaml_files import show
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 CountOrZero = Annotated[int, Field(strict=True, ge=0)]
@@ -23,8 +29,36 @@ Switch = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(strict=True, min_length=1)]
 
 
+def name_in(registry: Iterable[str]) -> GetPydanticSchema:
+    """Says of a text that it is one of these names."""
+    return GetPydanticSchema(lambda *_: core_schema.literal_schema(list(registry)))
+
+
+def repeats(values: Sequence[Any]) -> bool:
+    """Whether one of the values comes twice."""
+    return len(set(values)) < len(values)
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def complaints(self) -> Iterator[str]:
+        """A line about each of the values that do not go together."""
+        return iter(())
+
+    def broken(self, *rules: tuple[Any, str, str]) -> Iterator[str]:
+        """Complaints by rules: whether it is broken, the key, and what is allowed."""
+        for is_broken, key, allowed in rules:
+            if is_broken:
+                value = attrgetter(key)(self)
+                shown = show(list(value) if isinstance(value, tuple) else value)
+                yield f"{key} = {shown}: allowed: {allowed}"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for complaint in self.complaints():
+            raise ValueError(complaint)
+        return self
 
     def without_effect(self) -> dict[str, str]:
         """The keys that change nothing beside the others, and why."""
@@ -32,7 +66,7 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    dataset: Literal[tuple(DATASETS)]
+    dataset: Annotated[str, name_in(DATASETS)]
     """`digits`: scikit-learn's handwritten digits. `folder`: images as ROOT/<split>/<class>/*."""
     root: Text | None = None
     """Folder of the images for `dataset: folder`; null otherwise."""
@@ -45,11 +79,32 @@ class Data(Section):
         return unused((self.dataset != "folder", f"dataset is {self.dataset}", "root"))
 
 
-class Encode(Section):
-    vae: Text = "stabilityai/sd-vae-ft-mse"
-    """AutoencoderKL of diffusers: a local folder or a hub id."""
-    vae_revision: Text | None = None
+class AutoencoderSource(Section):
+    """Which autoencoder, and where it is. A text alone is the `source` of a `kl`, or a kind."""
+
+    kind: Annotated[str, name_in(AUTOENCODERS)] = "kl"
+    """`kl`: an AutoencoderKL of diffusers."""
+    source: Text
+    """A local folder or a hub id."""
+    revision: Text | None = None
     """Revision on the hub; null is its default branch."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_one_text(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        return {"kind": value} if value in AUTOENCODERS else {"source": value}
+
+    def load(self, precision: str = "float32", device: str | torch.device = "cpu") -> Autoencoder:
+        """Raises `UserError` if it is not there or not whole."""
+        return AUTOENCODERS[self.kind].from_pretrained(self.source, self.revision, device, precision)
+
+
+class Encode(Section):
+    autoencoder: AutoencoderSource = AutoencoderSource(source="stabilityai/sd-vae-ft-mse")
+    """The folder or hub id of an AutoencoderKL of diffusers. For another kind of `drift/autoencoders/`, or a
+    revision: `{kind: ..., source: ..., revision: ...}`, or the name alone of a kind that needs no files."""
     posterior: Literal["mean", "sample"] = "sample"
     """The posterior's mean (Sinkhorn) or one draw from it (release)."""
     mirror: Switch = True
@@ -92,11 +147,9 @@ class Optimizer(Section):
     and the field stay float32. With bfloat16, features of locations and patches are held in it too; with
     float16, the loss is scaled."""
 
-    @model_validator(mode="after")
-    def _warm_up_fits(self):
-        if self.warmup_steps > self.steps:
-            raise ValueError(f"warmup_steps = {self.warmup_steps}: allowed: at most steps ({self.steps})")
-        return self
+    def complaints(self) -> Iterator[str]:
+        too_long = self.warmup_steps > self.steps
+        yield from self.broken((too_long, "warmup_steps", f"at most steps ({self.steps})"))
 
     def without_effect(self) -> dict[str, str]:
         return unused(
@@ -136,13 +189,12 @@ class Mae(Optimizer):
     evaluate_every: Count = 1000
     """Steps between two such measurements, which are taken with the EMA weights."""
 
-    @model_validator(mode="after")
-    def _consistent(self):
-        if self.width % self.norm_groups:
-            raise ValueError(f"norm_groups = {self.norm_groups}: allowed: a divisor of width ({self.width})")
-        if self.finetune_steps > self.steps:
-            raise ValueError(f"finetune_steps = {self.finetune_steps}: allowed: at most steps ({self.steps})")
-        return self
+    def complaints(self) -> Iterator[str]:
+        yield from super().complaints()
+        yield from self.broken(
+            (self.width % self.norm_groups, "norm_groups", f"a divisor of width ({self.width})"),
+            (self.finetune_steps > self.steps, "finetune_steps", f"at most steps ({self.steps})"),
+        )
 
     def without_effect(self) -> dict[str, str]:
         if self.source is not None:  # plainly trains nothing
@@ -193,39 +245,30 @@ class Drift(Optimizer):
     ema_decays: Annotated[tuple[Decay, ...], Field(min_length=1)] = (0.999, 0.9995, 0.9998, 0.9999)
     """The first is the one that `Generator.from_pretrained` loads."""
 
-    @model_validator(mode="after")
-    def _consistent(self):
-        if self.hidden % (2 * self.heads):
-            raise ValueError(
-                f"heads = {self.heads}: allowed: such that hidden ({self.hidden}) / heads is even"
-            )
-        if self.hidden % 4:
-            raise ValueError(f"hidden = {self.hidden}: allowed: a multiple of 4 (2-D position embedding)")
-        if self.omega_max < self.omega_min:
-            raise ValueError(f"omega_max = {self.omega_max}: allowed: at least omega_min ({self.omega_min})")
-        queue = self.sampling == "queue"
-        if queue and self.positives > self.queue_per_class:
-            raise ValueError(
-                f"positives = {self.positives}: allowed: at most queue_per_class ({self.queue_per_class})"
-            )
-        if queue and self.unconditional > self.queue_global:
-            raise ValueError(
-                f"unconditional = {self.unconditional}: allowed: at most queue_global ({self.queue_global})"
-            )
-        if self.class_sampling == "pushed":
-            if not queue:
-                raise ValueError(
-                    f"class_sampling = pushed: allowed: uniform, where sampling is {self.sampling}, which "
-                    "pushes no images"
-                )
-            if self.push_per_step < self.classes_per_step:
-                raise ValueError(
-                    f"push_per_step = {self.push_per_step}: allowed: at least classes_per_step "
-                    f"({self.classes_per_step}), where class_sampling is pushed"
-                )
-        if len(set(self.ema_decays)) < len(self.ema_decays):
-            raise ValueError(f"ema_decays = {list(self.ema_decays)}: allowed: each decay once")
-        return self
+    def complaints(self) -> Iterator[str]:
+        yield from super().complaints()
+        queue, pushed = self.sampling == "queue", self.class_sampling == "pushed"
+        too_many = queue and self.positives > self.queue_per_class
+        too_many_of_any = queue and self.unconditional > self.queue_global
+        too_few_pushed = pushed and self.push_per_step < self.classes_per_step
+        yield from self.broken(
+            (self.hidden % (2 * self.heads), "heads", f"such that hidden ({self.hidden}) / heads is even"),
+            (self.hidden % 4, "hidden", "a multiple of 4 (2-D position embedding)"),
+            (self.omega_max < self.omega_min, "omega_max", f"at least omega_min ({self.omega_min})"),
+            (too_many, "positives", f"at most queue_per_class ({self.queue_per_class})"),
+            (too_many_of_any, "unconditional", f"at most queue_global ({self.queue_global})"),
+            (
+                pushed and not queue,
+                "class_sampling",
+                "uniform, where sampling is direct, which pushes no images",
+            ),
+            (
+                too_few_pushed,
+                "push_per_step",
+                f"at least classes_per_step ({self.classes_per_step}), where class_sampling is pushed",
+            ),
+            (repeats(self.ema_decays), "ema_decays", "each decay once"),
+        )
 
     def without_effect(self) -> dict[str, str]:
         unguided, one_omega = self.no_guidance_fraction == 1, self.omega_min == self.omega_max
@@ -276,25 +319,24 @@ class Fid(Section):
     """Rows of `plots/samples.png` and `plots/omega.png`: so many classes, drawn at random."""
     picture_columns: Count = 8
 
-    @model_validator(mode="after")
-    def _consistent(self):
-        for key in ("omegas", "ema_decays", "metrics"):
-            values = getattr(self, key)
-            if len(set(values)) < len(values):
-                raise ValueError(f"{key} = {list(values)}: allowed: each once")
-        if self.inception is not None and self.features != "inception":
-            raise ValueError(
-                f"inception = {self.inception}: allowed: null, where features is not inception "
-                f"({self.features})"
-            )
-        if self.reference.endswith(".npz"):
-            for metric in ("kid", "precision_recall"):
-                if metric in self.metrics:
-                    raise ValueError(
-                        f"metrics = {list(self.metrics)}: allowed: without {metric}, which compares single "
-                        f"images, where reference is a file of statistics ({self.reference})"
-                    )
-        return self
+    def complaints(self) -> Iterator[str]:
+        needs_images = {"kid", "precision_recall"} & set(self.metrics)
+        yield from self.broken(
+            (repeats(self.omegas), "omegas", "each once"),
+            (repeats(self.ema_decays), "ema_decays", "each once"),
+            (repeats(self.metrics), "metrics", "each once"),
+            (
+                self.inception is not None and self.features != "inception",
+                "inception",
+                f"null, where features is not inception ({self.features})",
+            ),
+            (
+                needs_images and self.reference.endswith(".npz"),
+                "metrics",
+                f"without {' and '.join(sorted(needs_images))}, which compare single images, where reference "
+                f"is a file of statistics ({self.reference})",
+            ),
+        )
 
     def without_effect(self) -> dict[str, str]:
         without = "precision_recall" not in self.metrics

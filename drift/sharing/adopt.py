@@ -195,10 +195,11 @@ def _check_split(
 def _expected(view: str, settings: Settings) -> dict[str, Any]:
     """Keys of a meta file that follow from the settings; `drift.training.encode` writes the same ones."""
     data, encode = settings.data, settings.encode
-    keys = ("vae", "posterior", *VIEW_OPTIONS[one_of("view", view, *VIEW_OPTIONS)])
+    keys = ("posterior", *VIEW_OPTIONS[one_of("view", view, *VIEW_OPTIONS)])
     expected = {"view": view, "image_size": data.image_size, "num_classes": data.classes}
+    expected["vae"] = encode.autoencoder.source
     expected |= {key: getattr(encode, key) for key in keys}
-    scale = known_scaling_factor(encode.vae, encode.vae_revision)
+    scale = known_scaling_factor(encode.autoencoder.source, encode.autoencoder.revision)
     return expected if scale is None else {**expected, "scaling_factor": scale}
 
 
@@ -213,7 +214,7 @@ def _check_arrays(store: LatentStore, facts: dict[str, Any], settings: Settings)
         raise UserError(f"{labels_path}: label {largest} is not below data.classes = {classes}")
     shape = _latent_shape(settings)
     if shape not in (None, store.shape[1:]):
-        raise UserError(f"{latents_path}: holds latents {store.shape[1:]}, but encode.vae makes {shape}")
+        raise UserError(f"{latents_path}: holds latents {store.shape[1:]}, but the autoencoder makes {shape}")
     total, squares = 0.0, 0.0
     for start in range(0, len(store), _ROWS):
         block = store.read(np.arange(start, min(start + _ROWS, len(store)))).double().flatten(1)
@@ -229,7 +230,7 @@ def _latent_shape(settings: Settings) -> tuple[int, int, int] | None:
     """(C, H, W) by the VAE's config; None if that is not on this machine."""
     from huggingface_hub import hf_hub_download
 
-    vae, revision = settings.encode.vae, settings.encode.vae_revision
+    vae, revision = settings.encode.autoencoder.source, settings.encode.autoencoder.revision
     path = Path(vae, CONFIG_FILE)
     try:
         if not path.exists():

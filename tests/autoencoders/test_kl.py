@@ -109,8 +109,8 @@ def test_float32_has_the_bits_of_diffusers(network, folder, images):
     posterior = network.encode(to_float(images[:1])).latent_dist
     mean, std = vae.moments(images[:1])
     assert torch.equal(mean, posterior.mean) and torch.equal(std, posterior.std)
-    z = vae.scale(mean) / 0.4 + 0.25
-    assert torch.equal(vae.decode(vae.scale(mean)), network.decode(z).sample)
+    z = vae.latent_scale.apply(mean) / 0.4 + 0.25
+    assert torch.equal(vae.decode(vae.latent_scale.apply(mean)), network.decode(z).sample)
     torch.set_num_threads(threads)
 
 
@@ -133,7 +133,7 @@ def test_latents_are_normalised_per_channel_as_in_stable_diffusion_xl(network, f
     edit_config(folder, **NORMALISED)
     vae = VAE.from_pretrained(folder)
     mean, _ = vae.moments(images)
-    latents = vae.scale(mean)
+    latents = vae.latent_scale.apply(mean)
     for channel, (shift, std) in enumerate(zip((-1.5, 0.5, 2.0), (8.0, 0.5, 3.0), strict=True)):
         np.testing.assert_allclose(latents[:, channel], (mean[:, channel] - shift) * 0.4 / std, rtol=1e-5)
     for decoded in (vae.decode(latents), decode_latents(vae.model, latents)):
@@ -183,7 +183,7 @@ def test_bfloat16_is_near_float32():
     images = digits("held_out")
     (mean, std), (rough_mean, rough_std) = exact.moments(images), rough.moments(images)
     assert rough_mean.dtype == rough_std.dtype == torch.float32 == next(rough.parameters()).dtype
-    latents, rough_latents = exact.scale(mean), rough.scale(rough_mean)
+    latents, rough_latents = exact.latent_scale.apply(mean), rough.latent_scale.apply(rough_mean)
     error = (rough_latents - latents).abs()
     assert 1e-3 < error.square().mean().sqrt() < 0.012 and error.max() < 0.1
     torch.testing.assert_close(rough_std, std, rtol=0.04, atol=0)
@@ -192,7 +192,7 @@ def test_bfloat16_is_near_float32():
     assert rough_pixels.dtype == torch.float32 and not torch.equal(pixels, rough_pixels)
     levels = (to_uint8(pixels).int() - to_uint8(rough_pixels).int()).abs()
     assert levels.max() <= 3 and levels.float().mean() < 0.25
-    with pytest.raises(ValueError, match="'float16': allowed: float32, bfloat16"):
+    with pytest.raises(ValueError, match="precision = 'float16': allowed: float32 or bfloat16"):
         VAE(exact.model, "vae", precision="float16")
 
 
