@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if ranks.first:
             export = export_run(model, emas, work.folder, {args.plot: plot_columns(field)})
             write_json(export / CLASSES_FILE, store.class_names)
-            work.publish(export, args.out)
+            work.publish(export, args.out, settings.in_force("drift"))
     return 0
 
 

@@ -35,7 +35,7 @@ from drift.runtime.files import sha256
 from drift.runtime.processes import Ranks
 from drift.runtime.progress import ProgressLog
 from drift.runtime.seeds import numpy_generator
-from drift.runtime.work import SETTINGS_FILE, work_root
+from drift.runtime.work import SETTINGS_FILE, settings_in_force, work_root
 from drift.runtime.yaml_files import read_yaml
 from drift.settings import Drift, Settings
 from drift.training.compile import Compiled
@@ -53,8 +53,8 @@ class Copies:
         self.made_by = read_yaml(settings, "fetch it again (dvc pull)") if settings.is_file() else None
         """What the settings file says."""
         trained = None
-        if self.made_by:  # which says what differs from the defaults
-            trained = self.made_by["decides"]["drift"].get("ema_decays", list(Drift().ema_decays))
+        if self.made_by:
+            trained = settings_in_force(self.made_by)["drift"].get("ema_decays", list(Drift().ema_decays))
         self.decays: tuple[float | None, ...] = wanted if trained else (None,)
         self._variants = {d: ema_variant(trained, d) if trained else None for d in self.decays}
         self.load = lru_cache(maxsize=1)(self._load)

@@ -18,6 +18,7 @@ from drift.models.mae import LatentMAE, draw_mask
 from drift.runtime.errors import UserError
 from drift.runtime.files import sha256
 from drift.runtime.seeds import torch_generator
+from drift.runtime.work import settings_in_force
 from drift.runtime.yaml_files import read_yaml
 from drift.settings import Mae, Settings
 
@@ -155,10 +156,10 @@ def _differing(folder: Path, settings: Settings) -> list[str]:
     if not path.exists():  # from elsewhere
         return []
     try:
-        decides = read_yaml(path, WAY_OUT)["decides"]
+        decides = settings_in_force(read_yaml(path, WAY_OUT))
         if decides["mae"].get("source"):  # whose training is unknown
             return []
-        # The file says what differs from the defaults
+        # Older files say only what differs from the defaults
         of_mae = {key: decides["mae"].get(key, getattr(Mae(), key)) for key in _MASKING}
         then = {"seed": decides["seed"], **{f"mae.{key}": value for key, value in of_mae.items()}}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -16,7 +16,7 @@ from drift.interop.pipeline import INDEX_FILE, DriftPipeline
 from drift.models.base import model_files
 from drift.runtime.errors import UserError
 from drift.runtime.files import check_output, replace_folder, sha256
-from drift.runtime.work import SETTINGS_FILE
+from drift.runtime.work import SETTINGS_FILE, settings_in_force
 from drift.runtime.yaml_files import read_yaml
 
 PICTURE_FILE = "samples.png"
@@ -103,7 +103,7 @@ def _write_card(
     million = sum(parameter.numel() for parameter in pipeline.generator.parameters()) / 1e6
     config = {key: value for key, value in pipeline.generator.config.items() if not key.startswith("_")}
     made_by = folder / SETTINGS_FILE
-    settings = read_yaml(made_by, "get it again (dvc pull)")["decides"] if made_by.exists() else {}
+    settings = settings_in_force(read_yaml(made_by, "get it again (dvc pull)")) if made_by.exists() else {}
     ModelCard.from_template(
         head,
         template_path=str(Path(__file__).with_name("card.md.j2")),
