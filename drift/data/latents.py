@@ -240,13 +240,11 @@ def check_meta(store: LatentStore, **expected: Any) -> None:
     """
     path = latent_files(store.folder, store.split)[2]
     for key, wanted in expected.items():
-        stated = store.meta.get(key, wanted)
-        wanted = list(wanted) if isinstance(wanted, tuple) else wanted
-        if isinstance(stated, float) and isinstance(wanted, float):
-            agree = math.isclose(stated, wanted, rel_tol=1e-6)  # other people's files may round
-        else:
-            agree = key not in store.meta or stated == wanted
-        if not agree:
+        if key not in store.meta:
+            continue
+        stated, wanted = store.meta[key], list(wanted) if isinstance(wanted, tuple) else wanted
+        numbers = isinstance(stated, float) and isinstance(wanted, float)  # which other people may round
+        if stated != wanted and not (numbers and math.isclose(stated, wanted, rel_tol=1e-6)):
             setting = _SETTINGS.get(key, f"the {key} asked for")
             raise UserError(
                 f"{path}: {key} is {json.dumps(stated)}, but {setting} is {json.dumps(wanted)}; "

@@ -19,9 +19,10 @@ from pydantic import (
     create_model,
 )
 
+from drift.data.views import VIEW_OPTIONS
 from drift.features import ENCODERS, FeatureEncoder, MAEFeatures
 from drift.field.couplings import COUPLINGS
-from drift.field.settings import CONVENTIONS, FieldSettings, contradictions, unused, without_effect
+from drift.field.settings import CONVENTIONS, FieldSettings, contradictions, without_effect
 from drift.runtime.errors import UserError
 from drift.runtime.yaml_files import one_line, read_yaml
 from drift.settings.sections import (
@@ -216,13 +217,10 @@ class Settings(Section):
             for key, why in found.items()
             if key in FIELD_KEYS or key in given
         }
-        found |= unused(
-            (
-                "augmented" not in self.views,
-                "views is without augmented",
-                "encode.crops encode.crop_scale encode.crop_ratio encode.flip",
+        if "augmented" not in self.views:
+            found |= dict.fromkeys(
+                (f"encode.{key}" for key in VIEW_OPTIONS["augmented"]), "views is without augmented"
             )
-        )
         for name in ("data", "encode", "mae", "drift", "fid"):
             found |= {f"{name}.{key}": why for key, why in getattr(self, name).without_effect().items()}
         return found
