@@ -58,15 +58,11 @@ def test_presets_quote_a_published_fid_only_beside_the_protocol_that_gives_it():
     }  # fmt: skip
     for path in PRESETS:
         fid = load_settings(path).fid
+        protocol = (fid.reference, fid.rounding, fid.labels, fid.images)
         if path in quoting:  # release and paper
-            assert (fid.reference, fid.rounding, fid.labels, fid.images) == (
-                "train",
-                "down",
-                "balanced",
-                50_000,
-            )
+            assert protocol == ("train", "down", "balanced", 50_000)
         elif path.stem.startswith("sinkhorn"):  # the Sinkhorn paper's code
-            assert (fid.reference, fid.rounding, fid.labels, fid.images) == ("val", "down", "random", 50_000)
+            assert protocol == ("val", "down", "random", 50_000)
 
 
 def test_params_yaml_is_the_digits_preset_as_shipped():
@@ -326,17 +322,10 @@ def test_an_autoencoder_is_a_text_or_a_kind_with_its_source(tmp_path):
 
 def test_conventions_then_top_level_then_field(tmp_path):
     """Later ones win."""
-    made = load_settings(changed(tmp_path, conventions="wflow", field={"cost_factor": 1.0})).field_settings()
-    assert made == FieldSettings.wflow(
-        coupling="partial_two_sided",
-        drift_form="alg2_joint",
-        dist_metric="l2",
-        temps=(0.02, 0.05, 0.2),
-        negatives="self",
-        guidance="distribution",
-        sinkhorn_iters=20,
-        cost_factor=1.0,
-    )
+    settings = load_settings(changed(tmp_path, conventions="wflow", field={"cost_factor": 1.0}))
+    top = {key: getattr(settings, key) for key in FIELD_KEYS[1:]}
+    assert settings.field_settings() == FieldSettings.wflow(**top, cost_factor=1.0)
+    assert top["coupling"] == "partial_two_sided"
     made = load_settings(changed(tmp_path, coupling="unbalanced", field={"rho": 3, "affinity_floor": 1e-4}))
     assert made.field_settings().options == {"rho": 3}
     assert made.field_settings().affinity_floor == 1e-4

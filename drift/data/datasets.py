@@ -34,9 +34,9 @@ class Dataset(ABC):
     labels: np.ndarray | None  # [N] int64; None where they are not known
     class_names: list[str]
     digest: str
-    """SHA-256 of what tells these images from others: the raw data, or the names and sizes of the files."""
+    """SHA-256 of what tells these images from others: their pixels, or the names and sizes of the files."""
     passed_over = ""
-    """A line about the files among the images that are none; empty if there are none."""
+    """A line about the files that are no images; empty if there are none."""
 
     @abstractmethod
     def __len__(self) -> int: ...

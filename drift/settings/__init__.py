@@ -137,16 +137,13 @@ class Settings(Section):
         missing = [decay for decay in self.fid.ema_decays if decay not in self.drift.ema_decays]
         trained = f"those of drift.ema_decays ({', '.join(map(str, self.drift.ema_decays))})"
         at_most_classes = f"at most data.classes ({self.data.classes})"
+        no_root = self.data.dataset == "folder" and self.data.root is None
         scale, ratio = self.encode.crop_scale, self.encode.crop_ratio
         yield from self.broken(
             (repeats(self.temps), "temps", "each temperature once"),
             ("center" not in self.views, "views", "with center (the generator trains)"),
             (self.mae.view not in self.views, "views", f"with {self.mae.view} (mae.view)"),
-            (
-                self.data.dataset == "folder" and self.data.root is None,
-                "data.root",
-                "a folder, where data.dataset is folder",
-            ),
+            (no_root, "data.root", "a folder, where data.dataset is folder"),
             (scale[0] > scale[1], "encode.crop_scale", "the smaller number first"),
             (ratio[0] > ratio[1], "encode.crop_ratio", "the smaller number first"),
             (scale[1] > 1, "encode.crop_scale", "at most 1"),

@@ -102,7 +102,7 @@ def encode_view(
 
     left_out = np.flatnonzero(rows.marks.read() == _UNDECODABLE)
     remark = "; the meta file lists all. fid leaves out those of other splits (drift fid-selftest names them)"
-    refuse_or_leave_out(source, left_out, options.on_bad_image, remark, show=ranks.first)
+    refuse_or_leave_out(source, left_out.tolist(), options.on_bad_image, remark, show=ranks.first)
     export = Path(folder) / "export"
     if ranks.first:
         rows.export(export, left_out)
