@@ -243,8 +243,10 @@ def check_meta(store: LatentStore, **expected: Any) -> None:
         if key not in store.meta:
             continue
         stated, wanted = store.meta[key], list(wanted) if isinstance(wanted, tuple) else wanted
-        numbers = isinstance(stated, float) and isinstance(wanted, float)  # which other people may round
-        if stated != wanted and not (numbers and math.isclose(stated, wanted, rel_tol=1e-6)):
+        agree = stated == wanted
+        if isinstance(stated, float) and isinstance(wanted, float):
+            agree = math.isclose(stated, wanted, rel_tol=1e-6)  # other people's files may round
+        if not agree:
             setting = _SETTINGS.get(key, f"the {key} asked for")
             raise UserError(
                 f"{path}: {key} is {json.dumps(stated)}, but {setting} is {json.dumps(wanted)}; "
