@@ -1,6 +1,6 @@
 """How fast images become latents, beside the autoencoder alone.
 
-    python -m benchmarks.encode [--images ROOT] [--set encode.vae=FOLDER] [--json benchmarks/encode.json]
+    python -m benchmarks.encode [--images ROOT] [--set encode.autoencoder=FOLDER] [--json benchmarks/encode.json]
 
 "stage" is the stage encode from start to finish, files included; "VAE" is the network on pictures that lie in
 its device's memory. Their ratio is 1 where reading and decoding images hides behind the network, and less
@@ -23,7 +23,6 @@ from PIL import Image
 
 import stages.encode
 from benchmarks.timing import GPU_OR_CPU, machine, parser, read_settings, seconds_of, write, write_settings
-from drift.autoencoders.kl import VAE
 from drift.settings import Settings
 
 WIDTH, HEIGHT = 500, 375  # the most frequent size in ImageNet
@@ -61,7 +60,7 @@ def stage_rate(folder: Path, settings: Settings, count: int) -> float:
 def vae_rate(settings: Settings, device: torch.device) -> float:
     """Images per second of the network, uncompiled."""
     encode, batch, side = settings.encode, settings.hardware.encode_batch, settings.data.image_size
-    vae = VAE.from_pretrained(encode.vae, encode.vae_revision, device, encode.precision)
+    vae = encode.autoencoder.load(encode.precision, device)
     pictures = torch.randint(256, (batch, side, side, 3), dtype=torch.uint8, device=device)
     return batch / statistics.median(seconds_of(lambda: vae.moments(pictures), device, 6)[1:])
 

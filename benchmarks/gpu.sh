@@ -40,7 +40,7 @@ bench field field --device cuda
 for how in "float32 false" "bfloat16 false" "bfloat16 true"; do
     read -r precision compile <<<"$how"
     bench "encode-$precision-compile-$compile" encode --count 2048 ${IMAGES:+--images "$IMAGES"} --set \
-        "encode.precision=$precision" "hardware.compile=$compile" hardware.encode_batch=128 ${VAE:+"encode.vae=$VAE"}
+        "encode.precision=$precision" "hardware.compile=$compile" hardware.encode_batch=128 ${VAE:+"encode.autoencoder=$VAE"}
 done
 bench fid fid --images 2000 20000 --generator "${GENERATOR:-artifacts/generator}" \
     --preset "${PARAMS:-params.yaml}" --set 'fid.omegas=[1]'

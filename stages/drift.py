@@ -48,8 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seed": settings.seed,
         **settings.deciding("drift"),
         "latents": store.digest,
-        "vae": settings.encode.vae,  # that of the latents, which decodes what the generator makes
-        "vae_revision": settings.encode.vae_revision,
+        # That of the latents, which decodes what the generator makes
+        "vae": settings.encode.autoencoder.source,
+        "vae_revision": settings.encode.autoencoder.revision,
     }
     if settings.needs_mae:
         decides["mae"] = {path.name: sha256(path) for path in model_files(args.mae)}
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if ranks.first:
             export = export_run(model, emas, work.folder, {args.plot: plot_columns(field)})
             write_json(export / CLASSES_FILE, store.class_names)
-            work.publish(export, args.out)
+            work.publish(export, args.out, settings.in_force("drift"))
     return 0
 
 

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from drift.autoencoders.kl import VAE
 from drift.data.datasets import open_images
 from drift.data.views import VIEW_OPTIONS, VIEWS, make_view, view_digest
 from drift.runtime.files import check_output
@@ -33,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     data, encode, hardware = settings.data, settings.encode, settings.hardware
     check_output(args.out)
     source = open_images(data.dataset, data.root, "train", data.classes)
-    vae = VAE.from_pretrained(encode.vae, encode.vae_revision, precision=encode.precision)
+    vae = encode.autoencoder.load(encode.precision)
     if (code := spawn("stages.encode", argv, wanted_processes(args.nproc, hardware.processes))) is not None:
         return code
 
@@ -59,9 +58,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hardware.compile and ranks.device.type == "cuda":
             vae.compile_with(Compiled)
         ranks.barrier()
-        how = {"batch_size": hardware.encode_batch, "workers": hardware.workers}
-        how["asked_to_stop"] = lambda: signals.look().stop
-        export = encode_view(source, vae.to(ranks.device), work.folder, options, ranks, **how)
+        export = encode_view(
+            source,
+            vae.to(ranks.device),
+            work.folder,
+            options,
+            ranks,
+            batch_size=hardware.encode_batch,
+            workers=hardware.workers,
+            asked_to_stop=lambda: signals.look().stop,
+        )
         vae.tell_recomputed()
         if ranks.first:
             work.publish(export, args.out)

@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             export = export_run(model, emas, work.folder, plots)
             if source is not None and (made_by := Path(source, SETTINGS_FILE)).exists():
                 shutil.copyfile(made_by, export / "source.yaml")
-            work.publish(export, args.out)
+            work.publish(export, args.out, settings.in_force("mae") if source is None else None)
     return 0
 
 

@@ -4,6 +4,8 @@ To add an autoencoder, write a class with the members of `Autoencoder` in a file
 `AUTOENCODERS`. Such a file imports PyTorch at most; libraries such as diffusers are imported when it loads.
 """
 
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -24,25 +26,48 @@ class Autoencoder(Protocol):
     precision: str
     storage_dtype: np.dtype
     """How latents are stored."""
+    scaling_factor: float
+    """Of its latents, as files of latents state it."""
 
     @classmethod
     def from_pretrained(
         cls, source: str | Path, revision: str | None, device: str | torch.device, precision: str
     ) -> Self:
         """Load from a folder or, where there is none of that name, from the Hugging Face hub."""
+        ...
 
     @property
+    def device(self) -> torch.device: ...
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of all that its latents depend on."""
+        ...
+
+    def to(self, device: torch.device, /) -> Self: ...
+
+    def compile_with(self, compiler: Callable[[Callable, str], Callable]) -> None:
+        """Let `compiler` (function, name -> a faster function) have its networks."""
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
         """Shape (C, h, w) of the latents of square images; raises `UserError` if their side does not fit."""
+        ...
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """uint8 images `[B, H, W, 3]` -> latents `[B, C, h, w]`; standard normal `noise` gives a sample."""
+        ...
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents `[B, C, h, w]` -> float32 images around [-1, 1], `[B, 3, H, W]`."""
+        ...
+
+    def in_float32(self) -> Self:
+        """The same in float32 and not compiled, for a batch that was not finite in `precision`."""
+        ...
+
+    def tell_recomputed(self) -> None:
+        """Print how many batches `in_float32` was asked for, if any."""
 
 
 AUTOENCODERS: dict[str, type[Autoencoder]] = {"kl": VAE}
+"""`encode.autoencoder.kind` -> its class."""

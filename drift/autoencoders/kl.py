@@ -8,28 +8,28 @@ of an image are not those of the mirrored image.
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from drift.runtime.errors import UserError
+from drift.runtime.errors import UserError, one_of
 from drift.runtime.torchvision import ensure_torchvision
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
 
 CONFIG_FILE = "config.json"
 # diffusers' defaults, for configs from before there were such keys
-_DEFAULTS = {"scaling_factor": 0.18215, "shift_factor": None, "latents_mean": None, "latents_std": None}
-VAEPrecision = Literal["float32", "bfloat16"]
+_DEFAULTS: dict[str, Any] = {
+    "scaling_factor": 0.18215,
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+}
 Rounding = Literal["nearest", "down"]
 _IMAGES_PER_THREAD = 8  # on a CPU: enough to be efficient, few enough to keep many cores busy
 
@@ -75,17 +75,17 @@ def latent_scale(config: Mapping[str, Any], source: str) -> LatentScale:
     `shift_factor` is one number (Stable Diffusion 3); `latents_mean` and `latents_std` have one for each
     channel (Stable Diffusion XL). Raises `UserError`, which names `source`, for what no pipeline could use.
     """
-    config = _DEFAULTS | config
+    config = {**_DEFAULTS, **config}
     factor, shift, mean, std = (config[key] for key in _DEFAULTS)
     try:
-        if mean is None and std is None:
+        if mean is None or std is None:
+            assert mean is std
             scale = LatentScale(float(factor), float(shift or 0), 1.0)
-            numbers, positive = [scale.mean], [factor]
         else:
-            scale = LatentScale(float(factor), tuple(mean), tuple(std))
-            numbers, positive = scale.mean, [factor, *scale.std]
             assert not shift and len(mean) == len(std) == config["latent_channels"]
-        assert all(map(math.isfinite, [*numbers, *positive])) and all(number > 0 for number in positive)
+            scale = LatentScale(float(factor), tuple(mean), tuple(std))
+        positive = [scale.factor, *np.atleast_1d(scale.std)]
+        assert np.isfinite([*positive, *np.atleast_1d(scale.mean)]).all() and min(positive) > 0
     except (TypeError, ValueError, AssertionError):
         found = ", ".join(f"{key} = {json.dumps(config[key])}" for key in _DEFAULTS)
         raise UserError(
@@ -106,16 +106,15 @@ class VAE(nn.Module):
 
     def __init__(
         self,
-        model: "AutoencoderKL",
+        model: Any,  # whose types diffusers does not tell
         id: str,
         revision: str | None = None,
-        precision: VAEPrecision = "float32",
+        precision: str = "float32",
     ):
         super().__init__()
-        if precision not in get_args(VAEPrecision):
-            raise ValueError(f"precision {precision!r}: allowed: {', '.join(get_args(VAEPrecision))}")
-        self.model = model.float().eval().requires_grad_(False)
-        self.id, self.revision, self.precision = id, revision, precision
+        self.model: Any = model.float().eval().requires_grad_(False)
+        self.id, self.revision = id, revision
+        self.precision = one_of("precision", precision, "float32", "bfloat16")
         self.recomputed = 0
         """Batches that `in_float32` was asked for."""
         self._encode, self._decode = self._run_encoder, self._run_decoder
@@ -129,10 +128,10 @@ class VAE(nn.Module):
         source: str | Path,
         revision: str | None = None,
         device: str | torch.device = "cpu",
-        precision: VAEPrecision = "float32",
+        precision: str = "float32",
         variant: str | None = None,
         **hub: Any,
-    ) -> "VAE":
+    ) -> Self:
         """As `Autoencoder.from_pretrained`; `variant` is diffusers' name for another copy of the weights.
 
         `hub` are options of huggingface_hub's `snapshot_download`. What the hub once gave is found again
@@ -140,15 +139,15 @@ class VAE(nn.Module):
         """
         # Imported here because they take seconds, and most importers of this module only convert images
         ensure_torchvision()
-        from diffusers import AutoencoderKL
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
         from drift.models.base import load_model, model_folder
 
-        source = str(source)
+        source, network = str(source), cast(Any, AutoencoderKL)  # whose types include tuples
         try:
             folder = model_folder(source, revision, variant, **hub)
-            config = AutoencoderKL.load_config(folder)
-            model = load_model(lambda: AutoencoderKL.from_config(config), folder, variant)
+            config = network.load_config(folder)
+            model = load_model(lambda: network.from_config(config), folder, variant)
         except (UserError, OSError) as error:
             raise UserError(f"VAE {source}: {' '.join(str(error).split())}") from None
         commit = None if Path(source).is_dir() else folder.name  # the hub's cache names its folders by commit
@@ -162,7 +161,7 @@ class VAE(nn.Module):
         self._encode = compiler(self._run_encoder, "VAE's encoder")
         self._decode = compiler(self._run_decoder, "VAE's decoder")
 
-    def in_float32(self) -> "VAE":
+    def in_float32(self) -> Self:
         """The same network in float32 and not compiled, for a batch that was not finite in bfloat16."""
         self.recomputed += 1
         if self.recomputed == 1:
@@ -170,7 +169,7 @@ class VAE(nn.Module):
                 f"note: VAE {self.id} has overflowed in {self.precision}; what is not finite is computed "
                 "again in float32 (precision: float32 in encode or fid does so from the start)"
             )
-        return VAE(self.model, self.id, self.revision)
+        return type(self)(self.model, self.id, self.revision)
 
     def tell_recomputed(self) -> None:
         """Print how many batches were computed again, if any."""
@@ -200,7 +199,7 @@ class VAE(nn.Module):
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """uint8 `images [B, H, W, 3]` -> latents: the posterior's mean, or with `noise` a sample of it."""
         mean, std = self.moments(images)
-        return self.scale(mean if noise is None else mean + std * noise)
+        return self.latent_scale.apply(mean if noise is None else mean + std * noise)
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the posterior of uint8 `images [B, H, W, 3]`.
@@ -237,19 +236,15 @@ class VAE(nn.Module):
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
-    def scale(self, z: Tensor) -> Tensor:
-        """What the encoder gives -> latents, whose standard deviation is about 1."""
-        return self.latent_scale.apply(z)
-
     def decode(self, latents: Tensor) -> Tensor:
         with self._autocast():
             return self._decode(self.latent_scale.invert(latents.to(self.device, torch.float32))).float()
 
 
-def decode_latents(model: "AutoencoderKL", latents: Tensor) -> Tensor:
+def decode_latents(model: Any, latents: Tensor) -> Tensor:
     """Latents `[B, C, h, w]` -> images around [-1, 1], `[B, 3, H, W]`, in the precision of `model`.
 
-    The latents must be on the device that the model computes on.
+    `model` is an AutoencoderKL of diffusers. The latents must be on the device that the model computes on.
     """
     z = latent_scale(model.config, "of the pipeline").invert(latents.float())
     return model.decode(z.to(model.dtype)).sample
@@ -259,7 +254,7 @@ def known_config(source: str | Path, revision: str | None = None) -> dict[str, A
     """The config of a VAE from its folder or the hub's cache; None if there is none that can be read."""
     from huggingface_hub import try_to_load_from_cache
 
-    path = Path(source) / CONFIG_FILE
+    path: Any = Path(source) / CONFIG_FILE
     try:
         if not path.parent.is_dir():
             path = try_to_load_from_cache(str(source), CONFIG_FILE, revision=revision)

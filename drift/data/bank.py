@@ -89,26 +89,17 @@ class DirectSampling:
 
     def require(self, positives: int, unconditional: int) -> None:
         """Raise `UserError` if there are fewer images than are to be drawn, of any class or of all."""
-        smallest, images = int(np.argmin(self._sizes)), len(self._by_class)
-        for what, wanted, queued, there, whose in (
-            (
-                "positives",
-                positives,
-                self._per_class,
-                self._sizes[smallest],
-                f"class {self._names[smallest]}",
-            ),
-            ("unconditional", unconditional, self._global_size, images, "the data set"),
+        rarest, images = int(np.argmin(self._sizes)), len(self._by_class)
+        rarest_class = f"class {self._names[rarest]}"
+        for setting, wanted, whose, there, limit, queued in (
+            ("positives", positives, rarest_class, self._sizes[rarest], "queue_per_class", self._per_class),
+            ("unconditional", unconditional, "the data set", images, "queue_global", self._global_size),
         ):
+            asked = f"drift.{setting} = {wanted}"
             if wanted > there:
-                raise UserError(
-                    f"drift.{what} = {wanted}: {whose} has only {there} images; lower it or add some"
-                )
+                raise UserError(f"{asked}: {whose} has only {there} images; lower it or add some")
             if wanted > queued:
-                key = "queue_per_class" if what == "positives" else "queue_global"
-                raise UserError(
-                    f"drift.{what} = {wanted}: drift.{key} is {queued}; lower the one or raise the other"
-                )
+                raise UserError(f"{asked}: drift.{limit} is {queued}; lower the one or raise the other")
 
     def draw(
         self,

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -33,9 +34,9 @@ class Dataset(ABC):
     labels: np.ndarray | None  # [N] int64; None where they are not known
     class_names: list[str]
     digest: str
-    """SHA-256 of what tells these images from others: the raw data, or the names and sizes of the files."""
+    """SHA-256 of what tells these images from others: their pixels, or the names and sizes of the files."""
     passed_over = ""
-    """A line about the files among the images that are none; empty if there are none."""
+    """A line about the files that are no images; empty if there are none."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -95,7 +96,7 @@ class DigitImages(Dataset):
     def __init__(self, root: str | None, split: str):
         from sklearn.datasets import load_digits  # takes a second
 
-        digits = load_digits()
+        digits: Any = load_digits()
         held_out = np.zeros(len(digits.target), bool)
         held_out[np.argsort(digits.target, kind="stable")[::5]] = True
         splits = {"train": ~held_out, "held_out": held_out}
@@ -104,9 +105,10 @@ class DigitImages(Dataset):
         self.split = split
         self._rows = np.flatnonzero(splits[split])
         self._pixels = np.rint(digits.images[self._rows] * (255 / 16)).astype(np.uint8)  # [N, 8, 8]
-        self.labels = digits.target[self._rows].astype(np.int64)
+        labels = digits.target[self._rows].astype(np.int64)
+        self.labels = labels
         self.class_names = [str(name) for name in digits.target_names]
-        self.digest = hashlib.sha256(self._pixels.tobytes() + self.labels.tobytes()).hexdigest()
+        self.digest = hashlib.sha256(self._pixels.tobytes() + labels.tobytes()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._rows)

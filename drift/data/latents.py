@@ -25,9 +25,9 @@ _LOADED_AT_ONCE = 4096  # rows
 _WAY_OUT = "rerun encode (dvc repro) or fetch it (dvc pull)"
 _SETTINGS = {
     "image_size": "data.image_size",
-    "vae": "encode.vae",
+    "vae": "encode.autoencoder",
     "vae_precision": "encode.precision",
-    "vae_revision": "encode.vae_revision",
+    "vae_revision": "encode.autoencoder.revision",
 }
 """The settings with which keys of the meta file are compared, where they have another name."""
 
@@ -240,12 +240,12 @@ def check_meta(store: LatentStore, **expected: Any) -> None:
     """
     path = latent_files(store.folder, store.split)[2]
     for key, wanted in expected.items():
-        stated = store.meta.get(key, wanted)
-        wanted = list(wanted) if isinstance(wanted, tuple) else wanted
+        if key not in store.meta:
+            continue
+        stated, wanted = store.meta[key], list(wanted) if isinstance(wanted, tuple) else wanted
+        agree = stated == wanted
         if isinstance(stated, float) and isinstance(wanted, float):
             agree = math.isclose(stated, wanted, rel_tol=1e-6)  # other people's files may round
-        else:
-            agree = key not in store.meta or stated == wanted
         if not agree:
             setting = _SETTINGS.get(key, f"the {key} asked for")
             raise UserError(
@@ -257,7 +257,7 @@ def check_meta(store: LatentStore, **expected: Any) -> None:
 def _read_at(file: int, position: int, buffer: np.ndarray) -> None:
     """Fill `buffer`, uint8, with a file's bytes from `position` on; raises OSError if it has not as many."""
     while len(buffer):  # one call reads at most 2 GiB
-        count = os.preadv(file, [buffer], position)
+        count = os.preadv(file, [buffer.data], position)
         if not count:
             raise OSError(errno.ENODATA, "it has been cut short")
         buffer, position = buffer[count:], position + count

@@ -155,7 +155,7 @@ def random_crop(
     the first that fits is taken, and otherwise the largest central box whose aspect ratio is allowed.
     """
     for _ in range(10):
-        area = width * height * rng.uniform(*scale)
+        area = width * height * rng.uniform(scale[0], scale[1])
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:

@@ -13,7 +13,6 @@ from torch import nn
 from tqdm import tqdm
 
 import drift
-from drift.autoencoders.kl import VAE
 from drift.data.datasets import Dataset, class_difference, open_images
 from drift.evaluation.networks import load_feature_network
 from drift.evaluation.pictures import VISIBLE_SIDE, draw_images, image_grid
@@ -35,7 +34,7 @@ from drift.runtime.files import sha256
 from drift.runtime.processes import Ranks
 from drift.runtime.progress import ProgressLog
 from drift.runtime.seeds import numpy_generator
-from drift.runtime.work import SETTINGS_FILE
+from drift.runtime.work import SETTINGS_FILE, settings_in_force
 from drift.runtime.yaml_files import read_yaml
 from drift.settings import Drift, Settings
 from drift.training.compile import Compiled
@@ -53,8 +52,8 @@ class Copies:
         self.made_by = read_yaml(settings, "fetch it again (dvc pull)") if settings.is_file() else None
         """What the settings file says."""
         trained = None
-        if self.made_by:  # which says what differs from the defaults
-            trained = self.made_by["decides"]["drift"].get("ema_decays", list(Drift().ema_decays))
+        if self.made_by:
+            trained = settings_in_force(self.made_by)["drift"].get("ema_decays", list(Drift().ema_decays))
         self._variants: dict[float | None, str | None] = {None: None}
         if trained:
             self._variants = {decay: ema_variant(trained, decay) for decay in wanted}
@@ -108,7 +107,7 @@ class Evaluation:
         data, encode, fid = settings.data, settings.encode, settings.fid
         self.settings = settings
         self.copies = Copies(generator, fid.ema_decays)
-        self.vae = VAE.from_pretrained(encode.vae, encode.vae_revision, precision=fid.precision)
+        self.vae = encode.autoencoder.load(fid.precision)
         self.training = open_images(data.dataset, data.root, "train", data.classes)
         self.copies.require_classes(self.training)
         self.reference_images = open_reference(fid.reference, data.dataset, data.root, data.classes)
@@ -214,7 +213,7 @@ class Evaluation:
                 "precision_recall_images": fid.precision_recall_images,
                 "seed": settings.seed,
                 "device": self.network.device.type,
-                "vae": settings.encode.vae,
+                "vae": settings.encode.autoencoder.source,
                 "vae_precision": fid.precision,
                 "vae_sha256": self.vae.digest,
                 "latent_scale_factor": self.vae.scaling_factor,

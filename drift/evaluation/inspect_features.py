@@ -20,7 +20,7 @@ from drift.models.mae import LatentMAE, draw_mask
 from drift.runtime.errors import UserError
 from drift.runtime.files import sha256
 from drift.runtime.seeds import torch_generator
-from drift.runtime.work import SETTINGS_FILE
+from drift.runtime.work import SETTINGS_FILE, settings_in_force
 from drift.runtime.yaml_files import read_yaml
 from drift.settings import Mae, Settings
 
@@ -141,10 +141,10 @@ def _training_warnings(folder: Path, model: LatentMAE, settings: Settings) -> li
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         warnings.append(f"{folder}: some of its weights are not finite: train it again")
     path = folder / SETTINGS_FILE
-    trained = read_yaml(path, WAY_OUT)["decides"] if path.exists() else None
+    trained = settings_in_force(read_yaml(path, WAY_OUT)) if path.exists() else None
     if trained is None or trained["mae"].get("source"):  # from elsewhere
         return warnings
-    # The file says what differs from the defaults
+    # Older files say only what differs from the defaults
     of_mae = {key: trained["mae"].get(key, getattr(Mae(), key)) for key in _MASKING}
     then = {"seed": trained["seed"], **{f"mae.{key}": value for key, value in of_mae.items()}}
     now = {"seed": settings.seed, **{f"mae.{key}": getattr(settings.mae, key) for key in _MASKING}}

@@ -14,7 +14,6 @@ from PIL import Image, ImageFont
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from torch import Tensor
 
-from drift.autoencoders.kl import VAE
 from drift.data.datasets import open_images
 from drift.data.images import BadImage
 from drift.data.latents import LatentStore, file_hashes, latent_files
@@ -173,12 +172,12 @@ class Latents:
         self.store = open_latents(folder, settings, view)
         self.sources = None if look.images is None else SourceImages(self.store, settings, look.images)
         encode, stated = settings.encode, self.store.meta.get("vae_sha256")
-        self.vae = vae = VAE.from_pretrained(encode.vae, encode.vae_revision, look.device)
+        self.vae = vae = encode.autoencoder.load(device=look.device)
         latents_path, _, meta_path = latent_files(folder)
         if stated not in (None, vae.digest):
             raise UserError(
                 f"{meta_path}: was written for other weights of {vae.id} (SHA-256 {stated[:12]}, now "
-                f"{vae.digest[:12]}); rerun encode (dvc repro), or correct encode.vae"
+                f"{vae.digest[:12]}); rerun encode (dvc repro), or correct encode.autoencoder"
             )
         shape, expected = tuple(self.store.shape[1:]), vae.latent_shape(settings.data.image_size)
         if shape != expected:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from drift.autoencoders.kl import VAE, Rounding, to_uint8
+from drift.autoencoders import Autoencoder
+from drift.autoencoders.kl import Rounding, to_uint8
 from drift.data.datasets import open_images
 from drift.evaluation.batches import in_batches
 from drift.models.generator import Generator
@@ -95,7 +96,7 @@ class ImageDecoder:
     bfloat16 are decoded again in float32; raises `FloatingPointError` if they are not finite then either.
     """
 
-    def __init__(self, vae: VAE, batch_size: int, rounding: Rounding = "nearest"):
+    def __init__(self, vae: Autoencoder, batch_size: int, rounding: Rounding = "nearest"):
         self.vae, self.batch_size = vae, batch_size
         self.rounding: Rounding = rounding
 
@@ -131,7 +132,7 @@ class ImageDecoder:
             )
         return images
 
-    def _images(self, vae: VAE, latents: Tensor) -> tuple[Tensor, Tensor]:
+    def _images(self, vae: Autoencoder, latents: Tensor) -> tuple[Tensor, Tensor]:
         """8-bit images `[B, H, W, 3]`, and whether each was finite before it was rounded, `[B]`."""
         decoded = in_batches(vae.decode, latents, size=self.batch_size)
         finite = decoded.isfinite().flatten(1).all(1)

@@ -7,7 +7,7 @@ and whose `load` gives an `Encoder`; import it in `__init__.py`. Settings, stage
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
@@ -40,9 +40,10 @@ class FeatureEncoder(BaseModel):
 
 
 ENCODERS: dict[str, type[FeatureEncoder]] = {}
+T = TypeVar("T", bound=FeatureEncoder)
 
 
-def register(options: type[FeatureEncoder]) -> type[FeatureEncoder]:
+def register(options: type[T]) -> type[T]:
     """Add an encoder under its name."""
     ENCODERS[options.model_fields["encoder"].default] = options
     return options

@@ -26,7 +26,7 @@ from drift.models.generator import Generator, read_class_names
 from drift.runtime.errors import UserError
 from drift.runtime.hub import download
 from drift.runtime.torchvision import ensure_torchvision
-from drift.runtime.work import SETTINGS_FILE
+from drift.runtime.work import SETTINGS_FILE, settings_in_force
 from drift.runtime.yaml_files import read_yaml
 
 ensure_torchvision()
@@ -284,4 +284,4 @@ def _read_folder(
 def made_from(folder: Path) -> dict[str, Any]:
     """The settings and inputs that the generator in `folder` depends on; empty where nothing tells them."""
     path, way_out = folder / SETTINGS_FILE, "get the folder again (dvc pull)"
-    return read_yaml(path, way_out).get("decides", {}) if path.exists() else {}
+    return settings_in_force(read_yaml(path, way_out)) if path.exists() else {}

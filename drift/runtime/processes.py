@@ -7,11 +7,11 @@ processes if more than one is wanted; the processes enter `join` and get a `Rank
 
 import argparse
 import errno
-import json
 import logging
 import os
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 USER_ERROR, _PEER_LOST = 2, 3  # exit codes
-_GRACE = 2.0  # seconds in which the process that is the cause ends first, and is named
+_GRACE = 2.0  # seconds in which the process that is the cause ends first, is named, and ends the others
 _SPAWNED = "DRIFT_SPAWNED"  # environment variable, for processes that `spawn` starts, with its process number
+_MISTAKE = "DRIFT_MISTAKE"  # environment variable, with the file in which these leave a mistake of the user
 _KILLED_BY = {
     "SIGKILL": "by hand, or by the kernel for want of memory",
     "SIGBUS": "a file that it had mapped is gone or has become shorter",
@@ -135,14 +136,19 @@ def spawn(module: str, arguments: Sequence[str], processes: int) -> int | None:
         max_restarts=0,
         signals_to_handle="SIGHUP,SIGQUIT",  # not ours: it kills whoever writes a checkpoint after 30 s
     )
-    os.environ[_SPAWNED] = str(os.getpid())
+    folder = tempfile.TemporaryDirectory()
+    mistake = Path(folder.name, "mistake")
+    os.environ |= {_SPAWNED: str(os.getpid()), _MISTAKE: str(mistake)}
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     before = {number: signal.signal(number, _pass_on) for number in (*STOP, SAVE)}
     try:
         elastic_launch(config, sys.executable)("-u", "-m", module, *arguments)
     except ChildFailedError as error:
+        if mistake.exists():  # whatever the others have seen of it
+            return _user_error(mistake.read_text("utf-8", "surrogateescape"))
         return _report(list(error.failures.values()))
     finally:
+        folder.cleanup()
         for number, handler in before.items():
             signal.signal(number, handler)
     return 0
@@ -157,14 +163,12 @@ def _pass_on(number: int, frame: FrameType | None) -> None:
 def _report(failures: "Sequence[ProcessFailure]") -> int:
     """Print the cause, unless the process has printed it; the exit code of the whole."""
     # torchrun ends the other processes by SIGTERM, and some notice first that a peer is lost
-    consequences = (USER_ERROR, None, _PEER_LOST, -signal.SIGTERM)
+    consequences = (None, _PEER_LOST, -signal.SIGTERM)
     cause = min(
         failures, key=lambda f: consequences.index(f.exitcode if f.exitcode in consequences else None)
     )
     code, process = cause.exitcode, f"process {cause.local_rank}"
-    if code == USER_ERROR:
-        print(f"error: {cause.message}", file=sys.stderr)
-    elif code < 0:
+    if code < 0:
         name = signal.Signals(-code).name
         print(
             f"error: {process} was killed by {name} ({_KILLED_BY.get(name, 'a crash')}); "
@@ -217,6 +221,8 @@ def join(time_limit: float, *, deterministic: bool = False) -> Iterator[Ranks]:
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device, control)
     except BaseException as error:
+        if isinstance(error, UserError) and _SPAWNED in os.environ:
+            _user_error(str(error))  # before the others can notice that this process leaves
         # A DistributedDataParallel in a frame of the traceback would outlive the group, whose end then waits,
         # with Python's lock, for a thread of its own that wants the lock
         traceback.clear_frames(error.__traceback__)
@@ -294,16 +300,17 @@ def _known_error(error: Exception, memory: str) -> int | None:
         )
     if under_torchrun() and (isinstance(error, dist.DistError) or "/gloo/" in reason):  # gloo's have no type
         reason = reason.split(". ")[0]
-        print(f"process {os.environ['RANK']}: the others are gone or silent ({reason})", file=sys.stderr)
         time.sleep(_GRACE)
+        if not os.path.exists(os.environ.get(_MISTAKE, "")):
+            print(f"process {os.environ['RANK']}: the others are gone or silent ({reason})", file=sys.stderr)
         return _PEER_LOST
     return None
 
 
 def _user_error(message: str) -> int:
-    """Print a mistake of the user, or pass it to `spawn`, as the other processes may notice it as well."""
+    """Print a mistake of the user, or leave it to `spawn`, as the other processes may notice it as well."""
     if _SPAWNED in os.environ and under_torchrun():
-        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": message}))
+        Path(os.environ[_MISTAKE]).write_text(message, "utf-8", "surrogateescape")
     else:
         print(f"error: {message}", file=sys.stderr)
     return USER_ERROR

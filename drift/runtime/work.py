@@ -95,6 +95,11 @@ def read_note(folder: Path) -> dict | None:
         return None
 
 
+def settings_in_force(made_by: Mapping[str, Any]) -> dict[str, Any]:
+    """What a settings file says of the run, with the defaults of that time; older files leave these out."""
+    return {**made_by.get("decides", {}), **made_by.get("settings", {})}
+
+
 def size_of(folder: Path) -> int:
     """Bytes that removing `folder` frees: those of files that have no other name."""
     facts = (path.lstat() for path in folder.rglob("*"))
@@ -188,9 +193,10 @@ class Work:
         note = {"stage": self.stage, "decides": self.inputs, "code": self.code, "finished": finished}
         write_json(self.folder / "work.json", note | {"result": result})
 
-    def publish(self, source: Path, destination: Path) -> None:
-        """Add the resolved settings to the finished folder `source` and rename it to `destination`.
+    def publish(self, source: Path, destination: Path, settings: Mapping[str, Any] | None = None) -> None:
+        """Add the settings file to the finished folder `source` and rename it to `destination`.
 
+        `settings` are all values in force, where `inputs` leave out the defaults: see `settings_in_force`.
         The settings file holds nothing that changes from run to run: equal results have equal bytes.
         """
         import torch  # here, as `drift watch` reads work folders and would wait for it
@@ -199,6 +205,8 @@ class Work:
         if self.remarks:
             how["remarks"] = self.remarks
         content = {"stage": self.stage, "decides": self.inputs, "how": how}
+        if settings is not None:
+            content["settings"] = dict(settings)
         with atomic_write(source / SETTINGS_FILE) as file:
             yaml.dump(content, file, _Dumper, encoding="utf-8", allow_unicode=True)
         replace_folder(source, destination)

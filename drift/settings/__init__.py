@@ -4,6 +4,7 @@ The keys at the top level and the sections stand in every file, as DVC demands. 
 left out has its default (`drift/settings/sections.py`).
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_type_hints
@@ -13,14 +14,15 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetPydanticSchema,
     ValidationError,
     create_model,
-    model_validator,
 )
 
-from drift.features import ENCODERS, MAEFeatures
+from drift.data.views import VIEW_OPTIONS
+from drift.features import ENCODERS, FeatureEncoder, MAEFeatures
 from drift.field.couplings import COUPLINGS
-from drift.field.settings import CONVENTIONS, FieldSettings, contradictions, unused, without_effect
+from drift.field.settings import CONVENTIONS, FieldSettings, contradictions, without_effect
 from drift.runtime.errors import UserError
 from drift.runtime.yaml_files import one_line, read_yaml
 from drift.settings.sections import (
@@ -36,6 +38,8 @@ from drift.settings.sections import (
     Optimizer,
     Positive,
     Section,
+    name_in,
+    repeats,
 )
 
 __all__ = [
@@ -66,21 +70,23 @@ FIELD_KEYS = (
     "sinkhorn_iters",
 )
 """Settings of the field at the top level: what people vary. The others are members of the section `field`."""
-FieldChanges = create_model(
-    "FieldChanges",
-    __config__=ConfigDict(frozen=True, extra="allow"),
-    **{
-        key: (hint, None)
-        for key, hint in get_type_hints(FieldSettings).items()
-        if key not in (*FIELD_KEYS, "options")
-    },
-)
+_MEMBERS: dict[str, Any] = {
+    key: (hint, None)
+    for key, hint in get_type_hints(FieldSettings).items()
+    if key not in (*FIELD_KEYS, "options")
+}
+FieldChanges = create_model("FieldChanges", __config__=ConfigDict(frozen=True, extra="allow"), **_MEMBERS)
 """The section `field`: members of `FieldSettings` beside the conventions, and options of the coupling."""
 
 
+def checked_as(kind: Any) -> GetPydanticSchema:
+    """Says how pydantic checks a type that is made from a registry."""
+    return GetPydanticSchema(lambda _, handler: handler(kind))
+
+
 Features = Annotated[
-    Union[tuple(ENCODERS.values())],  # noqa: UP007
-    Field(discriminator="encoder"),
+    FeatureEncoder,
+    checked_as(Annotated[Union[tuple(ENCODERS.values())], Field(discriminator="encoder")]),  # noqa: UP007
     BeforeValidator(lambda value: {"encoder": value} if isinstance(value, str) else value),
 ]
 """An encoder by its name, or as `{encoder: NAME, ...}` with its options (`drift/features/`)."""
@@ -90,9 +96,9 @@ class Settings(Section):
     """All of `params.yaml`."""
 
     seed: CountOrZero
-    conventions: Literal[tuple(CONVENTIONS)]
+    conventions: Annotated[str, name_in(CONVENTIONS)]
     """Whose code is followed in S, lambda, weights, guards and self-pairs (`drift.field.settings`)."""
-    coupling: Literal[tuple(COUPLINGS)]
+    coupling: Annotated[str, name_in(COUPLINGS)]
     """How logits become weights (`drift.field.couplings`)."""
     drift_form: Literal["alg2_joint", "split"]
     """How weights become a drift."""
@@ -105,7 +111,7 @@ class Settings(Section):
     guidance: Literal["distribution", "velocity"]
     """How unconditional samples enter: among the negatives, or by a field of their own (W-Flow)."""
     sinkhorn_iters: Count
-    field: FieldChanges
+    field: Annotated[BaseModel, checked_as(FieldChanges)]
     """Single members of the conventions, and options of the coupling."""
     features: Annotated[tuple[Features, ...], Field(min_length=1)]
     """What the drift is computed in; feature sets of several encoders are added."""
@@ -118,46 +124,39 @@ class Settings(Section):
     fid: Fid
     hardware: Hardware
 
-    @model_validator(mode="after")
-    def _consistent(self):
-        if complaint := next(contradictions(self.field_settings()), None):
-            raise ValueError(complaint)
-        self._require_inputs_of_its_own()
-        self._require_a_difference()
-        self._require_feasible_marginals()
-        for needed, by in (("center", "the generator trains"), (self.mae.view, "mae.view")):
-            if needed not in self.views:
-                raise ValueError(f"views = {list(self.views)}: allowed: with {needed} ({by})")
-        if self.data.dataset == "folder" and self.data.root is None:
-            raise ValueError("data.root = null: allowed: a folder, where data.dataset is folder")
-        for key in ("crop_scale", "crop_ratio"):
-            low, high = getattr(self.encode, key)
-            if low > high:
-                raise ValueError(f"encode.{key} = {[low, high]}: allowed: the smaller number first")
-        if self.encode.crop_scale[1] > 1:
-            raise ValueError(f"encode.crop_scale = {list(self.encode.crop_scale)}: allowed: at most 1")
-        if self.drift.classes_per_step > self.data.classes:
-            raise ValueError(
-                f"drift.classes_per_step = {self.drift.classes_per_step}: "
-                f"allowed: at most data.classes ({self.data.classes})"
+    def complaints(self) -> Iterator[str]:
+        field = self.field_settings()
+        yield from contradictions(field)
+        yield from self._inputs_that_dvc_empties()
+        if field.drift_tau_scale and field.normalize_drift_theta:
+            yield (
+                "field.drift_tau_scale = true: cancels, as normalize_drift_theta divides every V_tau by its "
+                "own RMS; set one of them to false"
             )
-        if missing := [decay for decay in self.fid.ema_decays if decay not in self.drift.ema_decays]:
-            raise ValueError(
-                f"fid.ema_decays = {list(self.fid.ema_decays)}: allowed: those of drift.ema_decays "
-                f"({', '.join(map(str, self.drift.ema_decays))}), without {missing[0]}"
-            )
-        if self.fid.picture_classes > self.data.classes:
-            raise ValueError(
-                f"fid.picture_classes = {self.fid.picture_classes}: "
-                f"allowed: at most data.classes ({self.data.classes})"
-            )
-        return self
+        yield from self._infeasible_marginals()
+        missing = [decay for decay in self.fid.ema_decays if decay not in self.drift.ema_decays]
+        trained = f"those of drift.ema_decays ({', '.join(map(str, self.drift.ema_decays))})"
+        at_most_classes = f"at most data.classes ({self.data.classes})"
+        no_root = self.data.dataset == "folder" and self.data.root is None
+        scale, ratio = self.encode.crop_scale, self.encode.crop_ratio
+        yield from self.broken(
+            (repeats(self.temps), "temps", "each temperature once"),
+            ("center" not in self.views, "views", "with center (the generator trains)"),
+            (self.mae.view not in self.views, "views", f"with {self.mae.view} (mae.view)"),
+            (no_root, "data.root", "a folder, where data.dataset is folder"),
+            (scale[0] > scale[1], "encode.crop_scale", "the smaller number first"),
+            (ratio[0] > ratio[1], "encode.crop_ratio", "the smaller number first"),
+            (scale[1] > 1, "encode.crop_scale", "at most 1"),
+            (self.drift.classes_per_step > self.data.classes, "drift.classes_per_step", at_most_classes),
+            (missing, "fid.ema_decays", trained),
+            (self.fid.picture_classes > self.data.classes, "fid.picture_classes", at_most_classes),
+        )
 
-    def _require_inputs_of_its_own(self) -> None:
-        """Refuse inputs that DVC may remove before the stage that reads them has begun."""
+    def _inputs_that_dvc_empties(self) -> Iterator[str]:
+        """DVC may remove them before the stage that reads them has begun."""
         inputs = {
             "data.root": self.data.root,
-            "encode.vae": self.encode.vae,
+            "encode.autoencoder": self.encode.autoencoder.source,
             "mae.source": self.mae.source,
             "fid.features": self.fid.features,
             "fid.inception": self.fid.inception,
@@ -165,30 +164,19 @@ class Settings(Section):
         }
         for key, value in inputs.items():
             if value is not None and (output := output_around(value)):
-                raise ValueError(
+                yield (
                     f"{key} = {value!r}: allowed: outside of {output}, which DVC empties for the stage that "
                     f"writes it; copy it to a folder of its own (dvc checkout {output}, if it is empty now)"
                 )
 
-    def _require_a_difference(self) -> None:
-        """Refuse what would train for days and end as another run does."""
-        field = self.field_settings()
-        if field.drift_tau_scale and field.normalize_drift_theta:
-            raise ValueError(
-                "field.drift_tau_scale = true: cancels, as normalize_drift_theta divides every V_tau by "
-                "its own RMS; set one of them to false"
-            )
-        if len(set(self.temps)) < len(self.temps):
-            raise ValueError(f"temps = {list(self.temps)}: allowed: each temperature once")
-
-    def _require_feasible_marginals(self) -> None:
-        """Refuse uniform marginals of unconditional negatives that may have no weight at all."""
+    def _infeasible_marginals(self) -> Iterator[str]:
+        """Uniform marginals of unconditional negatives that may have no weight at all."""
         drift, field = self.drift, self.field_settings()
         plan = COUPLINGS[field.coupling].transport and field.guidance == "distribution"
         if not plan or field.sinkhorn_marginal != "none" or not drift.unconditional:
             return
         if drift.omega_min <= 1 or drift.no_guidance_fraction > 0:
-            raise ValueError(
+            yield (
                 f"field.sinkhorn_marginal = 'none': at omega = 1 (drift.omega_min = {drift.omega_min:g}, "
                 f"drift.no_guidance_fraction = {drift.no_guidance_fraction:g}) unconditional negatives weigh "
                 "nothing and cannot have a uniform marginal; set it to weighted_cols, or omega_min above "
@@ -209,7 +197,7 @@ class Settings(Section):
         """The settings of the drifting field: conventions, then the keys at the top, then `field`."""
         top = {key: getattr(self, key) for key in FIELD_KEYS}
         members = self.field.model_dump(exclude_unset=True)
-        options = {key: members.pop(key) for key in self.field.model_extra}
+        options = {key: members.pop(key) for key in self.field.model_extra or ()}
         if double := [key for key in (*FIELD_KEYS, "options") if key in options]:
             raise ValueError(f"field.{double[0]}: is a key of its own at the top level")
         try:
@@ -226,34 +214,43 @@ class Settings(Section):
             for key, why in found.items()
             if key in FIELD_KEYS or key in given
         }
-        found |= unused(
-            (
-                "augmented" not in self.views,
-                "views is without augmented",
-                "encode.crops encode.crop_scale encode.crop_ratio encode.flip",
+        if "augmented" not in self.views:
+            found |= dict.fromkeys(
+                (f"encode.{key}" for key in VIEW_OPTIONS["augmented"]), "views is without augmented"
             )
-        )
         for name in ("data", "encode", "mae", "drift", "fid"):
             found |= {f"{name}.{key}": why for key, why in getattr(self, name).without_effect().items()}
         return found
 
-    def deciding(self, stage: str) -> dict[str, Any]:
-        """What decides the result of a stage, as JSON holds it: where its section differs from the defaults.
+    def in_force(self, stage: str) -> dict[str, Any]:
+        """What decides the result of a stage, defaults included; for `drift`, the field too.
 
-        For `drift` also where the field differs from the release's. A new key with a default, and a change
-        of what has no effect, is therefore no other run.
+        Keys that have no effect beside the others are left out. Values are as JSON holds them.
         """
-        idle = {key.rpartition(".")[2] for key in self.without_effect() if key.startswith(f"{stage}.")}
-        section = getattr(self, stage)
-        found = {stage: _differences(section.model_dump(mode="json"), type(section), idle)}
+        idle = self.without_effect()
+        section = getattr(self, stage).model_dump(mode="json").items()
+        found: dict[str, Any] = {stage: {key: v for key, v in section if f"{stage}.{key}" not in idle}}
         if stage == "drift":
-            field, default = asdict(self.field_settings()), asdict(FieldSettings())
-            idle = without_effect(self.field_settings(), self.drift.unconditional > 0)
-            if self.features != (MAEFeatures(),):
-                found["features"] = [one.model_dump(mode="json") for one in self.features]
-            found["field"] = {
-                key: value for key, value in field.items() if value != default[key] and key not in idle
-            }
+            field = self.field_settings()
+            idle = without_effect(field, self.drift.unconditional > 0)
+            found["features"] = [one.model_dump(mode="json") for one in self.features]
+            found["field"] = {key: value for key, value in asdict(field).items() if key not in idle}
+        return found
+
+    def deciding(self, stage: str) -> dict[str, Any]:
+        """Where `in_force` differs from the defaults, which a fingerprint is made of.
+
+        A new key with a default, and a change of what has no effect, is therefore no other run.
+        """
+        section, found = type(getattr(self, stage)), self.in_force(stage)
+        defaults = {
+            stage: section.model_construct().model_dump(mode="json"),
+            "field": asdict(FieldSettings()),
+        }
+        for part in found.keys() & defaults.keys():
+            found[part] = {k: value for k, value in found[part].items() if value != defaults[part].get(k)}
+        if self.features == (MAEFeatures(),):
+            found.pop("features", None)
         return found
 
     def remarks(self, stage: str) -> list[str]:
@@ -271,23 +268,12 @@ class Settings(Section):
         return [f"without effect here: {reasons}"] if reasons else []
 
 
-def _differences(values: dict[str, Any], section: type[Section], idle: set[str]) -> dict[str, Any]:
-    defaults = {
-        key: None if field.is_required() else field.get_default()
-        for key, field in section.model_fields.items()
-    }
-    listed = {key: list(v) if isinstance(v, tuple) else v for key, v in defaults.items()}
-    return {key: value for key, value in values.items() if value != listed[key] and key not in idle}
-
-
 RENAMED = {
     "drift.duplicate_features": "features: [{encoder: mae, duplicates: keep | drop}]",
     "drift.queue_push": "drift.push_per_step, which counts the images of all processes together",
-    **{
-        key: f"field.{key}"
-        for key in get_type_hints(FieldSettings)
-        if key not in (*FIELD_KEYS, "options", "unit_scale")
-    },
+    **{key: f"field.{key}" for key in _MEMBERS if key != "unit_scale"},
+    "encode.vae": "encode.autoencoder",
+    "encode.vae_revision": "encode.autoencoder: {source: ..., revision: ...}",
     "vanilla": "field.unit_scale",
     "hardware.precision": "mae.precision and drift.precision",
     "hardware.vae_precision": "encode.precision and fid.precision",
@@ -315,8 +301,10 @@ def load_settings(path: str | Path) -> Settings:
 
 def _all_keys() -> list[str]:
     """Dotted, those at the top level first."""
-    keys = list(Settings.model_fields)
-    for name, field in Settings.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += [f"{name}.{key}" for key in field.annotation.model_fields]
-    return keys
+    kinds = {name: field.annotation for name, field in Settings.model_fields.items()} | {
+        "field": FieldChanges
+    }
+    sections = {
+        name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, BaseModel)
+    }
+    return [*kinds, *(f"{name}.{key}" for name, kind in sections.items() for key in kind.model_fields)]

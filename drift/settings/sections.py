@@ -4,12 +4,18 @@ The defaults are those of the paper's ablation on ImageNet, with the release's c
 changes without a line in CHANGELOG.md and tests/defaults.yaml: neither DVC nor a fingerprint would notice.
 """
 
-from typing import Annotated, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from operator import attrgetter
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+import torch
+from pydantic import BaseModel, ConfigDict, Field, GetPydanticSchema, model_validator
+from pydantic_core import core_schema
 
+from drift.autoencoders import AUTOENCODERS, Autoencoder
 from drift.data.datasets import DATASETS
 from drift.field.settings import unused
+from drift.runtime.yaml_files import show
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 CountOrZero = Annotated[int, Field(strict=True, ge=0)]
@@ -21,10 +27,39 @@ Decay = Annotated[Number, Field(ge=0, lt=1)]
 Omega = Annotated[Number, Field(ge=1)]
 Switch = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(strict=True, min_length=1)]
+Metric = Literal["kid", "inception_score", "precision_recall"]
+
+
+def name_in(registry: Iterable[str]) -> GetPydanticSchema:
+    """Says of a text that it is one of these names."""
+    return GetPydanticSchema(lambda *_: core_schema.literal_schema(list(registry)))
+
+
+def repeats(values: Sequence[Any]) -> bool:
+    """Whether one of the values comes twice."""
+    return len(set(values)) < len(values)
 
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def complaints(self) -> Iterator[str]:
+        """A line about each of the values that do not go together."""
+        return iter(())
+
+    def broken(self, *rules: tuple[Any, str, str]) -> Iterator[str]:
+        """Complaints by rules: whether it is broken, the key, and what is allowed."""
+        for is_broken, key, allowed in rules:
+            if is_broken:
+                value = attrgetter(key)(self)
+                shown = show(list(value) if isinstance(value, tuple) else value)
+                yield f"{key} = {shown}: allowed: {allowed}"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for complaint in self.complaints():
+            raise ValueError(complaint)
+        return self
 
     def without_effect(self) -> dict[str, str]:
         """The keys that change nothing beside the others, and why."""
@@ -32,12 +67,12 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    dataset: Literal[tuple(DATASETS)]
+    dataset: Annotated[str, name_in(DATASETS)]
     """`digits`: scikit-learn's handwritten digits. `folder`: images as ROOT/<split>/<class>/*."""
     root: Text | None = None
     """Folder of the images for `dataset: folder`; null otherwise."""
     image_size: Count = 256
-    """Side in pixels of the square images that the VAE sees."""
+    """Side of the square images that the autoencoder sees, in pixels."""
     classes: Count = 1000
     """Number of classes; checked against the data."""
 
@@ -45,11 +80,32 @@ class Data(Section):
         return unused((self.dataset != "folder", f"dataset is {self.dataset}", "root"))
 
 
-class Encode(Section):
-    vae: Text = "stabilityai/sd-vae-ft-mse"
-    """AutoencoderKL of diffusers: a local folder or a hub id."""
-    vae_revision: Text | None = None
+class AutoencoderSource(Section):
+    """Which autoencoder, and where it is. A text alone is the `source` of a `kl`, or a kind."""
+
+    kind: Annotated[str, name_in(AUTOENCODERS)] = "kl"
+    """`kl`: an AutoencoderKL of diffusers."""
+    source: Text
+    """A local folder or a hub id."""
+    revision: Text | None = None
     """Revision on the hub; null is its default branch."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_one_text(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        return {"kind": value} if value in AUTOENCODERS else {"source": value}
+
+    def load(self, precision: str = "float32", device: str | torch.device = "cpu") -> Autoencoder:
+        """Raises `UserError` if it is not there or not whole."""
+        return AUTOENCODERS[self.kind].from_pretrained(self.source, self.revision, device, precision)
+
+
+class Encode(Section):
+    autoencoder: AutoencoderSource = AutoencoderSource(source="stabilityai/sd-vae-ft-mse")
+    """The folder or hub id of an AutoencoderKL of diffusers. For another kind of `drift/autoencoders/`, or a
+    revision: `{kind: ..., source: ..., revision: ...}`, or the name alone of a kind that needs no files."""
     posterior: Literal["mean", "sample"] = "sample"
     """The posterior's mean (Sinkhorn) or one draw from it (release)."""
     mirror: Switch = True
@@ -63,11 +119,11 @@ class Encode(Section):
     flip: Switch = True
     """Mirror a random crop with probability one half."""
     on_bad_image: Literal["error", "skip"] = "error"
-    """Of images that do not decode, told together at the end: refuse to go on, or leave them out; of those
-    that fid compares with as well."""
+    """What happens if images do not decode, here and among fid's reference images: all are tried, then the
+    stage stops (`error`) or leaves them out (`skip`)."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the VAE, by autocast. In bfloat16 it is faster and writes other latents; what is not finite in it is
-    computed again in float32. On a GPU PyTorch's convolutions in float32 round their inputs to TF32."""
+    """Autocast precision of the autoencoder. bfloat16 is faster and gives slightly different latents; what is
+    not finite is recomputed in float32. On a GPU, PyTorch's float32 convolutions round inputs to TF32."""
 
 
 class Optimizer(Section):
@@ -88,15 +144,13 @@ class Optimizer(Section):
     grad_clip: Positive = 2.0
     """Largest norm of the whole gradient."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the networks, by autocast, also where the MAE's held-out error is measured; weights, their moments
-    and the field stay float32. With bfloat16, features of locations and patches are held in it too; with
-    float16, the loss is scaled."""
+    """Autocast precision of the networks, also where the MAE's held-out error is measured. Weights, optimizer
+    state and the field stay float32. bfloat16 also stores features of locations and patches; float16 scales
+    the loss."""
 
-    @model_validator(mode="after")
-    def _warm_up_fits(self):
-        if self.warmup_steps > self.steps:
-            raise ValueError(f"warmup_steps = {self.warmup_steps}: allowed: at most steps ({self.steps})")
-        return self
+    def complaints(self) -> Iterator[str]:
+        too_long = self.warmup_steps > self.steps
+        yield from self.broken((too_long, "warmup_steps", f"at most steps ({self.steps})"))
 
     def without_effect(self) -> dict[str, str]:
         return unused(
@@ -136,13 +190,12 @@ class Mae(Optimizer):
     evaluate_every: Count = 1000
     """Steps between two such measurements, which are taken with the EMA weights."""
 
-    @model_validator(mode="after")
-    def _consistent(self):
-        if self.width % self.norm_groups:
-            raise ValueError(f"norm_groups = {self.norm_groups}: allowed: a divisor of width ({self.width})")
-        if self.finetune_steps > self.steps:
-            raise ValueError(f"finetune_steps = {self.finetune_steps}: allowed: at most steps ({self.steps})")
-        return self
+    def complaints(self) -> Iterator[str]:
+        yield from super().complaints()
+        yield from self.broken(
+            (self.width % self.norm_groups, "norm_groups", f"a divisor of width ({self.width})"),
+            (self.finetune_steps > self.steps, "finetune_steps", f"at most steps ({self.steps})"),
+        )
 
     def without_effect(self) -> dict[str, str]:
         if self.source is not None:  # plainly trains nothing
@@ -178,54 +231,41 @@ class Drift(Optimizer):
     omega_exponent: Number = 3.0
     """p(omega) is proportional to omega^-k on [omega_min, omega_max]; this is k."""
     no_guidance_fraction: Share = 0.0
-    """Probability that a class is trained at omega = 1 whatever that density says."""
+    """Probability that a class is trained at omega = 1 instead."""
     sampling: Literal["queue", "direct"] = "queue"
-    """Real samples of a step from the latest ones of a stream (paper A.8), or from all of the data."""
+    """Real samples of a step come from the latest ones of a stream (paper A.8), or from all of the data."""
     queue_per_class: Count = 128
     """The latest real samples of each class, from which positives are drawn."""
     queue_global: Count = 1000
     """The latest real samples of any class, from which unconditionals are drawn."""
     push_per_step: Count = 1024
-    """Images that enter the queues at each step, of all processes together. The release counts per host."""
+    """Images that enter the queues at each step, over all processes. The release counts per host."""
     class_sampling: Literal["pushed", "uniform"] = "pushed"
     """The classes of a step: labels of as many of the images just pushed, without replacement of images, so
     that a class may occur twice (release); or distinct ones, uniformly (Sinkhorn)."""
     ema_decays: Annotated[tuple[Decay, ...], Field(min_length=1)] = (0.999, 0.9995, 0.9998, 0.9999)
     """The first is the one that `Generator.from_pretrained` loads."""
 
-    @model_validator(mode="after")
-    def _consistent(self):
-        if self.hidden % (2 * self.heads):
-            raise ValueError(
-                f"heads = {self.heads}: allowed: such that hidden ({self.hidden}) / heads is even"
-            )
-        if self.hidden % 4:
-            raise ValueError(f"hidden = {self.hidden}: allowed: a multiple of 4 (2-D position embedding)")
-        if self.omega_max < self.omega_min:
-            raise ValueError(f"omega_max = {self.omega_max}: allowed: at least omega_min ({self.omega_min})")
-        queue = self.sampling == "queue"
-        if queue and self.positives > self.queue_per_class:
-            raise ValueError(
-                f"positives = {self.positives}: allowed: at most queue_per_class ({self.queue_per_class})"
-            )
-        if queue and self.unconditional > self.queue_global:
-            raise ValueError(
-                f"unconditional = {self.unconditional}: allowed: at most queue_global ({self.queue_global})"
-            )
-        if self.class_sampling == "pushed":
-            if not queue:
-                raise ValueError(
-                    f"class_sampling = pushed: allowed: uniform, where sampling is {self.sampling}, which "
-                    "pushes no images"
-                )
-            if self.push_per_step < self.classes_per_step:
-                raise ValueError(
-                    f"push_per_step = {self.push_per_step}: allowed: at least classes_per_step "
-                    f"({self.classes_per_step}), where class_sampling is pushed"
-                )
-        if len(set(self.ema_decays)) < len(self.ema_decays):
-            raise ValueError(f"ema_decays = {list(self.ema_decays)}: allowed: each decay once")
-        return self
+    def complaints(self) -> Iterator[str]:
+        yield from super().complaints()
+        queue, pushed = self.sampling == "queue", self.class_sampling == "pushed"
+        too_few = pushed and self.push_per_step < self.classes_per_step
+        enough = f"at least classes_per_step ({self.classes_per_step}), where class_sampling is pushed"
+        in_queue, in_all = self.queue_per_class, self.queue_global
+        yield from self.broken(
+            (self.hidden % (2 * self.heads), "heads", f"such that hidden ({self.hidden}) / heads is even"),
+            (self.hidden % 4, "hidden", "a multiple of 4 (2-D position embedding)"),
+            (self.omega_max < self.omega_min, "omega_max", f"at least omega_min ({self.omega_min})"),
+            (queue and self.positives > in_queue, "positives", f"at most queue_per_class ({in_queue})"),
+            (queue and self.unconditional > in_all, "unconditional", f"at most queue_global ({in_all})"),
+            (
+                pushed and not queue,
+                "class_sampling",
+                "uniform, where sampling is direct: it pushes no images",
+            ),
+            (too_few, "push_per_step", enough),
+            (repeats(self.ema_decays), "ema_decays", "each decay once"),
+        )
 
     def without_effect(self) -> dict[str, str]:
         unguided, one_omega = self.no_guidance_fraction == 1, self.omega_min == self.omega_max
@@ -246,7 +286,7 @@ class Fid(Section):
     mode: Literal["clean", "legacy_tensorflow", "legacy_pytorch"] = "clean"
     """How clean-fid resizes and which Inception it uses."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the VAE that decodes, as in `encode`; generator and features are float32 always."""
+    """Autocast precision of the decoder, as in `encode`. Generator and feature network run in float32."""
     reference: Text = "train"
     """A split of the dataset (paper and release measure against `train`), a folder of images (a path with a
     slash), or an `.npz` of statistics (`mu` and `sigma`, or `ref_mu` and `ref_sigma`)."""
@@ -256,18 +296,14 @@ class Fid(Section):
     images: Count = 50000
     """Generated images per omega."""
     rounding: Literal["nearest", "down"] = "down"
-    """Of generated pixels to 8 bits; the release and the Sinkhorn paper's code cut off (`down`), which makes
-    images half a level darker."""
+    """How generated pixels become 8-bit. `down` truncates, as the release and the Sinkhorn paper's code do;
+    it makes images half a level darker."""
     floor_images: CountOrZero = 50000
-    """Real training images that are measured like generated ones; 0 leaves them out."""
+    """Real training images to measure as if they were generated; 0 measures none."""
     omegas: Annotated[tuple[Omega, ...], Field(min_length=1)] = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
     ema_decays: Annotated[tuple[Decay, ...], Field(min_length=1)] = (0.999,)
-    """Which of the generator's EMA copies are measured; the first makes the pictures."""
-    metrics: tuple[Literal["kid", "inception_score", "precision_recall"], ...] = (
-        "kid",
-        "inception_score",
-        "precision_recall",
-    )
+    """The EMA copies of the generator to measure; the first draws the pictures."""
+    metrics: tuple[Metric, ...] = ("kid", "inception_score", "precision_recall")
     """Beside the Fréchet distance."""
     precision_recall_images: Count = 10000
     """Random images of each side for precision and recall; the time grows with the square."""
@@ -276,25 +312,17 @@ class Fid(Section):
     """Rows of `plots/samples.png` and `plots/omega.png`: so many classes, drawn at random."""
     picture_columns: Count = 8
 
-    @model_validator(mode="after")
-    def _consistent(self):
-        for key in ("omegas", "ema_decays", "metrics"):
-            values = getattr(self, key)
-            if len(set(values)) < len(values):
-                raise ValueError(f"{key} = {list(values)}: allowed: each once")
-        if self.inception is not None and self.features != "inception":
-            raise ValueError(
-                f"inception = {self.inception}: allowed: null, where features is not inception "
-                f"({self.features})"
-            )
-        if self.reference.endswith(".npz"):
-            for metric in ("kid", "precision_recall"):
-                if metric in self.metrics:
-                    raise ValueError(
-                        f"metrics = {list(self.metrics)}: allowed: without {metric}, which compares single "
-                        f"images, where reference is a file of statistics ({self.reference})"
-                    )
-        return self
+    def complaints(self) -> Iterator[str]:
+        unused_weights = self.inception is not None and self.features != "inception"
+        need_images = [m for m in ("kid", "precision_recall") if m in self.metrics]
+        without = f"without {' and '.join(need_images)}: {self.reference} has no images to compare singly"
+        yield from self.broken(
+            (repeats(self.omegas), "omegas", "each once"),
+            (repeats(self.ema_decays), "ema_decays", "each once"),
+            (repeats(self.metrics), "metrics", "each once"),
+            (unused_weights, "inception", f"null, where features is not inception ({self.features})"),
+            (need_images and self.reference.endswith(".npz"), "metrics", without),
+        )
 
     def without_effect(self) -> dict[str, str]:
         without = "precision_recall" not in self.metrics
@@ -305,11 +333,11 @@ class Fid(Section):
 
 
 class Hardware(Section):
-    """How, not what: tracked by no stage, so a change reruns nothing; it changes results by rounding."""
+    """How to compute. DVC tracks none of it: a change reruns nothing and shows in results as rounding."""
 
     deterministic: Switch = False
-    """Only algorithms that give the same bits every time, which are slower: then a run on a GPU ends with the
-    same bits whether it was cut or not. On a CPU it does so anyway."""
+    """Use only algorithms that give the same bits every time, which are slower: a resumed run on a GPU then
+    ends with the bits of an uninterrupted one. On a CPU it always does."""
     compile: Switch = False
     """torch.compile for the networks; for the VAE on a CUDA device only."""
     mae_micro_batch: Count | None = None
@@ -335,11 +363,11 @@ class Hardware(Section):
     encode_batch: Count = 128
     """Images that the VAE encodes at once, per process."""
     sample_batch: Count = 128
-    """Images that are generated and measured at once, per process: a multiple of 32 wastes nothing."""
+    """Images to generate and measure at once, per process; a multiple of 32 wastes nothing."""
     decode_batch: Count = 32
     """Latents that the VAE decodes at once, per process; halved where the device runs out of memory."""
     png_folder: Text | None = None
-    """Where fid keeps the samples as PNG files, in a folder per omega; null keeps none."""
+    """Folder in which fid keeps the samples as PNG files, by omega; null keeps none."""
     log_every: Count = 50
     """Steps between two lines of `logs.jsonl`."""
     checkpoint_every: Count = 1000
@@ -348,11 +376,5 @@ class Hardware(Section):
     """Checkpoints of a multiple of so many steps are kept as well; 0 keeps none."""
 
 
-ROUNDING_KEYS = (
-    "deterministic",
-    "compile",
-    "mae_micro_batch",
-    "classes_per_pass",
-    "feature_batch",
-)
+ROUNDING_KEYS = ("deterministic", "compile", "mae_micro_batch", "classes_per_pass", "feature_batch")
 """Settings of `Hardware` that change results of training by rounding; the others change no bit of them."""

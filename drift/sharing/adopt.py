@@ -192,10 +192,11 @@ def _check_split(
 def _expected(view: str, settings: Settings) -> dict[str, Any]:
     """Keys of a meta file that follow from the settings; `drift.training.encode` writes the same ones."""
     data, encode = settings.data, settings.encode
-    keys = ("vae", "posterior", *VIEW_OPTIONS[one_of("view", view, *VIEW_OPTIONS)])
+    keys = ("posterior", *VIEW_OPTIONS[one_of("view", view, *VIEW_OPTIONS)])
     expected = {"view": view, "image_size": data.image_size, "num_classes": data.classes}
+    expected["vae"] = encode.autoencoder.source
     expected |= {key: getattr(encode, key) for key in keys}
-    scale = known_scaling_factor(encode.vae, encode.vae_revision)
+    scale = known_scaling_factor(encode.autoencoder.source, encode.autoencoder.revision)
     return expected if scale is None else {**expected, "scaling_factor": scale}
 
 
@@ -210,7 +211,7 @@ def _check_arrays(store: LatentStore, facts: dict[str, Any], settings: Settings)
         raise UserError(f"{labels_path}: label {largest} is not below data.classes = {classes}")
     shape = _latent_shape(settings)
     if shape not in (None, store.shape[1:]):
-        raise UserError(f"{latents_path}: holds latents {store.shape[1:]}, but encode.vae makes {shape}")
+        raise UserError(f"{latents_path}: holds latents {store.shape[1:]}, but the autoencoder makes {shape}")
     total, squares = 0.0, 0.0
     for start in range(0, len(store), _ROWS):
         block = store.read(np.arange(start, min(start + _ROWS, len(store)))).double().flatten(1)
@@ -224,7 +225,8 @@ def _check_arrays(store: LatentStore, facts: dict[str, Any], settings: Settings)
 
 def _latent_shape(settings: Settings) -> tuple[int, int, int] | None:
     """(C, H, W) by the VAE's config; None if that is not on this machine."""
-    config = known_config(settings.encode.vae, settings.encode.vae_revision)
+    autoencoder = settings.encode.autoencoder
+    config = known_config(autoencoder.source, autoencoder.revision)
     if config is None or "block_out_channels" not in config:
         return None
     side = settings.data.image_size // 2 ** (len(config["block_out_channels"]) - 1)

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 from tqdm import tqdm
 
-from drift.autoencoders.kl import VAE
+from drift.autoencoders import Autoencoder
 from drift.data.datasets import Dataset, refuse_or_leave_out
 from drift.data.images import BadImage
 from drift.data.latents import file_facts, latent_files, pinned
@@ -62,7 +62,7 @@ class EncodeOptions:
 
 def encode_view(
     source: Dataset,
-    vae: VAE,
+    vae: Autoencoder,
     folder: str | Path,
     options: EncodeOptions,
     ranks: Ranks,
@@ -109,7 +109,7 @@ def encode_view(
     return export
 
 
-def _facts(source: Dataset, vae: VAE, options: EncodeOptions, left_out: list[int]) -> dict[str, Any]:
+def _facts(source: Dataset, vae: Autoencoder, options: EncodeOptions, left_out: list[int]) -> dict[str, Any]:
     """For the meta file; the same for both values of `on_bad_image` if no image is left out."""
     names = [source.name_in_split(index) for index in left_out]
     return {
@@ -298,7 +298,7 @@ def _ignore_ctrl_c(worker: int) -> None:
 
 
 def _encode(
-    blocks: Iterator[_Decoded], vae: VAE, source: Dataset, options: EncodeOptions, batch_size: int
+    blocks: Iterator[_Decoded], vae: Autoencoder, source: Dataset, options: EncodeOptions, batch_size: int
 ) -> Iterator[tuple[_Decoded, np.ndarray]]:
     """Blocks and their latents, float16 `[rows, C, h, w]`; the device computes the next block meanwhile.
 
@@ -331,7 +331,7 @@ def _one_ahead(items: Iterator[T]) -> Iterator[T]:
     yield from waiting
 
 
-def _latents(decoded: _Decoded, vae: VAE, options: EncodeOptions, batch_size: int) -> Tensor:
+def _latents(decoded: _Decoded, vae: Autoencoder, options: EncodeOptions, batch_size: int) -> Tensor:
     """Float16 `[rows, C, h, w]`; the device may still be computing them."""
     parts = decoded.pixels.split(batch_size)
     if options.posterior == "mean":

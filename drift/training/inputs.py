@@ -13,11 +13,12 @@ def check_latents(store: LatentStore, settings: Settings, view: str) -> None:
     Only what the meta file states is compared: the scale if the VAE's config is on this machine, the revision
     if the settings name a commit (a branch may have moved).
     """
-    encode = settings.encode
-    expected = {"view": view, "image_size": settings.data.image_size, "vae": encode.vae}
+    encode, autoencoder = settings.encode, settings.encode.autoencoder
+    expected = {"view": view, "image_size": settings.data.image_size, "vae": autoencoder.source}
     expected["vae_precision"] = encode.precision
-    if re.fullmatch("[0-9a-f]{40}", encode.vae_revision or ""):
-        expected["vae_revision"] = encode.vae_revision
-    if (scaling_factor := known_scaling_factor(encode.vae, encode.vae_revision)) is not None:
+    if re.fullmatch("[0-9a-f]{40}", autoencoder.revision or ""):
+        expected["vae_revision"] = autoencoder.revision
+    scaling_factor = known_scaling_factor(autoencoder.source, autoencoder.revision)
+    if scaling_factor is not None:
         expected["scaling_factor"] = scaling_factor
     check_meta(store, **expected)

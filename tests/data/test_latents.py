@@ -240,7 +240,7 @@ STATED = {"view": "center", "image_size": 256, "vae": "somebody/vae", "vae_revis
     [
         ("view", "augmented", 'view is "center", but the view asked for is "augmented"'),
         ("image_size", 512, "image_size is 256, but data.image_size is 512"),
-        ("vae_revision", None, 'vae_revision is "31f26fd", but encode.vae_revision is null'),
+        ("vae_revision", None, 'vae_revision is "31f26fd", but encode.autoencoder.revision is null'),
         ("scaling_factor", 0.18216, "scaling_factor is 0.18215, but the scaling_factor asked for is 0.18216"),
         ("crop_scale", (0.5, 1.0), "crop_scale is [0.2, 1.0], but the crop_scale asked for is [0.5, 1.0]"),
     ],

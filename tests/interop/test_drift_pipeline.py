@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -113,43 +112,70 @@ def test_half_precision_is_near_and_moves_back(generator_folder, dtype):
     assert set(pipe.components) == {"generator", "vae"}
 
 
-def offload(network):
-    """As accelerate's `cpu_offload_with_hook`, with meta for the CPU and the CPU for the GPU.
+class Offload:
+    """What accelerate's `cpu_offload_with_hook` puts on a network, with other devices.
 
-    The weights are there during a call only, so who asks a network for its device gets the wrong answer.
+    The network is on `meta` until it is called, a VAE's `decode` included (diffusers' `apply_forward_hook`
+    sees to that), and then on the CPU, until the next network is called or it is put away. So whatever asks a
+    network that is away for its device gets the wrong answer, as with a GPU.
     """
-    weights = dict(network.state_dict())
 
-    def during(method):
+    execution_device = torch.device("cpu")
+
+    def __init__(self, module, before=None):
+        self.module, self.before = module, before
+        self.weights, self.calls = dict(module.state_dict()), 0
+        module._hf_hook = self
+        for name in {"forward", "decode"} & set(dir(module)):
+            setattr(module, name, self.hooked(getattr(module, name)))
+        self.offload()
+
+    def hooked(self, method):
         def call(*args, **kwargs):
-            for name, weight in weights.items():
-                owner, _, last = name.rpartition(".")
-                parameter = torch.nn.Parameter(weight, requires_grad=False)
-                setattr(network.get_submodule(owner), last, parameter)
-            result = method(*args, **kwargs)
-            network.to("meta")
-            return result
+            self.pre_forward()
+            return method(*args, **kwargs)
 
         return call
 
-    for name in {"forward", "decode"} & set(dir(network)):
-        setattr(network, name, during(getattr(network, name)))
-    network._hf_hook = SimpleNamespace(execution_device=torch.device("cpu"))
-    network.to("meta")
+    def pre_forward(self):
+        if self.before is not None:
+            self.before.offload()
+        self.calls += 1
+        for name, weight in self.weights.items():
+            owner, _, last = name.rpartition(".")
+            part = self.module.get_submodule(owner)
+            setattr(part, last, torch.nn.Parameter(weight, requires_grad=False))
+
+    def offload(self):
+        self.module.to("meta")
 
 
-def test_networks_may_be_away_but_for_their_calls(generator_folder, pipe, monkeypatch):
+def test_it_is_offloaded_in_the_order_that_it_declares(generator_folder, pipe, monkeypatch):
     """As in diffusers' DiTPipeline: inputs on the execution device, and all networks put away at the end."""
-    offloaded, freed = DriftPipeline.from_pretrained(generator_folder), []
-    assert offloaded.model_cpu_offload_seq.split("->") == list(offloaded.components)
-    for network in offloaded.components.values():
-        offload(network)
-    monkeypatch.setattr(offloaded, "maybe_free_model_hooks", lambda: freed.append(1))
-    found, expected = (
-        p([0, 2], generator=p.sample_generators(0, [0, 1]), output_type="np").images
-        for p in (offloaded, pipe)
+    offloaded = DriftPipeline.from_pretrained(generator_folder)
+
+    def enable_model_cpu_offload(self, device="cuda"):
+        hook, self._all_hooks = None, []
+        for name in self.model_cpu_offload_seq.split("->"):
+            hook = Offload(self.components[name], hook)
+            self._all_hooks.append(hook)
+
+    enable_model_cpu_offload(offloaded)
+    freed = []
+    monkeypatch.setattr(
+        DriftPipeline,
+        "enable_model_cpu_offload",
+        lambda self, device: (
+            freed.append([hook.calls for hook in self._all_hooks])
+            or [hook.offload() for hook in self._all_hooks]
+        ),
     )
-    assert np.array_equal(found, expected) and freed == [1]
+    for _ in "ab":
+        found = offloaded([0, 2], generator=pipe.sample_generators(0, [0, 1]), output_type="np").images
+        expected = pipe([0, 2], generator=pipe.sample_generators(0, [0, 1]), output_type="np").images
+        assert np.array_equal(found, expected)
+        assert {offloaded.generator.device.type, offloaded.vae.device.type} == {"meta"}
+    assert freed == [[1, 1], [2, 2]]
 
 
 def test_networks_can_be_moved_while_it_runs(pipe):

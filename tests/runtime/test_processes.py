@@ -23,22 +23,32 @@ import os
 import signal
 import sys
 import time
+from contextlib import contextmanager
 import torch
 from drift.runtime.errors import UserError
 from drift.runtime.processes import join, run_stage, spawn
+
+@contextmanager
+def leaving_slowly(does):
+    try:
+        yield
+    finally:
+        if does and os.environ["RANK"] == "1":
+            time.sleep(4)
 
 def main():
     code = spawn("two_ranks", sys.argv[1:], 2)
     if code is not None:
         return code
     asked = set(sys.argv)
-    with join(0.05 if "--silent" in asked else 1, deterministic="--deterministic" in asked) as ranks:
+    limit, deterministic = 0.05 if "--silent" in asked else 1, "--deterministic" in asked
+    with leaving_slowly("--mistake-of-one" in asked), join(limit, deterministic=deterministic) as ranks:
         total = ranks.sum(torch.tensor([1.0 + ranks.rank]))
         highest = ranks.highest([ranks.rank, -ranks.rank])
         exact = torch.are_deterministic_algorithms_enabled()
         workspace = "CUBLAS_WORKSPACE_CONFIG" in os.environ
         print(f"sum {total.item()} {highest} exact {exact} {workspace}\\n", end="", flush=True)
-        if "--mistake" in asked:
+        if "--mistake" in asked or ("--mistake-of-one" in asked and not ranks.first):
             raise UserError("colour = 'red': allowed: blue")
         if "--bug" in asked and not ranks.first:
             raise ZeroDivisionError("a bug")
@@ -79,6 +89,7 @@ def test_two_processes_share_numbers(tmp_path, deterministic):
     ("how", "code", "line"),
     [
         ("--mistake", 2, "error: colour = 'red': allowed: blue\n"),
+        ("--mistake-of-one", 2, "error: colour = 'red': allowed: blue\n"),
         ("--killed", 137, "error: process 1 was killed by SIGKILL (by hand, or by the kernel"),
         ("--silent", 3, "process 0: the others are gone or silent ("),
     ],

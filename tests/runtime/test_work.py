@@ -11,7 +11,7 @@ from imports import ROOT
 
 from drift.runtime import work as work_module
 from drift.runtime.errors import UserError
-from drift.runtime.work import Work, fingerprint, read_note, without_words
+from drift.runtime.work import Work, fingerprint, read_note, settings_in_force, without_words
 from drift.runtime.yaml_files import read_yaml
 
 
@@ -159,6 +159,14 @@ def test_settings_beside_the_artifact_have_the_same_bytes_each_time(tmp_path):
     finish(inputs, tmp_path / "b")
     assert (tmp_path / "a" / "settings.yaml").read_bytes() == (tmp_path / "b" / "settings.yaml").read_bytes()
     assert settings_of(tmp_path / "a")["decides"] == inputs
+
+
+def test_a_settings_file_keeps_the_defaults_of_its_time_where_older_ones_have_none(tmp_path):
+    with Work("stage", {"seed": 1, "mae": {"lr": 1}}) as work:
+        (work.folder / "export").mkdir()
+        work.publish(work.folder / "export", tmp_path / "a", {"mae": {"lr": 1, "width": 8}})
+    assert settings_in_force(settings_of(tmp_path / "a")) == {"seed": 1, "mae": {"lr": 1, "width": 8}}
+    assert settings_in_force({"decides": {"mae": {"lr": 1}}}) == {"mae": {"lr": 1}}
 
 
 def test_a_second_run_at_the_same_place_is_refused():

@@ -129,7 +129,7 @@ def with_value(value):
         ("train_labels.npy", lambda p: edit(p, lambda a: a + 1), "label 10 is not below data.classes = 10"),
         ("train_labels.npy", lambda p: edit(p, lambda a: a - 1), "labels -1 to 8 are not all in"),
         ("train_latents.npy", lambda p: edit(p, with_value(np.nan)), "row 7 holds a value that is not"),
-        ("train_latents.npy", lambda p: edit(p, lambda a: a[:, :, :4]), "but encode.vae makes (4, 8, 8)"),
+        ("train_latents.npy", lambda p: edit(p, lambda a: a[:, :, :4]), "the autoencoder makes (4, 8, 8)"),
     ],
 )
 def test_what_is_damaged_is_refused_by_name(here, source, settings, monkeypatch, name, damage, told):

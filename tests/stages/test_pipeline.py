@@ -23,8 +23,10 @@ def test_one_command_runs_all_stages(pipeline):
     assert sorted(ran[:-3]) == ["encode@augmented", "encode@center"]
     latents = np.load(pipeline.folder / "artifacts/latents/center/train_latents.npy", mmap_mode="r")
     assert latents.shape == (1437, 4, 4, 4) and latents.dtype == np.float16
-    for artifact in ("mae", "generator"):
+    for stage, artifact in (("mae", "mae"), ("drift", "generator")):
         assert weights(pipeline.folder / "artifacts" / artifact)
+        made_by = yaml.safe_load((pipeline.folder / "artifacts" / artifact / "settings.yaml").read_text())
+        assert made_by["settings"][stage]["weight_decay"] == 0.01  # a default
     assert [line["step"] for line in read_log(pipeline.folder / "artifacts/mae/logs.jsonl")] == list(range(6))
     with (pipeline.folder / "plots/fid_sweep.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -123,6 +123,19 @@ def test_real_samples_are_of_their_class_for_any_share_and_after_a_cut(store, sa
             assert np.array_equal(some[1], of_class[2:]) and np.array_equal(some[2], of_any[2:])
 
 
+def test_classes_are_those_of_images_just_pushed():
+    """With as many pushed as classes are trained, they are the labels of these images, each as often."""
+    update = {"class_sampling": "pushed", "push_per_step": 8, "classes_per_step": 8, "queue_global": 8}
+    labels = np.repeat(np.random.default_rng(0).permutation(200) % 6, 2)
+    store = SimpleNamespace(labels=labels, num_classes=6, class_names=list("012345"), per_image=2)
+    real = RealSamples(store, OPTIONS.model_copy(update={**update, "unconditional": 8}), seed=0)
+    for step in range(20):
+        classes, _, of_any = real.draw(step, range(8))
+        newest = of_any[0]  # all of a queue of the latest eight
+        assert np.array_equal(np.sort(classes), np.sort(store.labels[newest]))
+        assert len(set(classes)) < 8  # eight of six classes
+
+
 @pytest.mark.parametrize(
     ("preset", "published"), [("imagenet256_ablation", 16), ("imagenet256_b2", 32), ("imagenet256_l2", 16)]
 )

@@ -1,5 +1,6 @@
 """The training loop: equal bits after a cut, one step by two processes, no step after a NaN."""
 
+import gc
 import os
 import signal
 import threading
@@ -11,6 +12,7 @@ import pytest
 import torch
 from processes import in_processes
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from drift.models.ema import EMA
 from drift.runtime.errors import Stopped
@@ -205,6 +207,35 @@ def test_batches_come_in_order_and_not_too_early(ahead):
     assert step == 7 and made == list(range(2, 8))
     assert len(makers) == 1 and (threading.main_thread() in makers) == (ahead == 0)
     assert list(batches(prepare, 8, 8, ahead)) == []
+
+
+def tensor_bytes() -> int:
+    """Bytes of all tensors in this process, memory that several share counted once."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor) and not isinstance(thing, FakeTensor):  # other tests compile
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def test_a_resumed_run_holds_no_more_than_a_fresh_one(tmp_path):
+    held, before = {}, tensor_bytes()
+
+    def look(step):
+        held[step] = tensor_bytes() - before
+
+    # Batches that are read ahead, and copies on their way to the disk, come and go when they will
+    quiet = {"prefetch": 0, "checkpoint_every": 100}
+    run(tmp_path / "whole", look=look, **quiet)
+    whole = dict(held)
+    with pytest.raises(Cut):
+        run(tmp_path / "cut", look=at(5, cut))
+    held.clear()
+    before = tensor_bytes()  # other tests may have left some
+    run(tmp_path / "cut", look=look, **quiet)
+    assert held.keys() == {3, 4, 5, 6, 7}
+    assert all(held[step] <= whole[step] for step in held), (held, whole)
 
 
 def test_an_error_reaches_the_step_it_belongs_to():
