@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ def download(
     """
     from huggingface_hub import snapshot_download
 
-    options |= {"revision": revision, "allow_patterns": list(patterns)}
+    fetch = partial(
+        snapshot_download, repository, revision=revision, allow_patterns=list(patterns), **options
+    )
     try:
-        return Path(snapshot_download(repository, **options))
+        return Path(fetch())
     except Exception as error:  # of any type: those of the HTTP library pass through, such as a proxy's
         with suppress(Exception):
-            cached = Path(snapshot_download(repository, **(options | {"local_files_only": True})))
+            cached = Path(fetch(local_files_only=True))
             if all(any(cached.glob(pattern)) for pattern in patterns):
                 return cached
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")

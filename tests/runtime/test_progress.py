@@ -35,7 +35,7 @@ def test_a_line_has_the_position_the_values_and_the_time(tmp_path, clock):
 
 
 def test_lines_are_some_seconds_apart_unless_forced(tmp_path, clock):
-    log = ProgressLog(tmp_path / "logs.jsonl", steps=100, unit="img", every_s=5)
+    log = ProgressLog(tmp_path / "logs.jsonl", steps=100, unit="img")
     for step in range(13):
         log.reached(step)
         clock.seconds += 1

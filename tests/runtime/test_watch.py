@@ -10,7 +10,7 @@ import pytest
 
 from drift.runtime import watch
 from drift.runtime.lock import Holder
-from drift.runtime.watch import STAGES, follow, page, show
+from drift.runtime.watch import STAGES, follow, page
 from drift.runtime.work import Work
 
 NOW = 1_700_000_000.0
@@ -198,7 +198,7 @@ def test_a_file_gets_whole_lines(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "20")
     leave(tmp_path, "mae", "a", [line(7, 0, loss=0.5)])
     once, following = io.StringIO(), io.StringIO()
-    show(tmp_path, STAGES, once)
+    print(*page(tmp_path, STAGES), sep="\n", file=once)
     assert follow_for(monkeypatch, 2, tmp_path, following, interval=7.0) == [7.0] * 2
     assert once.getvalue().count("  loss 0.5  logged") == 1
     assert following.getvalue().count("  loss 0.5  logged") == 2
