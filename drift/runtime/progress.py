@@ -11,7 +11,6 @@ from typing import Any
 
 from drift.runtime.files import naming
 
-
 EVERY_S = 5.0  # at most a line in so many seconds, unless it is forced
 
 
