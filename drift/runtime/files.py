@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
+# NumPy compiles the header, which fails at times in two threads (CPython issue 106905)
 _PARSING = threading.Lock()
 _NO_SUCH_CALL = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 # Words that torch.compile, FSDP and activation checkpointing put anywhere into a parameter's name
@@ -237,9 +238,7 @@ class RowFile:
         """Raises `OSError` or `ValueError` if there is no such file or it is no `.npy` file."""
         import numpy as np
 
-        with (
-            _PARSING
-        ):  # NumPy compiles the header, which fails at times in two threads (CPython issue 106905)
+        with _PARSING:
             stored = np.load(path, mmap_mode="r")
         self.path = Path(path)
         self.shape: tuple[int, ...] = stored.shape
@@ -277,7 +276,7 @@ class RowFile:
             for first, end in pairwise([*firsts, len(rows)]):
                 file.seek(self._offset + int(rows[first]) * self._row_bytes)
                 part = buffer[first * self._row_bytes : end * self._row_bytes]
-                assert file.readinto(part) == len(part), f"{self.path} is cut short"
+                assert file.readinto(part.data) == len(part), f"{self.path} is cut short"
         return found
 
     def write(self, start: int, rows: "np.ndarray", *, flush: bool = True) -> None:

@@ -96,25 +96,16 @@ class Ranks:
         return slice(self.rank * part, (self.rank + 1) * part)
 
 
-def under_torchrun() -> bool:
-    """Whether torchrun started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def wanted_processes(nproc: int | None, processes: int | None) -> int:
-    """Processes to start: the command line's `--nproc`, else the setting, else one per CUDA device."""
-    return nproc or processes or max(1, torch.cuda.device_count())
-
-
-def spawn(module: str, arguments: Sequence[str], processes: int) -> int | None:
+def spawn(module: str, arguments: Sequence[str], processes: int | None) -> int | None:
     """Run `python -m module arguments` in several processes of this machine, and wait for them.
 
-    Returns the exit code, or None if there was nothing to start: one process is wanted, or torchrun runs
-    already. Passes SIGTERM, SIGINT and SIGUSR1 on to the processes, which take the time that they need. A
-    process that fails ends the others; the cause is printed once. Raises `UserError` if the machine has CUDA
-    devices, but fewer.
+    `processes` None: one per CUDA device. Returns the exit code, or None if there was nothing to start: one
+    process is wanted, or torchrun runs already. Passes SIGTERM, SIGINT and SIGUSR1 on to the processes, which
+    take the time that they need. A process that fails ends the others; the cause is printed once. Raises
+    `UserError` if the machine has CUDA devices, but fewer than `processes`.
     """
-    if processes == 1 or under_torchrun():
+    processes = processes or max(1, torch.cuda.device_count())
+    if processes == 1 or dist.is_torchelastic_launched():
         return None
     _require_a_device_each(processes, "lower hardware.processes or --nproc")
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -196,7 +187,7 @@ def join(time_limit: float, *, deterministic: bool = False) -> Iterator[Ranks]:
     """
     if deterministic:
         make_deterministic()
-    if not under_torchrun():
+    if not dist.is_torchelastic_launched():
         yield Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         return
     if _SPAWNED in os.environ:
@@ -212,6 +203,7 @@ def join(time_limit: float, *, deterministic: bool = False) -> Iterator[Ranks]:
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device, timeout=limit)
         control = dist.new_group(backend="gloo", timeout=limit)
+        assert isinstance(control, dist.ProcessGroup)  # an int where this process is none of the group
     else:
         dist.init_process_group("gloo", timeout=limit)
     try:
@@ -292,7 +284,8 @@ def _known_error(error: Exception, memory: str) -> int | None:
         return _user_error(
             f"{where}{error.strerror}; make room or move the work folder (DRIFT_WORK_DIR), {again}"
         )
-    if under_torchrun() and (isinstance(error, dist.DistError) or "/gloo/" in reason):  # gloo's have no type
+    lost = isinstance(error, dist.DistError) or "/gloo/" in reason  # gloo's errors have no type
+    if lost and dist.is_torchelastic_launched():
         reason = reason.split(". ")[0]
         print(f"process {os.environ['RANK']}: the others are gone or silent ({reason})", file=sys.stderr)
         time.sleep(_GRACE)
@@ -302,7 +295,7 @@ def _known_error(error: Exception, memory: str) -> int | None:
 
 def _user_error(message: str) -> int:
     """Print a mistake of the user, or pass it to `spawn`, as the other processes may notice it as well."""
-    if _SPAWNED in os.environ and under_torchrun():
+    if _SPAWNED in os.environ and dist.is_torchelastic_launched():
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": message}))
     else:
         print(f"error: {message}", file=sys.stderr)

@@ -16,7 +16,7 @@ from imports import ROOT
 from processes import in_processes
 
 from drift.runtime.errors import UserError
-from drift.runtime.processes import Ranks, join, run_stage, spawn, stage_parser, wanted_processes
+from drift.runtime.processes import Ranks, join, run_stage, spawn, stage_parser
 
 PROGRAM = """
 import os
@@ -134,12 +134,6 @@ def test_shares_cover_everything_once():
         Ranks(0, 3, torch.device("cpu")).share(10, "drift.classes_per_step")
 
 
-def test_the_command_line_wins_over_the_setting():
-    assert wanted_processes(3, 2) == 3
-    assert wanted_processes(None, 2) == 2
-    assert wanted_processes(None, None) == max(1, torch.cuda.device_count())
-
-
 @pytest.mark.parametrize("by", ["the setting", "torchrun"])
 def test_more_processes_than_gpus_are_refused_before_nccl_does(monkeypatch, by):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -153,7 +147,7 @@ def test_more_processes_than_gpus_are_refused_before_nccl_does(monkeypatch, by):
         if by == "torchrun":
             join(1.0).__enter__()
         else:
-            spawn("no_module", [], wanted_processes(None, 3))
+            spawn("no_module", [], 3)
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "two"])
