@@ -14,8 +14,8 @@ def download(
 ) -> Path:
     """The folder in the hub's cache that holds the files of `repository` matching `patterns`.
 
-    `options` go to huggingface_hub's `snapshot_download`. If that fails, for whatever reason, a cached copy
-    with all the files will do. Otherwise raises `UserError`: `what`, the reason, and `way_out`.
+    `options` go to huggingface_hub's `snapshot_download`. If that fails for any reason, a cached copy with
+    all the files is used. Without one raises `UserError`: `what`, the reason, and `way_out`.
     """
     from huggingface_hub import snapshot_download
 

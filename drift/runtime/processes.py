@@ -39,7 +39,7 @@ _SPAWNED = "DRIFT_SPAWNED"  # environment variable, for processes that `spawn` s
 _KILLED_BY = {
     "SIGKILL": "by hand, or by the kernel for want of memory",
     "SIGBUS": "a file that it had mapped is gone or has become shorter",
-    "SIGTERM": "before its first step, or after its last one",
+    "SIGTERM": "before its first step or after its last",
 }
 
 
@@ -79,9 +79,9 @@ class Ranks:
         return values[0]
 
     def barrier(self) -> None:
-        """Wait for all processes: what each has written before, all can read after.
+        """Wait for all processes: what each has written before, all can read afterwards.
 
-        Uses the group on CPUs, as a collective on a GPU returns to the host before it has begun.
+        Uses the group on CPUs, as a collective on a GPU returns to the host before it has run.
         """
         self.highest([0])
 
@@ -159,7 +159,7 @@ def _report(failures: "Sequence[ProcessFailure]") -> int:
         name = signal.Signals(-code).name
         print(
             f"error: {process} was killed by {name} ({_KILLED_BY.get(name, 'a crash')}); "
-            "run the stage again to go on from what was saved",
+            "run the stage again to resume from what was saved",
             file=sys.stderr,
         )
     elif code != _PEER_LOST and code - 128 not in STOP:
@@ -182,8 +182,8 @@ def join(time_limit: float, *, deterministic: bool = False) -> Iterator[Ranks]:
     """Enter the process group, if there is one, and leave it at the end.
 
     A process that has waited `time_limit` minutes for the others gives up. With `deterministic`, this process
-    uses deterministic algorithms alone, from here to its end. Raises `UserError` if this machine has CUDA
-    devices, but fewer than processes.
+    uses only deterministic algorithms until it ends. Raises `UserError` if this machine has CUDA devices, but
+    fewer than processes.
     """
     if deterministic:
         make_deterministic()
@@ -191,7 +191,7 @@ def join(time_limit: float, *, deterministic: bool = False) -> Iterator[Ranks]:
         yield Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         return
     if _SPAWNED in os.environ:
-        # It has a session of its own, so a SIGKILL of the starter's process group would leave it at work
+        # This process has its own session, so a SIGKILL of the starter's process group would leave it running
         when_parent_ends(signal.SIGKILL)
         if os.getppid() != int(os.environ[_SPAWNED]):  # gone before that
             sys.exit(_PEER_LOST)
@@ -209,8 +209,8 @@ def join(time_limit: float, *, deterministic: bool = False) -> Iterator[Ranks]:
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device, control)
     except BaseException as error:
-        # A DistributedDataParallel in a frame of the traceback would outlive the group, whose end then waits,
-        # with Python's lock, for a thread of its own that wants the lock
+        # A DistributedDataParallel in a frame of the traceback would outlive the group. The end of the group
+        # then holds the GIL and waits for a thread that wants it
         traceback.clear_frames(error.__traceback__)
         raise
     finally:
@@ -235,7 +235,7 @@ def stage_parser(description: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="settings (params.yaml)")
     parser.add_argument("--nproc", type=_positive, help="processes on this machine")
-    parser.add_argument("--fresh", action="store_true", help="start over, and set aside what is there")
+    parser.add_argument("--fresh", action="store_true", help="start over, and keep what is there beside it")
     return parser
 
 
@@ -273,9 +273,9 @@ def run_stage(main: Callable[[], int | None], *, memory: str = "the batch") -> N
 
 
 def _known_error(error: Exception, memory: str) -> int | None:
-    """The exit code after a line on what ran out or who is lost; None for a bug."""
+    """Print what ran out or who is lost, and return the exit code; None for a bug."""
     reason = (str(error) or type(error).__name__).splitlines()[0]
-    again = "and run again: what was saved is whole"
+    again = "and run again: what was saved is intact"
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in reason:
         reason = reason.rpartition("DefaultCPUAllocator: ")[2]
         return _user_error(f"out of memory ({reason}); lower {memory} {again}")
@@ -294,7 +294,7 @@ def _known_error(error: Exception, memory: str) -> int | None:
 
 
 def _user_error(message: str) -> int:
-    """Print a mistake of the user, or pass it to `spawn`, as the other processes may notice it as well."""
+    """Print a user's mistake; under `spawn` pass it on, as other processes may report the same one."""
     if _SPAWNED in os.environ and dist.is_torchelastic_launched():
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": message}))
     else:

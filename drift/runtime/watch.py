@@ -1,7 +1,7 @@
-"""`drift watch`: what the work folders say of the runs at work, and of those before.
+"""`drift watch`: what the work folders say of the runs at work and of earlier ones.
 
-It only reads, and only the ends of logs, so it may run beside a stage, and on another machine that sees the
-folder. It imports no torch, to start at once.
+It only reads, and only the ends of logs, so it may run beside a stage, or on another machine that sees the
+folder. It starts at once, as it does not import torch.
 """
 
 import json

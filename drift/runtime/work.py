@@ -120,7 +120,7 @@ class Work:
         """`inputs`: the settings and inputs that the result depends on.
 
         `fresh`: start over, and set aside what is there. `first`: whether this process manages the folder;
-        the others only learn where it is. `remarks` on the settings go to the screen and into the settings
+        the others only learn where it is. `remarks` on the settings are printed and kept in the settings
         file. Entering raises `UserError` if the folder cannot be written or another process works in it.
         """
         self.stage, self.inputs, self.fresh, self.first = stage, dict(inputs), fresh, first
@@ -160,11 +160,11 @@ class Work:
         elif note is not None:
             self.code, finished = note["code"], note["finished"]
             if finished:
-                self._say(f"finished already in {self.folder}, gives its result again (--fresh starts over)")
+                self._say(f"finished already in {self.folder}: the result is reused (--fresh starts over)")
             elif changed:
                 self._say(
-                    f"the code has changed since the last work in {self.folder}; going on all the same, and "
-                    "the settings file records it (--fresh starts over)"
+                    f"the code has changed since the last work in {self.folder}; the run resumes, and its "
+                    "settings file records the change (--fresh starts over)"
                 )
         others = [f for f in self.folder.parent.iterdir() if (read_note(f) or {}).get("finished")]
         if others := [folder for folder in others if folder != self.folder]:

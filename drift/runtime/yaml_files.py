@@ -49,7 +49,7 @@ def read_yaml(path: str | Path, way_out: str) -> dict[str, Any]:
 def one_line(error: ValidationError, known: Iterable[str], moved: Mapping[str, str]) -> str:
     """The first mistake that pydantic found, with key, value and what is allowed; and the number of others.
 
-    `known` are all dotted keys, from which a misspelt one gets a suggestion, and `moved` says what has become
+    `known`: all dotted keys, among which a suggestion for a misspelt one is sought. `moved`: what has become
     of keys of earlier versions.
     """
     problems = error.errors(include_url=False)
