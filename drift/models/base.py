@@ -7,12 +7,14 @@ and ignores unknown keys.
 import inspect
 import json
 import re
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -28,6 +30,7 @@ _FORMER_COPY = re.compile(r"(?:model\.?|(?=ema_))(.*)\.safetensors")  # as drift
 _WAY_OUT = "make the folder again, or fetch it anew (dvc pull)"
 
 Model = TypeVar("Model", bound=ModelMixin)
+Pretrained = TypeVar("Pretrained", bound="PretrainedModel")
 
 
 class PretrainedModel(ModelMixin, ConfigMixin):
@@ -71,7 +74,8 @@ class PretrainedModel(ModelMixin, ConfigMixin):
         folder = model_folder(source, revision, variant, **hub)
         found, sizes = _read_config(folder / CONFIG_FILE, cls)
         model = load_model(lambda: found(**sizes), folder, variant)
-        return nn.Module.to(model, torch_dtype)  # diffusers' own `to` warns of every cast
+        nn.Module.to(model, torch_dtype)  # diffusers' own `to` warns of every cast
+        return model
 
 
 def model_folder(source: str | Path, revision: str | None, variant: str | None, **hub: Any) -> Path:
@@ -121,7 +125,7 @@ def load_model(build: Callable[[], Model], folder: Path, variant: str | None = N
         where = files[0]
         weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
         what = f"does not fit {CONFIG_FILE}"
-        weights = without_wrappers(weights)
+        weights = OrderedDict(without_wrappers(weights))
         model._fix_state_dict_keys_on_load(weights)  # names of older versions of diffusers
         model.load_state_dict(weights)
     except (
@@ -155,7 +159,7 @@ def require_at_least(minimum: int, **sizes: Any) -> None:
             raise UserError(f"{name} is {value!r}: give whole numbers of at least {minimum}")
 
 
-def _read_config(path: Path, cls: type[PretrainedModel]) -> tuple[type[PretrainedModel], dict[str, Any]]:
+def _read_config(path: Path, cls: type[Pretrained]) -> tuple[type[Pretrained], dict[str, Any]]:
     """The class that a config names, which must be of the family of `cls`, and its sizes."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

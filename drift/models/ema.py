@@ -24,7 +24,7 @@ class EMA:
     def update(self, module: nn.Module) -> None:
         """average <- decay * average + (1 - decay) * weights of `module`."""
         weights = module.state_dict()
-        torch._foreach_lerp_(
+        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]  # there is no public name
             list(self._average.values()), [weights[name].float() for name in self._average], 1 - self.decay
         )
 

@@ -7,10 +7,11 @@ T tokens, D hidden size, S style codebooks.
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import FrozenDict, register_to_config
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -238,8 +239,9 @@ class Generator(PretrainedModel):
             nn.init.normal_(self.style_embedder.weight, std=0.02)
         if self.context_projection is not None:
             nn.init.normal_(self.context_embedding, std=0.02)
-        for i in (0, 2):
-            nn.init.normal_(self.omega_embedder.mlp[i].weight, std=0.02)
+        for layer in self.omega_embedder.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
 
         # Learned from there on
         _, places, hidden_size = self.position_embedding.shape
@@ -276,7 +278,8 @@ class Generator(PretrainedModel):
             cond = self.condition(labels, omega, style_indices)
             context = self.context(cond)
             act = F.silu(cond)
-            modulations = [block.modulation(act) for block in self.blocks]
+            # A ModuleList does not know the type of its members
+            modulations = [block.modulation(act) for block in self.blocks]  # pyright: ignore[reportCallIssue]
             final_modulation = self.final.modulation(act)
 
         x = self.patch_embedding(patchify(noise, self.patch_size)) + self.position_embedding
@@ -319,7 +322,8 @@ def sincos_positions(side: int, size: int) -> Tensor:
     return torch.cat([columns, rows], dim=1)
 
 
-def _check_sizes(sizes: FrozenDict) -> None:
+def _check_sizes(sizes: Any) -> None:
+    """Check a config, whose attributes diffusers makes of the arguments."""
     positive = ("in_channels", "input_size", "num_classes", "hidden_size", "depth", "num_heads", "patch_size")
     require_at_least(1, **{name: sizes[name] for name in (*positive, "style_entries")})
     require_at_least(0, context_tokens=sizes.context_tokens, style_codebooks=sizes.style_codebooks)

@@ -85,6 +85,7 @@ class Encoder(nn.Module):
         x = self.stem(x)
         maps = {"conv1": x}
         for s, (blocks, norm) in enumerate(zip(self.stages, self.stage_norms, strict=True), start=1):
+            assert isinstance(blocks, nn.ModuleList)
             for b, block in enumerate(blocks, start=1):
                 x = block(x)
                 if b % 2 == 0:

@@ -33,6 +33,7 @@ class SinkhornEncoder(nn.Module):
         x = self.stem(x)
         maps, outputs = [], []
         for blocks in self.stages:
+            assert isinstance(blocks, nn.ModuleList)
             for number, block in enumerate(blocks, start=1):
                 x = block(x)
                 if number % 2 == 0 or number == len(blocks):
