@@ -1,6 +1,6 @@
 """How fast images become latents, beside the autoencoder alone.
 
-    python -m benchmarks.encode [--images ROOT] [--set encode.autoencoder=FOLDER] [--json benchmarks/encode.json]
+    python -m benchmarks.encode [--images ROOT] [--set encode.autoencoder=FOLDER] [--json FILE]
 
 "stage" is the stage encode from start to finish, files included; "VAE" is the network on pictures that lie in
 its device's memory. Their ratio is 1 where reading and decoding images hides behind the network, and less

@@ -16,7 +16,7 @@ from drift.features import load_encoders
 from drift.models.base import model_files
 from drift.models.generator import CLASSES_FILE
 from drift.runtime.files import check_output, sha256, write_json
-from drift.runtime.processes import join, run_stage, spawn, stage_parser, wanted_processes
+from drift.runtime.processes import join, run_stage, spawn, stage_parser
 from drift.runtime.work import Work
 from drift.settings import load_settings
 from drift.training.drift import plot_columns, train_generator
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     store = LatentStore.open(args.latents)
     check_latents(store, settings, "center")
     encoder = load_encoders(settings.features, mae=args.mae)
-    if (code := spawn("stages.drift", argv, wanted_processes(args.nproc, hardware.processes))) is not None:
+    if (code := spawn("stages.drift", argv, args.nproc or hardware.processes)) is not None:
         return code
 
     decides = {

@@ -13,7 +13,7 @@ from pathlib import Path
 from drift.data.datasets import open_images
 from drift.data.views import VIEW_OPTIONS, VIEWS, make_view, view_digest
 from drift.runtime.files import check_output
-from drift.runtime.processes import join, run_stage, spawn, stage_parser, wanted_processes
+from drift.runtime.processes import join, run_stage, spawn, stage_parser
 from drift.runtime.signals import Signals
 from drift.runtime.work import Work
 from drift.settings import load_settings
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_output(args.out)
     source = open_images(data.dataset, data.root, "train", data.classes)
     vae = encode.autoencoder.load(encode.precision)
-    if (code := spawn("stages.encode", argv, wanted_processes(args.nproc, hardware.processes))) is not None:
+    if (code := spawn("stages.encode", argv, args.nproc or hardware.processes)) is not None:
         return code
 
     of_other_views = {key for view, keys in VIEW_OPTIONS.items() if view != args.view for key in keys}

@@ -14,7 +14,7 @@ from pathlib import Path
 from drift.evaluation.evaluate import Evaluation
 from drift.evaluation.outputs import Outputs
 from drift.evaluation.report import print_report
-from drift.runtime.processes import join, run_stage, spawn, stage_parser, wanted_processes
+from drift.runtime.processes import join, run_stage, spawn, stage_parser
 from drift.runtime.work import Work
 from drift.settings import load_settings
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     outputs = Outputs(args.out, args.plots, args.report)
     outputs.check_writable()
     evaluation = Evaluation(settings, args.generator)
-    code = spawn("stages.fid", argv, wanted_processes(args.nproc, hardware.processes))
+    code = spawn("stages.fid", argv, args.nproc or hardware.processes)
     if code is not None:
         return code
 

@@ -17,7 +17,7 @@ from drift.data.latents import LatentStore
 from drift.models.base import model_files, uninitialized
 from drift.models.mae import LatentMAE
 from drift.runtime.files import check_output, sha256, write_json
-from drift.runtime.processes import join, run_stage, spawn, stage_parser, wanted_processes
+from drift.runtime.processes import join, run_stage, spawn, stage_parser
 from drift.runtime.work import SETTINGS_FILE, Work
 from drift.settings import load_settings
 from drift.training.export import export_run
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         encoder = open_encoder(source, store)
         files = {path.name: sha256(path) for path in model_files(Path(source))}
         decides["mae"] = {"source": source, **files}
-    if (code := spawn("stages.mae", argv, wanted_processes(args.nproc, hardware.processes))) is not None:
+    if (code := spawn("stages.mae", argv, args.nproc or hardware.processes)) is not None:
         return code
 
     remarks = settings.remarks("mae")

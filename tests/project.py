@@ -48,26 +48,15 @@ class Project:
             self.environment |= {f"GIT_{who}_NAME": "drift", f"GIT_{who}_EMAIL": "drift@example.org"}
 
     def run(self, *command: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
-        done = subprocess.run(
-            command,
-            cwd=self.folder,
-            env=self.environment | environment,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
+        where = {"cwd": self.folder, "env": self.environment | environment}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, **where)
         assert not check or done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         return done
 
     def start(self, *command: str) -> subprocess.Popen:
-        return subprocess.Popen(
-            command,
-            cwd=self.folder,
-            env=self.environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        quiet = dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL)
+        where = {"cwd": self.folder, "env": self.environment}
+        return subprocess.Popen(command, start_new_session=True, **quiet, **where)
 
     def stage(self, name: str, *arguments: str, check: bool = True, **environment: str):
         """Run a stage in a process of its own."""
@@ -89,8 +78,9 @@ class Project:
         path = self.folder / "params.yaml"
         content = yaml.safe_load(path.read_text())
         for section, values in sections.items():
-            merged = {**(content.get(section) or {}), **values} if isinstance(values, dict) else values
-            content[section] = merged
+            if isinstance(values, dict):
+                values = {**(content.get(section) or {}), **values}
+            content[section] = values
         path.write_text(yaml.safe_dump(content, sort_keys=False))
 
     def wait_for(self, pattern: str, process: subprocess.Popen) -> None:
@@ -107,13 +97,8 @@ class Project:
 
 def copy_project(folder: Path) -> Project:
     project = Project(folder)
-    listing = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        check=True,
-    )
-    for name in filter(None, listing.stdout.decode().split("\0")):
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    for name in filter(None, subprocess.check_output(listing, cwd=ROOT, text=True).split("\0")):
         if (ROOT / name).is_file() and not name.startswith("tests/"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / name)
@@ -148,41 +133,20 @@ def relative_difference(one: dict[str, np.ndarray], other: dict[str, np.ndarray]
     return float(np.sqrt(apart / sum(np.square(one[name], dtype=np.float64).sum() for name in one)))
 
 
-TIMES = ("time", "steps_per_s")
-
-
-def compare(expected: Path, found: Path, log_tolerance: float = 0.0, without: tuple[str, ...] = ()) -> str:
-    """What differs between two folders of results; empty if nothing does. Times in `logs.jsonl` may.
-
-    With a tolerance, statistics in `logs.jsonl` and in plots, which are made of it, may differ by so much.
-    """
+def compare(expected: Path, found: Path, without: tuple[str, ...] = ()) -> str:
+    """What differs between two folders of results; empty if nothing does. Times in `logs.jsonl` may."""
     names = [
-        sorted(p.relative_to(f) for p in f.rglob("*") if p.is_file() and p.name not in without)
-        for f in (expected, found)
+        {p.relative_to(folder) for p in folder.rglob("*") if p.is_file() and p.name not in without}
+        for folder in (expected, found)
     ]
-    if names[0] != names[1]:
-        return f"other files: {set(map(str, names[0])) ^ set(map(str, names[1]))}"
-    return ", ".join(
-        f"{name} differs"
-        for name in names[0]
-        if not _equal(_contents(expected / name), _contents(found / name), log_tolerance)
-    )
+    if others := names[0] ^ names[1]:
+        return f"other files: {set(map(str, others))}"
+    different = (n for n in sorted(names[0]) if _contents(expected / n) != _contents(found / n))
+    return ", ".join(f"{name} differs" for name in different)
 
 
-def _equal(one: object, other: object, tolerance: float) -> bool:
-    if isinstance(one, bytes):
-        return one == other
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_equal(one[k], other[k], tolerance) for k in one)
-    if isinstance(one, list):
-        return len(one) == len(other) and all(map(_equal, one, other, [tolerance] * len(one)))
-    return one == other or (isinstance(one, float) and abs(one - other) <= tolerance * abs(one))
-
-
-def _contents(path: Path) -> object:
-    if path.suffix == ".csv":
-        return [[float(x) for x in row.split(",")] for row in path.read_text().splitlines()[1:]]
+def _contents(path: Path) -> bytes | list[dict]:
     if path.name != "logs.jsonl":
         return path.read_bytes()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+    return [{key: v for key, v in line.items() if key not in ("time", "steps_per_s")} for line in lines]

@@ -20,14 +20,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from project import Project, compare, copy_project, draw_images
+from project import compare, copy_project, draw_images
 
 CLASSES, PER_CLASS = 8, 40
 SETTINGS = {
@@ -51,21 +50,20 @@ SETTINGS = {
 STAGES = ("encode", "mae", "drift")
 
 
-@dataclass
-class Tally:
-    """What was tried, and how it came out."""
-
-    rows: list[tuple[str, str, bool]] = field(default_factory=list)
-
-    def add(self, what: str, outcome: str, passed: bool) -> None:
-        self.rows.append((what, outcome, passed))
-        print(f"{'ok    ' if passed else 'FAILED'} {what}: {outcome}", flush=True)
-
-
 class Torture:
     def __init__(self, folder: Path, *, steps: int, seed: int):
-        self.project, self.random = make_project(folder, steps), random.Random(seed)
-        self.tally = Tally()
+        self.steps, self.random = steps, random.Random(seed)
+        self.passed: list[bool] = []
+        self.project = copy_project(folder)
+        draw_images(folder / "images/train", tuple(map(str, range(CLASSES))), PER_CLASS, ".jpeg")
+        self.project.settings(**SETTINGS)
+        self.project.settings(mae={"steps": steps}, drift={"steps": steps})
+
+    def tell(self, what: str, difference: str, when: str = "") -> None:
+        """Note how a trial came out."""
+        self.passed.append(not difference)
+        head = "FAILED" if difference else "ok    "
+        print(f"{head} {what}: {difference or 'the same bytes'}{when}", flush=True)
 
     def command(self, stage: str, out: str, processes: int) -> tuple[str, ...]:
         """A stage of the project; what it writes lies under `out`."""
@@ -90,7 +88,7 @@ class Torture:
             self.project.stage("encode", "--view", view, "--out", f"inputs/{view}")
         self.project.settings(mae={"steps": 40})
         self.project.stage("mae", "--latents", "inputs/augmented", "--out", "inputs/mae")
-        self.project.settings(mae={"steps": self.project.steps})
+        self.project.settings(mae={"steps": self.steps})
 
     def stage(self, stage: str, kills: int) -> Iterator[None]:
         """All trials of a stage; before each of them one may stop."""
@@ -100,7 +98,7 @@ class Torture:
         self.run(stage, f"{stage}-2", 2, "--fresh")
         if stage == "encode":
             difference = compare(self.project.folder / "encode-1", self.project.folder / "encode-2")
-            self.tally.add("encode, 1 and 2 processes", difference or "the same bytes", not difference)
+            self.tell("encode, 1 and 2 processes", difference)
         for processes in (1, 2):
             yield
             self.kill(stage, processes, kills, took)
@@ -130,23 +128,14 @@ class Torture:
             psutil.wait_procs(others, timeout=30)  # those that the kernel ends, too
         self.run(stage, out, processes)
         differences.append(compare(reference, found))
-        difference = "; ".join(filter(None, differences))
         what = f"{stage}, {processes} process{'es' if processes > 1 else ''}, {len(moments)} kills"
-        when = f"after {', '.join(moments)} s of {took:.0f} s"
-        self.tally.add(what, f"{difference or 'the same bytes'} ({when})", not difference)
+        self.tell(
+            what, "; ".join(filter(None, differences)), f" (after {', '.join(moments)} s of {took:.0f} s)"
+        )
 
     def forget(self, stage: str) -> None:
         """Let the next run of the stage start anew."""
         shutil.rmtree(self.project.folder / ".work" / stage, ignore_errors=True)
-
-
-def make_project(folder: Path, steps: int) -> Project:
-    project = copy_project(folder)
-    draw_images(folder / "images/train", tuple(map(str, range(CLASSES))), PER_CLASS, ".jpeg")
-    project.settings(**SETTINGS)
-    project.settings(mae={"steps": steps}, drift={"steps": steps})
-    project.steps = steps
-    return project
 
 
 def main() -> int:
@@ -175,11 +164,10 @@ def main() -> int:
     finally:
         if not args.keep:
             shutil.rmtree(folder, ignore_errors=True)
-    rows = torture.tally.rows
-    print(f"\n{sum(passed for *_, passed in rows)} of {len(rows)} trials passed")
+    print(f"\n{sum(torture.passed)} of {len(torture.passed)} trials passed")
     if left_out:
         print(f"--minutes {args.minutes:g} ran out: trials of {', '.join(left_out)} were left out")
-    return 0 if all(passed for *_, passed in rows) else 1
+    return 0 if all(torture.passed) else 1
 
 
 if __name__ == "__main__":

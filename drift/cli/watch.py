@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from drift.runtime.errors import UserError
-    from drift.runtime.watch import STAGES, follow, show
+    from drift.runtime.watch import STAGES, follow, page
     from drift.runtime.work import work_root
 
     if unknown := [stage for stage in args.stage if stage not in STAGES]:
@@ -40,4 +40,4 @@ def run(args: argparse.Namespace) -> None:
     if args.follow or (sys.stdout.isatty() and not args.once):
         follow(root, stages, sys.stdout, args.interval)
     else:
-        show(root, stages, sys.stdout)
+        print(*page(root, stages), sep="\n")

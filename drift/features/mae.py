@@ -33,6 +33,8 @@ class MAEFeatures(FeatureEncoder):
     def load(self, *, mae: Path | None = None, autoencoder: Any = None) -> Encoder:
         from drift.models.mae import LatentMAE  # diffusers takes a second
 
+        assert mae is not None, "of an encoder that needs_mae"
         network = LatentMAE.from_pretrained(mae)
-        network.decoder = network.classifier = None  # as large as the encoder
+        for head in ("decoder", "classifier"):  # as large as the encoder
+            network.add_module(head, None)
         return MAEEncoder(network, drop_duplicates=self.duplicates == "drop")

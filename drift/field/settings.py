@@ -108,7 +108,7 @@ class FieldSettings:
                 raise ValueError(f"{name}: no option of coupling {self.coupling} ({', '.join(taken)})")
 
     @classmethod
-    def of(cls, conventions: str, **changes) -> "FieldSettings":
+    def of(cls, conventions: Literal["release", "sinkhorn", "wflow"], **changes) -> "FieldSettings":
         """The conventions of one code, with `changes` on top.
 
         The Sinkhorn paper's code never masks a plan's diagonal, and counts self-pairs in S only where

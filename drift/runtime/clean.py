@@ -36,7 +36,8 @@ def find_work(root: Path) -> list[WorkFolder]:
     found = []
     try:
         with Repo() as repo:
-            outputs = {out.hash_info.value: out for stage in repo.index.stages for out in stage.outs}
+            outs = [out for stage in repo.index.stages for out in stage.outs]
+            outputs = {out.hash_info.value: out for out in outs if out.hash_info}
             for note in sorted(root.glob("*/*/work.json")):
                 stored, why = _judge(note.parent, outputs)
                 found.append(WorkFolder(note.parent, stored, why, size_of(note.parent)))
@@ -58,7 +59,7 @@ def remove_work(work: WorkFolder) -> bool:
     return True
 
 
-def _judge(folder: Path, outputs: "dict[str, Output]") -> tuple[bool, str]:
+def _judge(folder: Path, outputs: "dict[str | None, Output]") -> tuple[bool, str]:
     note, holder = read_note(folder), Holder.of(folder)
     if holder is not None and holder.at_work() is not False:
         return False, f"process {holder.pid} on {holder.host} is at work"

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
+# NumPy compiles the header, which fails at times in two threads (CPython issue 106905)
 _PARSING = threading.Lock()
 _NO_SUCH_CALL = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 # Words that torch.compile, FSDP and activation checkpointing put anywhere into a parameter's name
@@ -32,9 +33,9 @@ _WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_m
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """An open binary file that becomes `path` when the block ends without an error.
 
-    Until then `path` keeps its old content. A writer that wants a name takes the file's `name`. The temporary
-    name is a fixed one, so the next writer overwrites what a killed one leaves behind; two processes must not
-    write the same `path` at once.
+    Until then `path` keeps its old content. A writer that needs a name uses the file's `name`. This temporary
+    name is fixed, so the next writer overwrites what a killed one left behind. Two processes must not write
+    the same `path` at once.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -57,7 +58,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Name the file in `OSError`s within, such as that of a full disk, which only `open` does by itself."""
+    """Name the file in `OSError`s of the block, such as a full disk's; by itself only `open` does."""
     try:
         yield
     except OSError as error:
@@ -79,9 +80,9 @@ def write_json(path: str | Path, obj: Any) -> None:
 def replace_folder(source: str | Path, destination: str | Path) -> None:
     """Move the finished folder `source` to `destination`, on any filesystem, replacing what is there.
 
-    Renames swap old and new, so `destination` is never half old and half new, and stays as it was if this
-    fails. Only a folder that cannot be renamed, such as a mounted volume, gets new contents in its place.
-    `source` goes last.
+    Renames swap old and new: `destination` is never half old and half new, and stays as it was if this fails.
+    Only a folder that cannot be renamed, such as a mounted volume, has its contents replaced instead.
+    `source` is removed last.
     """
     source, destination = Path(source), Path(destination)
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -129,19 +130,20 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def link_folder(source: str | Path, destination: str | Path) -> Path:
-    """Make the folder `destination` with the files of `source`: hard links, or copies where there are none.
+def link_folder(source: Path, destination: Path) -> None:
+    """Make the folder `destination` with the files of `source`: hard links, or copies where links fail.
 
-    Nobody may write into the files after that. Returns `destination`.
+    Nobody may write into these files afterwards.
     """
-    source, destination = Path(source), Path(destination)
     remove(destination)
     _copy(source, destination)
-    return destination
 
 
 def _copy(source: Path, destination: Path) -> None:
-    """Names and bytes alone, as some filesystems have no more; unlike `shutil.copytree`, says what failed."""
+    """Copies names and bytes only, as some filesystems store nothing else.
+
+    Unlike `shutil.copytree`, an error names the file.
+    """
     destination.mkdir(exist_ok=True)
     for path in source.iterdir():
         copy = destination / path.name
@@ -156,10 +158,10 @@ def _copy(source: Path, destination: Path) -> None:
 
 
 def check_writable(folder: str | Path) -> None:
-    """Make `folder` with its parents if it is missing, and make sure that files can be created in it.
+    """Create `folder` if it is missing, and make sure that files can be created in it.
 
-    Permission bits say little (root ignores them, a filesystem may be read-only), so this creates a file and
-    removes it. Raises `UserError` with the folder and the operating system's reason.
+    Permission bits say little: root ignores them, and a filesystem may be read-only. So this creates a file
+    and removes it. Raises `UserError` with the folder and the operating system's reason.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -172,10 +174,10 @@ def check_writable(folder: str | Path) -> None:
 
 
 def check_output(path: str | Path) -> None:
-    """Make sure that a stage can put its output at `path` once it has finished, and that DVC can take it.
+    """Make sure that a stage can put its output at `path` at its end, and that DVC can take it.
 
-    Raises `UserError` if the folder of `path`, or a folder at `path`, cannot be written, or if DVC runs the
-    stage and a link leads out of the Git repository.
+    Raises `UserError` if the folder of `path`, or a folder at `path`, cannot be written. Under DVC it also
+    does so if a link leads out of the Git repository.
     """
     path = Path(path)
     check_writable(path.parent)
@@ -203,7 +205,7 @@ def check_readable(path: str | Path, what: str, way_out: str) -> None:
 
 
 def sync(path: str | Path) -> None:
-    """Flush a file, or the names in a folder, to the disk: only then a rename survives a power failure."""
+    """Flush a file, or the names in a folder, to the disk, so that a rename survives a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         _flush(descriptor)
@@ -212,7 +214,7 @@ def sync(path: str | Path) -> None:
 
 
 def _flush(descriptor: int) -> None:
-    """Wait for the disk, unless the filesystem cannot tell: some cannot, above all for folders."""
+    """Wait for the disk, unless the filesystem has no `fsync`; some have none for folders."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -229,17 +231,15 @@ def sha256(path: str | Path) -> str:
 class RowFile:
     """Rows of a `.npy` file, read and overwritten in place, by any number of threads and processes.
 
-    Not a memory map: a full disk kills its process (SIGBUS), its pages count as memory of the process, and on
-    a network filesystem it writes whole pages over the neighbouring rows of another machine.
+    Not a memory map: on a full disk that dies of SIGBUS, its pages count as memory of the process, and on a
+    network filesystem it writes whole pages, over neighbouring rows that another machine has written.
     """
 
     def __init__(self, path: str | Path):
         """Raises `OSError` or `ValueError` if there is no such file or it is no `.npy` file."""
         import numpy as np
 
-        with (
-            _PARSING
-        ):  # NumPy compiles the header, which fails at times in two threads (CPython issue 106905)
+        with _PARSING:
             stored = np.load(path, mmap_mode="r")
         self.path = Path(path)
         self.shape: tuple[int, ...] = stored.shape
@@ -251,7 +251,7 @@ class RowFile:
     def create(cls, path: str | Path, dtype: "np.typing.DTypeLike", shape: tuple[int, ...]) -> "RowFile":
         """A new file of zeros, which take no room on the disk until they are overwritten.
 
-        Without a writable memory map, which some network filesystems lack.
+        It needs no writable memory map, which some network filesystems lack.
         """
         import numpy as np
 
@@ -266,7 +266,7 @@ class RowFile:
         return self.shape[0]
 
     def read(self, rows: "np.ndarray | slice" = slice(None)) -> "np.ndarray":
-        """The rows of an array of row numbers or of a slice, as they are now; neighbours in one go."""
+        """The rows of an array of row numbers or of a slice, as they are now; neighbours in one read."""
         import numpy as np
 
         rows = np.arange(len(self))[rows]
@@ -277,7 +277,7 @@ class RowFile:
             for first, end in pairwise([*firsts, len(rows)]):
                 file.seek(self._offset + int(rows[first]) * self._row_bytes)
                 part = buffer[first * self._row_bytes : end * self._row_bytes]
-                assert file.readinto(part) == len(part), f"{self.path} is cut short"
+                assert file.readinto(part.data) == len(part), f"{self.path} is cut short"
         return found
 
     def write(self, start: int, rows: "np.ndarray", *, flush: bool = True) -> None:
@@ -293,17 +293,17 @@ class RowFile:
 
 
 def without_wrappers(tensors: Mapping[str, Value]) -> dict[str, Value]:
-    """Tensors by the names that they have in the bare model.
+    """Tensors by their names in the bare model.
 
-    DistributedDataParallel, torch.compile and the like put `module.` in front, or words in between. Raises
-    `UserError` if two tensors have one name without them.
+    DistributedDataParallel puts `module.` in front of a name, torch.compile and FSDP put words into it.
+    Raises `UserError` if two tensors have the same bare name.
     """
     bare: dict[str, Value] = {}
     for name, tensor in tensors.items():
         bare_name = re.sub(r"^(module\.)+", "", _WRAPPERS.sub("", name))
         if bare_name in bare:
             raise UserError(
-                f"parameter {name} is there twice, with and without the prefix of a wrapper; save one of them"
+                f"parameter {name} is there twice, with and without a wrapper's prefix; save one of them"
             )
         bare[bare_name] = tensor
     return bare

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,19 @@ def download(
 ) -> Path:
     """The folder in the hub's cache that holds the files of `repository` matching `patterns`.
 
-    `options` go to huggingface_hub's `snapshot_download`. If that fails, for whatever reason, a cached copy
-    with all the files will do. Otherwise raises `UserError`: `what`, the reason, and `way_out`.
+    `options` go to huggingface_hub's `snapshot_download`. If that fails for any reason, a cached copy with
+    all the files is used. Without one raises `UserError`: `what`, the reason, and `way_out`.
     """
     from huggingface_hub import snapshot_download
 
-    options |= {"revision": revision, "allow_patterns": list(patterns)}
+    fetch = partial(
+        snapshot_download, repository, revision=revision, allow_patterns=list(patterns), **options
+    )
     try:
-        return Path(snapshot_download(repository, **options))
+        return Path(fetch())
     except Exception as error:  # of any type: those of the HTTP library pass through, such as a proxy's
         with suppress(Exception):
-            cached = Path(snapshot_download(repository, **(options | {"local_files_only": True})))
+            cached = Path(fetch(local_files_only=True))
             if all(any(cached.glob(pattern)) for pattern in patterns):
                 return cached
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")

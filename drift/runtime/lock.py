@@ -6,10 +6,9 @@ import json
 import os
 import platform
 import time
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
 
 import psutil
 
@@ -51,58 +50,49 @@ class Holder:
 class Lock:
     """The lock of `folder`: `flock` on the file `FOLDER.lock`.
 
-    Where the filesystem has no `flock`, `FOLDER.run` is the lock: it exists for as long as the lock is held.
-    Only the same machine notices then that its holder was killed.
+    Where the filesystem has no `flock`, `FOLDER.run` is the lock as long as it exists. Only the machine of a
+    killed holder notices then that it is gone.
     """
 
     def __init__(self, folder: Path):
-        self._file_name, self._run = folder.with_suffix(".lock"), folder.with_suffix(".run")
-        self.folder = folder
-        self._file: IO[bytes] | None = None  # open for as long as the lock is held
+        self.folder, self._run = folder, folder.with_suffix(".run")
         self._without_flock = False
+        self._held = ExitStack()
+        """What ends with the lock."""
 
     def acquire(self) -> bool:
         """Take the lock if nobody has it; whether this process has it now."""
-        self._file, taken = self._file_name.open("ab"), False
-        try:
-            taken = self._take(self._file, asdict(Holder(platform.node(), os.getpid(), time.time())))
-        finally:
-            if not taken:
-                self._file.close()
-                self._file = None
-        return taken
-
-    def _take(self, file: IO[bytes], this: dict) -> bool:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            return False
-        except OSError as error:
-            if error.errno not in _NO_FLOCK:
-                raise
-            self._without_flock = True
-            return self._create(this)
-        write_json(self._run, this)
+        with ExitStack() as taken:
+            file = taken.enter_context(self.folder.with_suffix(".lock").open("ab"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                taken.callback(fcntl.flock, file, fcntl.LOCK_UN)  # forked helpers have the file open as well
+            except (BlockingIOError, PermissionError):
+                return False
+            except OSError as error:
+                if error.errno not in _NO_FLOCK:
+                    raise
+                self._without_flock = True
+                if not self._create():
+                    return False
+            taken.callback(self._run.unlink, missing_ok=True)
+            write_json(self._run, asdict(Holder(platform.node(), os.getpid(), time.time())))
+            self._held = taken.pop_all()
         return True
 
-    def _create(self, this: dict) -> bool:
+    def _create(self) -> bool:
+        """Create `FOLDER.run`, unless it names a process that may be alive."""
         holder = Holder.of(self.folder)
         if holder is not None and holder.at_work() is False:
             self._run.unlink(missing_ok=True)
         try:
-            with self._run.open("x") as file:
-                json.dump(this, file)
+            self._run.touch(exist_ok=False)
         except FileExistsError:
             return False
         return True
 
     def release(self) -> None:
-        if self._file is not None:
-            self._run.unlink(missing_ok=True)
-            with suppress(OSError):  # there is no flock
-                fcntl.flock(self._file, fcntl.LOCK_UN)  # forked helpers have the file open as well
-            self._file.close()
-            self._file = None
+        self._held.close()
 
     def holder(self) -> str:
         """Who has the lock, for a message, with the way out if that process is gone."""

@@ -40,7 +40,7 @@ _MISTAKE = "DRIFT_MISTAKE"  # environment variable, with the file in which these
 _KILLED_BY = {
     "SIGKILL": "by hand, or by the kernel for want of memory",
     "SIGBUS": "a file that it had mapped is gone or has become shorter",
-    "SIGTERM": "before its first step, or after its last one",
+    "SIGTERM": "before its first step or after its last",
 }
 
 
@@ -80,9 +80,9 @@ class Ranks:
         return values[0]
 
     def barrier(self) -> None:
-        """Wait for all processes: what each has written before, all can read after.
+        """Wait for all processes: what each has written before, all can read afterwards.
 
-        Uses the group on CPUs, as a collective on a GPU returns to the host before it has begun.
+        Uses the group on CPUs, as a collective on a GPU returns to the host before it has run.
         """
         self.highest([0])
 
@@ -97,25 +97,16 @@ class Ranks:
         return slice(self.rank * part, (self.rank + 1) * part)
 
 
-def under_torchrun() -> bool:
-    """Whether torchrun started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def wanted_processes(nproc: int | None, processes: int | None) -> int:
-    """Processes to start: the command line's `--nproc`, else the setting, else one per CUDA device."""
-    return nproc or processes or max(1, torch.cuda.device_count())
-
-
-def spawn(module: str, arguments: Sequence[str], processes: int) -> int | None:
+def spawn(module: str, arguments: Sequence[str], processes: int | None) -> int | None:
     """Run `python -m module arguments` in several processes of this machine, and wait for them.
 
-    Returns the exit code, or None if there was nothing to start: one process is wanted, or torchrun runs
-    already. Passes SIGTERM, SIGINT and SIGUSR1 on to the processes, which take the time that they need. A
-    process that fails ends the others; the cause is printed once. Raises `UserError` if the machine has CUDA
-    devices, but fewer.
+    `processes` None: one per CUDA device. Returns the exit code, or None if there was nothing to start: one
+    process is wanted, or torchrun runs already. Passes SIGTERM, SIGINT and SIGUSR1 on to the processes, which
+    take the time that they need. A process that fails ends the others; the cause is printed once. Raises
+    `UserError` if the machine has CUDA devices, but fewer than `processes`.
     """
-    if processes == 1 or under_torchrun():
+    processes = processes or max(1, torch.cuda.device_count())
+    if processes == 1 or dist.is_torchelastic_launched():
         return None
     _require_a_device_each(processes, "lower hardware.processes or --nproc")
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -172,7 +163,7 @@ def _report(failures: "Sequence[ProcessFailure]") -> int:
         name = signal.Signals(-code).name
         print(
             f"error: {process} was killed by {name} ({_KILLED_BY.get(name, 'a crash')}); "
-            "run the stage again to go on from what was saved",
+            "run the stage again to resume from what was saved",
             file=sys.stderr,
         )
     elif code != _PEER_LOST and code - 128 not in STOP:
@@ -195,16 +186,16 @@ def join(time_limit: float, *, deterministic: bool = False) -> Iterator[Ranks]:
     """Enter the process group, if there is one, and leave it at the end.
 
     A process that has waited `time_limit` minutes for the others gives up. With `deterministic`, this process
-    uses deterministic algorithms alone, from here to its end. Raises `UserError` if this machine has CUDA
-    devices, but fewer than processes.
+    uses only deterministic algorithms until it ends. Raises `UserError` if this machine has CUDA devices, but
+    fewer than processes.
     """
     if deterministic:
         make_deterministic()
-    if not under_torchrun():
+    if not dist.is_torchelastic_launched():
         yield Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         return
     if _SPAWNED in os.environ:
-        # It has a session of its own, so a SIGKILL of the starter's process group would leave it at work
+        # This process has its own session, so a SIGKILL of the starter's process group would leave it running
         when_parent_ends(signal.SIGKILL)
         if os.getppid() != int(os.environ[_SPAWNED]):  # gone before that
             sys.exit(_PEER_LOST)
@@ -216,6 +207,7 @@ def join(time_limit: float, *, deterministic: bool = False) -> Iterator[Ranks]:
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device, timeout=limit)
         control = dist.new_group(backend="gloo", timeout=limit)
+        assert isinstance(control, dist.ProcessGroup)  # an int where this process is none of the group
     else:
         dist.init_process_group("gloo", timeout=limit)
     try:
@@ -223,8 +215,8 @@ def join(time_limit: float, *, deterministic: bool = False) -> Iterator[Ranks]:
     except BaseException as error:
         if isinstance(error, UserError) and _SPAWNED in os.environ:
             _user_error(str(error))  # before the others can notice that this process leaves
-        # A DistributedDataParallel in a frame of the traceback would outlive the group, whose end then waits,
-        # with Python's lock, for a thread of its own that wants the lock
+        # A DistributedDataParallel in a frame of the traceback would outlive the group. The end of the group
+        # then holds the GIL and waits for a thread that wants it
         traceback.clear_frames(error.__traceback__)
         raise
     finally:
@@ -249,7 +241,7 @@ def stage_parser(description: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="settings (params.yaml)")
     parser.add_argument("--nproc", type=_positive, help="processes on this machine")
-    parser.add_argument("--fresh", action="store_true", help="start over, and set aside what is there")
+    parser.add_argument("--fresh", action="store_true", help="start over, and keep what is there beside it")
     return parser
 
 
@@ -287,9 +279,9 @@ def run_stage(main: Callable[[], int | None], *, memory: str = "the batch") -> N
 
 
 def _known_error(error: Exception, memory: str) -> int | None:
-    """The exit code after a line on what ran out or who is lost; None for a bug."""
+    """Print what ran out or who is lost, and return the exit code; None for a bug."""
     reason = (str(error) or type(error).__name__).splitlines()[0]
-    again = "and run again: what was saved is whole"
+    again = "and run again: what was saved is intact"
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in reason:
         reason = reason.rpartition("DefaultCPUAllocator: ")[2]
         return _user_error(f"out of memory ({reason}); lower {memory} {again}")
@@ -298,7 +290,8 @@ def _known_error(error: Exception, memory: str) -> int | None:
         return _user_error(
             f"{where}{error.strerror}; make room or move the work folder (DRIFT_WORK_DIR), {again}"
         )
-    if under_torchrun() and (isinstance(error, dist.DistError) or "/gloo/" in reason):  # gloo's have no type
+    lost = isinstance(error, dist.DistError) or "/gloo/" in reason  # gloo's errors have no type
+    if lost and dist.is_torchelastic_launched():
         reason = reason.split(". ")[0]
         time.sleep(_GRACE)
         if not os.path.exists(os.environ.get(_MISTAKE, "")):
@@ -309,7 +302,7 @@ def _known_error(error: Exception, memory: str) -> int | None:
 
 def _user_error(message: str) -> int:
     """Print a mistake of the user, or leave it to `spawn`, as the other processes may notice it as well."""
-    if _SPAWNED in os.environ and under_torchrun():
+    if _SPAWNED in os.environ and dist.is_torchelastic_launched():
         Path(os.environ[_MISTAKE]).write_text(message, "utf-8", "surrogateescape")
     else:
         print(f"error: {message}", file=sys.stderr)

@@ -11,6 +11,8 @@ from typing import Any
 
 from drift.runtime.files import naming
 
+EVERY_S = 5.0  # at most a line in so many seconds, unless it is forced
+
 
 class ProgressLog:
     """Appends lines to the `logs.jsonl` of one run.
@@ -19,9 +21,8 @@ class ProgressLog:
     finished step, from 0); what else is known; and `time`, in Unix seconds.
     """
 
-    def __init__(self, path: str | Path, *, steps: int, unit: str, every_s: float = 5.0):
-        """At most a line every `every_s` seconds, unless one is forced."""
-        self.path, self.steps, self.unit, self.every_s = Path(path), steps, unit, every_s
+    def __init__(self, path: str | Path, *, steps: int, unit: str):
+        self.path, self.steps, self.unit = Path(path), steps, unit
         self._written = -math.inf
         with self.path.open("ab+") as file:
             if file.tell():
@@ -32,23 +33,13 @@ class ProgressLog:
     def reached(self, step: int, values: Mapping[str, Any] | None = None, force: bool = False) -> None:
         """Append a line for `step`, with `values`, unless the last one is too recent and `force` is false."""
         now = time.monotonic()
-        if not force and now - self._written < self.every_s:
+        if not force and now - self._written < EVERY_S:
             return
         self._written = now
-        line = {
-            "step": step,
-            "steps": self.steps,
-            "unit": self.unit,
-            **(values or {}),
-            "time": round(time.time(), 3),
-        }
+        position = {"step": step, "steps": self.steps, "unit": self.unit}
+        line = {**position, **(values or {}), "time": round(time.time(), 3)}
         with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-
-
-def done(line: Mapping[str, Any]) -> int:
-    """How many of the `steps` of a line are done."""
-    return line["step"] + 1 if line["unit"] == "step" else line["step"]
 
 
 def read_log(path: str | Path, last: int | None = None) -> list[dict]:

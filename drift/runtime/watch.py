@@ -1,7 +1,7 @@
-"""`drift watch`: what the work folders say of the runs at work, and of those before.
+"""`drift watch`: what the work folders say of the runs at work and of earlier ones.
 
-It only reads, and only the ends of logs, so it may run beside a stage, and on another machine that sees the
-folder. It imports no torch, to start at once.
+It only reads, and only the ends of logs, so it may run beside a stage, or on another machine that sees the
+folder. It starts at once, as it does not import torch.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from drift.runtime.lock import Holder
-from drift.runtime.progress import done, read_log
+from drift.runtime.progress import read_log
 from drift.runtime.work import read_note
 
 STAGES = ("encode", "mae", "drift", "fid")
@@ -66,18 +66,19 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def _describe(stage: str, folder: Path, different: Sequence[str], now: float) -> tuple[float, list[str]]:
     """When a run was last at work, in Unix seconds (infinite: it still is), and its lines."""
     holder = Holder.of(folder)
-    at_work = holder.at_work() if holder else False
     log = [line for line in read_log(folder / "logs.jsonl", last=_TAIL) if "time" in line]
     latest = log[-1]["time"] if log else 0.0
-    if at_work is None:
-        at_work = now - max(holder.since, latest) < SILENT_S
+    if holder:
+        at_work = holder.at_work()
+        if at_work is None:
+            at_work = now - max(holder.since, latest) < SILENT_S
+        holder = holder if at_work else None
+    state = "stopped"
     if (read_note(folder) or {}).get("finished"):  # looked at last, as a run may end meanwhile
-        state, at_work = "finished", False
-    elif at_work:
+        state, holder = "finished", None
+    elif holder:
         state = "running" if latest >= holder.since else "starting"
         state += f"  (process {holder.pid} on {holder.host})"
-    else:
-        state = "stopped"
     lines = ["  ".join([f"{stage} {folder.name[:8]}", state, *different])]
     # Not every line has what is measured only now and then
     values = {name: value for line in log for name, value in line.items() if name in VALUES}
@@ -86,12 +87,16 @@ def _describe(stage: str, folder: Path, different: Sequence[str], now: float) ->
     if checkpoints := [int(path.name[5:]) for path in folder.glob("step-*")]:
         facts.append(f"checkpoint {max(checkpoints):,}")
     if log:
-        lines.append(
-            "  " + _progress([line for line in log if at_work and line["time"] >= holder.since], log[-1])
-        )
+        of_holder = [line for line in log if holder and line["time"] >= holder.since]
+        lines.append("  " + _progress(of_holder, log[-1]))
         facts.append(f"logged {tqdm.format_interval(max(0, now - latest))} ago")
     lines.append("  " + ("  ".join(facts) or "nothing logged yet"))
-    return math.inf if at_work else latest, lines
+    return math.inf if holder else latest, lines
+
+
+def _done(line: Mapping[str, Any]) -> int:
+    """How many of the `steps` of a line are done."""
+    return line["step"] + 1 if line["unit"] == "step" else line["step"]
 
 
 def _progress(log: Sequence[Mapping[str, Any]], last: Mapping[str, Any]) -> str:
@@ -99,9 +104,9 @@ def _progress(log: Sequence[Mapping[str, Any]], last: Mapping[str, Any]) -> str:
     rate = None
     if len(log) > 1:
         first = next(line for line in log if last["time"] - line["time"] <= WINDOW_S or line is log[-2])
-        rate = (done(last) - done(first)) / max(1e-3, last["time"] - first["time"])
+        rate = (_done(last) - _done(first)) / max(1e-3, last["time"] - first["time"])
     return tqdm.format_meter(
-        done(last),
+        _done(last),
         last["steps"],
         elapsed=0,
         unit=" steps" if last["unit"] == "step" else f" {last['unit']}",
@@ -111,16 +116,11 @@ def _progress(log: Sequence[Mapping[str, Any]], last: Mapping[str, Any]) -> str:
     )
 
 
-def show(root: Path, stages: Sequence[str], out: TextIO) -> None:
-    """Write the runs of `stages` in `root` once."""
-    print(*page(root, stages), sep="\n", file=out)
-
-
 def follow(root: Path, stages: Sequence[str], out: TextIO, interval: float | None = None) -> None:
-    """Write the runs of `stages` in `root` again and again, until Ctrl-C.
+    """Write the page again and again until Ctrl-C, every `interval` seconds.
 
-    A terminal shows them in place, every 2 seconds unless there is an `interval`; what cannot clear its
-    screen gets a new block each time, every 30 seconds.
+    A terminal shows it in place, every 2 seconds by default. What cannot clear its screen gets a new block
+    each time, every 30 seconds.
     """
     in_place = out.isatty() and os.environ.get("TERM", "dumb") != "dumb"
     while True:

@@ -24,14 +24,12 @@ from drift.runtime.lock import Lock
 
 SETTINGS_FILE = "settings.yaml"
 _ROOT = Path(__file__).parents[2]
-PLUMBING = frozenset(
-    {
-        path.relative_to(_ROOT).as_posix()
-        for pattern in ("drift/runtime/*.py", "drift/settings*", "drift/settings/*.py")
-        for path in _ROOT.glob(pattern)
-        if path.name not in ("seeds.py", "sums.py")
-    }
-    | {"drift/evaluation/report.py", "drift/training/inputs.py", "drift/training/log.py"}
+PLUMBING = (
+    "drift/runtime/",  # but for the seeds
+    "drift/settings/",
+    "drift/evaluation/report.py",
+    "drift/training/inputs.py",
+    "drift/training/log.py",
 )
 """Modules that move files, read settings, start processes and talk: no number depends on them."""
 
@@ -53,12 +51,15 @@ def fingerprint(inputs: Mapping[str, Any]) -> str:
 
 def code_digest() -> str:
     """16 hex digits of a hash of the project's modules that this process has imported, but for `PLUMBING`."""
-    files = {Path(m.__file__).resolve() for m in list(sys.modules.values()) if getattr(m, "__file__", None)}
-    ours = {f.relative_to(_ROOT).as_posix(): f for f in files if f.is_relative_to(_ROOT)}
+    files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
+    paths = {Path(file).resolve() for file in files if file}
+    names = {path.relative_to(_ROOT).as_posix() for path in paths if path.is_relative_to(_ROOT)}
     digest = hashlib.sha256()
-    for name in sorted(ours.keys() - PLUMBING):
-        if name.startswith(("drift/", "stages/")) and name.endswith(".py"):
-            digest.update(f"{name}\0{without_words(ours[name].read_text(encoding='utf-8'))}\0".encode())
+    for name in sorted(names):
+        plumbing = name.startswith(PLUMBING) and name != "drift/runtime/seeds.py"
+        if name.startswith(("drift/", "stages/")) and name.endswith(".py") and not plumbing:
+            source = (_ROOT / name).read_text(encoding="utf-8")
+            digest.update(f"{name}\0{without_words(source)}\0".encode())
     return digest.hexdigest()[:16]
 
 
@@ -68,7 +69,7 @@ def without_words(source: str) -> str:
     for node in ast.walk(tree):
         if isinstance(body := getattr(node, "body", None), list):
             texts = [n for n in body if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
-            node.body = [n for n in body if n not in texts] or [ast.Pass()]
+            body[:] = [n for n in body if n not in texts] or [ast.Pass()]
     return ast.unparse(tree)
 
 
@@ -124,7 +125,7 @@ class Work:
         """`inputs`: the settings and inputs that the result depends on.
 
         `fresh`: start over, and set aside what is there. `first`: whether this process manages the folder;
-        the others only learn where it is. `remarks` on the settings go to the screen and into the settings
+        the others only learn where it is. `remarks` on the settings are printed and kept in the settings
         file. Entering raises `UserError` if the folder cannot be written or another process works in it.
         """
         self.stage, self.inputs, self.fresh, self.first = stage, dict(inputs), fresh, first
@@ -164,11 +165,11 @@ class Work:
         elif note is not None:
             self.code, finished = note["code"], note["finished"]
             if finished:
-                self._say(f"finished already in {self.folder}, gives its result again (--fresh starts over)")
+                self._say(f"finished already in {self.folder}: the result is reused (--fresh starts over)")
             elif changed:
                 self._say(
-                    f"the code has changed since the last work in {self.folder}; going on all the same, and "
-                    "the settings file records it (--fresh starts over)"
+                    f"the code has changed since the last work in {self.folder}; the run resumes, and its "
+                    "settings file records the change (--fresh starts over)"
                 )
         others = [f for f in self.folder.parent.iterdir() if (read_note(f) or {}).get("finished")]
         if others := [folder for folder in others if folder != self.folder]:

@@ -18,16 +18,17 @@ from drift.runtime.lock import Holder, Lock
 @pytest.fixture(params=["flock", errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK], ids=str)
 def there(request, tmp_path, monkeypatch):
     """A folder on a filesystem with `flock`, or with an error in its place."""
+
+    def refuse(file, what):
+        raise OSError(request.param, os.strerror(request.param))
+
     if request.param != "flock":
-
-        def refuse(file, what):
-            raise OSError(request.param, os.strerror(request.param))
-
         monkeypatch.setattr(fcntl, "flock", refuse)
     return tmp_path / "run"
 
 
-no_flock = pytest.mark.parametrize("there", [errno.EOPNOTSUPP], indirect=True)
+def without_flock(number):
+    return pytest.mark.parametrize("there", [number], indirect=True)
 
 
 def test_one_at_a_time_and_everyone_can_see_who(there):
@@ -45,15 +46,12 @@ def test_one_at_a_time_and_everyone_can_see_who(there):
     second.release()
 
 
-def gone() -> Holder:
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return Holder(platform.node(), process.pid, time.time())
-
-
 @pytest.mark.parametrize("number", ["free", "of a process that began later"])
 def test_what_a_killed_process_has_left_is_no_lock(there, number):
-    holder = gone() if number == "free" else Holder(platform.node(), os.getpid(), 1.0)
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    pid, since = (killed.pid, time.time()) if number == "free" else (os.getpid(), 1.0)
+    holder = Holder(platform.node(), pid, since)
     there.with_suffix(".run").write_text(json.dumps(asdict(holder)))
     assert holder.at_work() is False
     lock = Lock(there)
@@ -61,11 +59,12 @@ def test_what_a_killed_process_has_left_is_no_lock(there, number):
     lock.release()
 
 
-@no_flock
+@without_flock(errno.EOPNOTSUPP)
 def test_the_lock_of_another_machine_stays_and_names_the_way_out(there):
-    run = there.with_suffix(".run")
+    run, lock = there.with_suffix(".run"), Lock(there)
+    run.touch()  # the name is just being written
+    assert not lock.acquire()
     run.write_text(json.dumps(asdict(Holder("far", 4711, 1_700_000_000.0))))
-    lock = Lock(there)
     assert not lock.acquire()
     assert "process 4711 on far" in lock.holder() and f"delete {run}" in lock.holder()
     run.unlink()
@@ -73,16 +72,7 @@ def test_the_lock_of_another_machine_stays_and_names_the_way_out(there):
     lock.release()
 
 
-@no_flock
-def test_a_lock_that_is_just_being_written_is_one(there):
-    there.with_suffix(".run").touch()
-    assert not Lock(there).acquire()
-
-
-def test_other_errors_of_flock_are_raised(tmp_path, monkeypatch):
-    def refuse(file, what):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
+@without_flock(errno.EIO)
+def test_other_errors_of_flock_are_raised(there):
     with pytest.raises(OSError, match="Input/output"):
-        Lock(tmp_path / "run").acquire()
+        Lock(there).acquire()

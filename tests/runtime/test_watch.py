@@ -10,14 +10,14 @@ import pytest
 
 from drift.runtime import watch
 from drift.runtime.lock import Holder
-from drift.runtime.watch import STAGES, follow, page, show
+from drift.runtime.watch import STAGES, follow, page
 from drift.runtime.work import Work
 
 NOW = 1_700_000_000.0
 
 
 def line(step, at, steps=100, **values):
-    return {"step": step, "steps": steps, "unit": "step", **values, "time": NOW + at}
+    return {"step": step, "steps": steps, "unit": "step", "time": NOW + at, **values}
 
 
 def leave(root, stage, name, lines=(), *, finished=False, inputs=None, since=None, host=None):
@@ -38,12 +38,9 @@ def leave(root, stage, name, lines=(), *, finished=False, inputs=None, since=Non
 def clock(monkeypatch):
     """Sets the time, in seconds after `NOW`; processes of this machine are alive."""
     monkeypatch.setattr(Holder, "at_work", lambda holder: holder.host == platform.node() or None)
-
-    def set_to(seconds):
-        monkeypatch.setattr(watch.time, "time", lambda: NOW + seconds)
-
-    set_to(0)
-    return set_to
+    seconds = [0]
+    monkeypatch.setattr(watch.time, "time", lambda: NOW + seconds[-1])
+    return seconds.append
 
 
 def heads(root, stages=STAGES):
@@ -59,7 +56,7 @@ def test_states_of_a_real_run(tmp_path, monkeypatch):
 
     with Work("mae", {"lr": 1}) as work:
         assert state() == "starting"
-        (work.folder / "logs.jsonl").write_text(json.dumps({**line(0, 0), "time": time.time()}))
+        (work.folder / "logs.jsonl").write_text(json.dumps(line(0, 0, time=time.time())))
         assert state() == "running"
         assert f"(process {os.getpid()} on {platform.node()})" in heads(tmp_path)[0]
         with pytest.raises(SystemExit), Work("mae", {"lr": 1}, first=False):
@@ -75,11 +72,10 @@ def test_states_of_a_real_run(tmp_path, monkeypatch):
     assert state() == "finished"
 
 
-def test_looking_does_not_keep_a_stage_from_starting(tmp_path, monkeypatch):
-    monkeypatch.setattr("drift.runtime.lock.Lock.acquire", lambda *_, **__: pytest.fail("the lock is taken"))
+def test_looking_does_not_keep_a_stage_from_starting(tmp_path):
     leave(tmp_path, "mae", "a", since=-5)
     page(tmp_path, STAGES)
-    assert sorted(path.name for path in (tmp_path / "mae").iterdir()) == ["a", "a.run"]
+    assert sorted(path.name for path in (tmp_path / "mae").iterdir()) == ["a", "a.run"]  # and no a.lock
 
 
 @pytest.mark.parametrize(("lines", "word"), [([line(3, 0)], "running"), ([], "starting")])
@@ -107,21 +103,15 @@ def test_a_run_on_another_machine_is_judged_by_its_log(tmp_path, clock, lines, w
 )
 def test_rate_and_time_left(tmp_path, clock, positions, since, text):
     leave(tmp_path, "drift", "a", [line(step, at, 1000) for step, at in positions], since=since)
-    assert page(tmp_path, STAGES)[1].endswith(text)
-
-
-def test_images_are_counted_in_their_unit(tmp_path, clock):
-    lines = [{"step": n, "steps": 10_000, "unit": "img", "time": NOW + n / 500} for n in (0, 2500, 5000)]
-    leave(tmp_path, "encode", "a", lines, since=-1)
-    assert page(tmp_path, STAGES)[1] == "  5,000 of 10,000 img (50.0%)  500.00 img/s  ETA 00:10"
+    images = [line(n, n / 500, 10_000, unit="img") for n in (0, 2500, 5000)]
+    leave(tmp_path, "encode", "a", images, since=-1)
+    assert page(tmp_path, ["drift"])[1].endswith(text)
+    assert page(tmp_path, ["encode"])[1] == "  5,000 of 10,000 img (50.0%)  500.00 img/s  ETA 00:10"
 
 
 def test_values_and_the_newest_checkpoint(tmp_path, clock):
-    lines = [
-        line(0, 0, loss=1.0, reconstruction=0.25, held_out=0.3),
-        line(1, 1, loss=0.5, reconstruction=0.125),
-    ]
-    folder = leave(tmp_path, "mae", "a", lines)
+    first = line(0, 0, loss=1.0, reconstruction=0.25, held_out=0.3)
+    folder = leave(tmp_path, "mae", "a", [first, line(1, 1, loss=0.5, reconstruction=0.125)])
     for step in (900, 1000, 1200):
         (folder / f"step-{step}").mkdir()
     with (folder / "logs.jsonl").open("a") as file:
@@ -157,7 +147,7 @@ class Screen(io.StringIO):
         return True
 
 
-def follow_for(monkeypatch, times, root, out, **options):
+def follow_for(monkeypatch, times, root, out, interval=None):
     """`follow` until it has looked so many times; how long it waited after each."""
     waits = []
 
@@ -168,7 +158,7 @@ def follow_for(monkeypatch, times, root, out, **options):
 
     monkeypatch.setattr(watch.time, "sleep", sleep)
     with pytest.raises(KeyboardInterrupt):
-        follow(root, STAGES, out, **options)
+        follow(root, STAGES, out, interval)
     return waits
 
 
@@ -184,24 +174,19 @@ def test_a_terminal_shows_a_page_that_fits_it_again_and_again(tmp_path, monkeypa
     assert max(map(len, second.splitlines())) == 39
 
 
-@pytest.mark.parametrize("term", ["dumb", None])
-def test_a_dumb_terminal_gets_one_block_after_the_other(tmp_path, monkeypatch, term):
-    monkeypatch.setenv("TERM", term) if term else monkeypatch.delenv("TERM", raising=False)
-    leave(tmp_path, "mae", "a", [line(7, 0)])
-    screen = Screen()
-    assert follow_for(monkeypatch, 3, tmp_path, screen) == [30.0] * 3
-    assert screen.getvalue().count("8 of 100 steps") == 3
-    assert "\033" not in screen.getvalue()
-
-
-def test_a_file_gets_whole_lines(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("out", "term", "interval"), [(Screen, "dumb", None), (Screen, None, None), (io.StringIO, "xterm", 7.0)]
+)
+def test_what_cannot_be_cleared_gets_one_block_of_whole_lines_after_the_other(
+    tmp_path, monkeypatch, out, term, interval
+):
     monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setenv("TERM", term) if term else monkeypatch.delenv("TERM", raising=False)
     leave(tmp_path, "mae", "a", [line(7, 0, loss=0.5)])
-    once, following = io.StringIO(), io.StringIO()
-    show(tmp_path, STAGES, once)
-    assert follow_for(monkeypatch, 2, tmp_path, following, interval=7.0) == [7.0] * 2
-    assert once.getvalue().count("  loss 0.5  logged") == 1
-    assert following.getvalue().count("  loss 0.5  logged") == 2
+    screen = out()
+    assert follow_for(monkeypatch, 3, tmp_path, screen, interval) == [interval or 30.0] * 3
+    assert screen.getvalue().count("  8 of 100 steps (8.0%)\n  loss 0.5  logged") == 3
+    assert "\033" not in screen.getvalue()
 
 
 def test_without_runs_it_says_where_it_has_looked(tmp_path):
