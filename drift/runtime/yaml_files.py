@@ -1,34 +1,53 @@
-"""YAML, read by the parser that DVC uses; mistakes in it as one line."""
+"""YAML as DVC reads it, and mistakes in it as one line."""
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import ValidationError
-from ruamel.yaml import YAML
-from ruamel.yaml.constructor import SafeConstructor
-from ruamel.yaml.error import YAMLError
 
 from drift.runtime.errors import UserError
 
 
-class _Constructor(SafeConstructor):
-    """Dates stay texts: no setting is a date, but a folder may have the name of one."""
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2: `1e-4` is a number, `no` and `2026-01-01` are texts. A key that is given twice is refused."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value} is given twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
-_Constructor.add_constructor("tag:yaml.org,2002:timestamp", SafeConstructor.construct_yaml_str)
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":bool", ":timestamp"))
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF"
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:(?:\.\d+|\d+\.\d*)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$"
+    ),
+    "-+.0123456789",
+)
 
 
 def read_yaml(path: str | Path, way_out: str) -> dict[str, Any]:
-    """The mapping that a YAML file holds. Raises `UserError` with one line that ends in `way_out`.
-
-    YAML 1.2: `1e-4` is a number, `no` is a text. A key that is given twice is a mistake.
-    """
-    yaml = YAML(typ="safe", pure=True)
-    yaml.Constructor = _Constructor
+    """The mapping that a YAML file holds. Raises `UserError` with one line that ends in `way_out`."""
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {way_out}") from None
     except UnicodeDecodeError as error:
@@ -36,7 +55,7 @@ def read_yaml(path: str | Path, way_out: str) -> dict[str, Any]:
         raise UserError(
             f"{path}: line {line} is not UTF-8 (byte 0x{error.object[error.start]:02x}); save it as UTF-8"
         ) from None
-    except YAMLError as error:
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         reason = " ".join(str(getattr(error, "problem", None) or error).split())
@@ -62,8 +81,7 @@ def one_line(error: ValidationError, known: Iterable[str], moved: Mapping[str, s
     elif first["type"] == "missing":
         line = f"missing key {key}: presets/ holds complete files with a value for it"
     elif first["type"] == "value_error":  # of our own validators, which name the key
-        reason = first.get("ctx", {})["error"]
-        line = f"{key}.{reason}" if key else str(reason)
+        line = f"{key}.{first['ctx']['error']}" if key else str(first["ctx"]["error"])
     else:
         message = first["msg"].removeprefix("Input should be ").replace("'", "")
         line = f"{key} = {value}: allowed: {message[0].lower()}{message[1:]}"
