@@ -1,7 +1,7 @@
 # make repro   set up, run the pipeline of params.yaml, show the metrics and where the pictures are
 # make test    set up, check the style, run the fast tests: minutes on two cores
 # make test-all    every test there is, which takes most of an hour
-# make types   check the types of drift/ (pip install --editable '.[dev]')
+# make types   install pyright, check the types of drift/
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,7 +29,8 @@ lint: setup
 	ruff check .
 	ruff format --check .
 
-types:
+types: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	pyright
 
 setup: $(VENV)/installed

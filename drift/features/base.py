@@ -7,7 +7,7 @@ and whose `load` gives an `Encoder`; import it in `__init__.py`. Settings, stage
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
@@ -57,7 +57,8 @@ class Joined(Encoder):
         self.encoders = nn.ModuleList(encoders)
 
     def encode(self, latents: Tensor) -> dict[str, Tensor]:
-        return {name: x for encoder in self.encoders for name, x in encoder.encode(latents).items()}
+        encoders = cast("Sequence[Encoder]", self.encoders)
+        return {name: x for encoder in encoders for name, x in encoder.encode(latents).items()}
 
 
 def load_encoders(

@@ -81,7 +81,8 @@ def one_line(error: ValidationError, known: Iterable[str], moved: Mapping[str, s
     elif first["type"] == "missing":
         line = f"missing key {key}: presets/ holds complete files with a value for it"
     elif first["type"] == "value_error":  # of our own validators, which name the key
-        line = f"{key}.{first['ctx']['error']}" if key else str(first["ctx"]["error"])
+        reason = first.get("ctx", {})["error"]
+        line = f"{key}.{reason}" if key else str(reason)
     else:
         message = first["msg"].removeprefix("Input should be ").replace("'", "")
         line = f"{key} = {value}: allowed: {message[0].lower()}{message[1:]}"
