@@ -1,9 +1,9 @@
-"""Trains the two stand-in networks of the handwritten digits: a small VAE and a small image classifier.
+"""Trains the two stand-in networks of handwritten digits: a small VAE and a small image classifier.
 
-    python -m pretrained.train vae --out pretrained/digits_vae
-    python -m pretrained.train classifier --out pretrained/digits_classifier
+    python -m pretrained.train vae --dataset mnist5k --out pretrained/mnist_vae
+    python -m pretrained.train classifier --dataset mnist5k --out pretrained/mnist_classifier
 
-They take the places of the SD-VAE and Inception, so that the digits run through the same stages without a
+They take the places of the SD-VAE and Inception, so that digits run through the same stages without a
 download. Both see the training split only. The same command on the same machine writes the same bytes. Sizes
 and schedules were found by trial.
 """
@@ -31,12 +31,20 @@ from drift.runtime.seeds import derive_seed, numpy_generator, torch_generator
 from drift.runtime.torchvision import ensure_torchvision
 
 IMAGE_SIZE = 32
-SOURCE = open_images("digits", None, "train", 10)
-PICTURES = [SOURCE.load(index) for index in range(len(SOURCE))]
-VIEWS = np.stack([center_view(picture, IMAGE_SIZE) for picture in PICTURES])  # [N, S, S, 3]
 
 
-def train_vae(steps: int, seed: int = 0) -> tuple[nn.Module, list[float]]:
+class TrainingImages:
+    """The training split of a data set of digits."""
+
+    def __init__(self, dataset: str):
+        source = open_images(dataset, None, "train", 10)
+        self.labels = torch.from_numpy(source.labels)
+        self.pictures = [source.load(index) for index in range(len(source))]
+        self.views = np.stack([center_view(picture, IMAGE_SIZE) for picture in self.pictures])
+        """`[N, S, S, 3]` uint8."""
+
+
+def train_vae(data: TrainingImages, steps: int, seed: int = 0) -> tuple[nn.Module, list[float]]:
     """Train an AutoencoderKL; returns it and the losses of all steps.
 
     Half of each batch are central views, half random crops, since the pipeline encodes both. The loss is the
@@ -62,12 +70,12 @@ def train_vae(steps: int, seed: int = 0) -> tuple[nn.Module, list[float]]:
 
     def loss_of(step: int) -> Tensor:
         rng = numpy_generator(seed, "standins/vae/batch", step)
-        rows = rng.integers(len(VIEWS), size=batch_size)
+        rows = rng.integers(len(data.views), size=batch_size)
         crops = [
-            augmented_view(PICTURES[row], IMAGE_SIZE, crop_scale, crop_ratio, flip=False, rng=rng)
+            augmented_view(data.pictures[row], IMAGE_SIZE, crop_scale, crop_ratio, flip=False, rng=rng)
             for row in rows[batch_size // 2 :]
         ]
-        images = to_float(torch.from_numpy(np.concatenate([VIEWS[rows[: batch_size // 2]], crops])))
+        images = to_float(torch.from_numpy(np.concatenate([data.views[rows[: batch_size // 2]], crops])))
         posterior = model.encode(images).latent_dist
         noise = torch_generator(seed, "standins/vae/noise", step)
         reconstruction = model.decode(posterior.sample(noise)).sample
@@ -75,15 +83,14 @@ def train_vae(steps: int, seed: int = 0) -> tuple[nn.Module, list[float]]:
         return F.mse_loss(reconstruction, images) + kl_weight * divergence
 
     losses = _minimise(model, loss_of, steps=steps, lr=2e-3, weight_decay=0.0)
-    mean, _ = VAE(model, id="digits").moments(torch.from_numpy(VIEWS))
+    mean, _ = VAE(model, id="stand-in").moments(torch.from_numpy(data.views))
     model.register_to_config(scaling_factor=round(1 / mean.std().item(), 5))
     return model, losses
 
 
-def train_classifier(steps: int, seed: int = 0) -> tuple[nn.Module, list[float]]:
+def train_classifier(data: TrainingImages, steps: int, seed: int = 0) -> tuple[nn.Module, list[float]]:
     """Train an ImageClassifier on randomly moved digits; returns it and the losses of all steps."""
-    images = torch.from_numpy(VIEWS).permute(0, 3, 1, 2).float()  # [N, 3, S, S] in 0..255
-    labels = torch.from_numpy(SOURCE.labels)
+    images = torch.from_numpy(data.views).permute(0, 3, 1, 2).float()  # [N, 3, S, S] in 0..255
     torch.manual_seed(derive_seed(seed, "standins/classifier/init"))
     model = ImageClassifier(image_size=IMAGE_SIZE, num_classes=10)
 
@@ -91,7 +98,7 @@ def train_classifier(steps: int, seed: int = 0) -> tuple[nn.Module, list[float]]
         generator = torch_generator(seed, "standins/classifier/batch", step)
         rows = torch.randint(len(images), (128,), generator=generator)
         moved = move_randomly(images[rows], generator)
-        return F.cross_entropy(model.logits(model.features(moved)), labels[rows])
+        return F.cross_entropy(model.logits(model.features(moved)), data.labels[rows])
 
     return model, _minimise(model, loss_of, steps=steps, lr=3e-3, weight_decay=0.05)
 
@@ -136,6 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("network", choices=NETWORKS)
+    parser.add_argument("--dataset", choices=("digits", "mnist5k"), default="digits")
     parser.add_argument("--out", type=Path, required=True, help="folder, replaced if it is there")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="default: as many as the committed network has seen")
@@ -145,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if steps < 1:
         raise UserError(f"--steps {steps}: give at least 1")
     check_output(args.out)
-    model, _ = train(steps, args.seed)
+    model, _ = train(TrainingImages(args.dataset), steps, args.seed)
     unfinished = args.out.with_name(f".{args.out.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)

