@@ -206,6 +206,8 @@ GUIDED = {"drift__omega_min": 1.1, "drift__no_guidance_fraction": 0.0}
         ({"coupling": "sinkhron"}, ["coupling", "'sinkhron'", "row", "partial_two_sided", "sinkhorn"]),
         ({"temps": [0.02, -0.05]}, ["temps.1", "-0.05", "greater than 0"]),
         ({"temps": []}, ["temps", "at least 1 item"]),
+        ({"features": ["nope"]}, ["features.0 = 'nope': allowed: latent, mae"]),
+        ({"features": "mae"}, ["features = 'mae': allowed: a list"]),
         ({"views": ["augmented"]}, ["views = ['augmented']", "center"]),
         ({"views": ["center"]}, ["views = ['center']", "augmented (mae.view)"]),
         ({"drift__classes_per_step": 11}, ["drift.classes_per_step = 11", "data.classes (10)"]),

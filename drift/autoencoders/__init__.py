@@ -47,7 +47,7 @@ class Autoencoder(Protocol):
     def to(self, device: torch.device, /) -> Self: ...
 
     def compile_with(self, compiler: Callable[[Callable, str], Callable]) -> None:
-        """Let `compiler` (function, name -> a faster function) have its networks."""
+        """Run its networks as `compiler` (function, name -> a faster function) returns them."""
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
         """Shape (C, h, w) of the latents of square images; raises `UserError` if their side does not fit."""

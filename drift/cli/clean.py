@@ -1,8 +1,8 @@
 """Free the disk of finished work whose result DVC has stored.
 
-Shows the work folders of the stages. With --yes those go that have finished, and
-of which DVC's cache has all that dvc.lock names. Unfinished work stays, and so do
-results of other settings: remove these by hand.
+Shows the work folders of the stages. --yes removes those that have finished, if
+their result is the one in dvc.lock and DVC's cache has all of it. Unfinished work
+stays, and so do results of other settings: remove these by hand.
 
 examples:
   drift clean          what there is, and what would go

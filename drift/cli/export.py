@@ -28,9 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--metrics", type=Path, default=METRICS, help="(%(default)s)")
     parser.add_argument("--no-metrics", action="store_true", help="leave them out")
     parser.add_argument("--picture", type=Path, default=PICTURE, help="(%(default)s)")
-    parser.add_argument("--name", help="of the model, in the card (the folder's name)")
+    parser.add_argument("--name", help="name of the model in its card (the folder's name)")
     parser.add_argument("--license", default="other", metavar="ID", help="of the weights, on the hub (other)")
-    parser.add_argument("--dataset", metavar="ID", help="that it was trained on, on the hub")
+    parser.add_argument("--dataset", metavar="ID", help="hub id of the data set that it was trained on")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,8 +1,9 @@
 """Look at an MAE: what it reconstructs, its error, its feature sets.
 
-Writes OUT/meta.json and OUT/mae.png, from above: masked error, image, decoded latent,
-the same with masked places grey, with those filled in, the network's output. The
-masked error is what the stage mae logs; beside it stands that of each channel's mean.
+Writes OUT/meta.json and OUT/mae.png, from top to bottom: masked error, image, decoded
+latent, the same with masked places grey, with those filled in, the network's output.
+The masked error is what the stage mae logs; beside it stands that of each channel's
+mean.
 --check-feature-sets shows for each set whether it tells 64 latents apart.
 Lines with "warning:" say what does not look as it should.
 

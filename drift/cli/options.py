@@ -40,9 +40,14 @@ def add_versions(parser: argparse.ArgumentParser) -> None:
     """What chooses among the versions of a generator SOURCE."""
     parser.add_argument("--rev", metavar="REVISION", help="take SOURCE as of this Git revision, by DVC")
     parser.add_argument(
-        "--weights", default="model", metavar="NAME", help="or an EMA copy, as ema_0999 (model)"
+        "--weights",
+        default="model",
+        metavar="NAME",
+        help="which weights: model, or an EMA copy such as ema_0999 (model)",
     )
-    parser.add_argument("--vae", metavar="VAE", help="folder or hub id, where SOURCE names none or another")
+    parser.add_argument(
+        "--vae", metavar="VAE", help="folder or hub id of the VAE, instead of the one that SOURCE names"
+    )
 
 
 def find_source(source: str, revision: str | None) -> str | Path:

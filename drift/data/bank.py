@@ -38,7 +38,7 @@ def batch_rows(step: int, batch_size: int, images: int, seed: int, per_image: in
 def held_out_rows(n: int, per_image: int, count: int, seed: int) -> np.ndarray:
     """The rows of `count` images that are kept out of training, sorted: `[count * per_image]`.
 
-    `n` are the rows of all images. Raises `UserError` if none would be left to train on.
+    `n` is the number of rows of all images. Raises `UserError` if none would be left to train on.
     """
     images = n // per_image
     if count >= images:
@@ -50,7 +50,7 @@ def held_out_rows(n: int, per_image: int, count: int, seed: int) -> np.ndarray:
 def choose_classes(seed: int, step: int, count: int, candidates: np.ndarray) -> np.ndarray:
     """The classes of a step, `[count]`: so many of the `candidates`, uniformly without replacement.
 
-    A class that is several times among the candidates may be drawn as often.
+    A class that occurs several times among the candidates may be drawn as many times.
     """
     return numpy_generator(seed, "queue/classes", step).choice(candidates, count, replace=False)
 
@@ -88,7 +88,7 @@ class DirectSampling:
         return np.empty(0, np.int64)
 
     def require(self, positives: int, unconditional: int) -> None:
-        """Raise `UserError` if there are fewer images than are to be drawn, of any class or of all."""
+        """Raise `UserError` if a class, or the data set as a whole, has fewer images than are to be drawn."""
         rarest, images = int(np.argmin(self._sizes)), len(self._by_class)
         rarest_class = f"class {self._names[rarest]}"
         for setting, wanted, whose, there, limit, queued in (
@@ -158,7 +158,7 @@ class SampleQueue(DirectSampling):
     _STREAM = "queue/draw"
 
     def __init__(self, *data: Any, per_class: int, global_size: int, **names: Any):
-        """Arguments as those of `DirectSampling`."""
+        """The arguments are those of `DirectSampling`; both sizes are required."""
         super().__init__(*data, per_class=per_class, global_size=global_size, **names)
         self._epoch = -1  # none is at hand
         self._go_to(0)

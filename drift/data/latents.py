@@ -33,7 +33,7 @@ _SETTINGS = {
 
 
 def latent_files(folder: str | Path, split: str = "train") -> tuple[Path, Path, Path]:
-    """Where latents, labels and meta of a split are."""
+    """The paths of a split's latents, labels and meta file."""
     folder = Path(folder)
     return folder / f"{split}_latents.npy", folder / f"{split}_labels.npy", folder / f"{split}_meta.json"
 
@@ -41,8 +41,8 @@ def latent_files(folder: str | Path, split: str = "train") -> tuple[Path, Path, 
 class LatentStore:
     """N latents with their labels; latents are read when they are asked for.
 
-    `latents` is a memory map, good for a look: a mapped file that is cut short or whose disk disappears kills
-    the process with SIGBUS. What must survive that uses `read` or `rows`.
+    `latents` is a memory map, for a quick look only: a mapped file that is cut short, or whose disk
+    disappears, kills the process with SIGBUS. What must survive that uses `read` or `rows`.
     """
 
     def __init__(self, folder: str | Path, split: str = "train"):

@@ -64,13 +64,13 @@ VIEW_OPTIONS = {name: tuple(option.name for option in fields(kind)) for name, ki
 
 
 def make_view(name: str, options: Any) -> View:
-    """The view of a name, with its options among the attributes of `options`."""
+    """The view called `name`; its options are attributes of `options`."""
     kind = VIEWS[one_of("view", name, *VIEWS)]
     return kind(**{key: getattr(options, key) for key in VIEW_OPTIONS[name]})
 
 
 def view_digest(name: str) -> str:
-    """SHA-256 of what a view makes of fixed pictures: another once a change here or in Pillow shows.
+    """SHA-256 of what a view makes of fixed pictures: it changes when a change here or in Pillow shows.
 
     Whatever was made of views and is kept from one run to the next depends on it.
     """

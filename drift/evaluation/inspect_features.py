@@ -166,7 +166,7 @@ def inspect_mae(
     rows: int = 1024,
     feature_sets: bool = False,
 ) -> list[str]:
-    """Show what the MAE of `folder` makes of masked `latents`, and measure it; what to tell a person.
+    """Show what the MAE of `folder` makes of masked `latents`, and measure it; returns the lines to print.
 
     Writes `mae.png` and `meta.json` into `out`. From above, the picture has the source image (with
     `look.images`), the decoded latent, the same with what is masked in grey, with that filled in, and the

@@ -167,7 +167,7 @@ def inspect_latents(
     look: Look = Look(),  # noqa: B008 (frozen)
     view: str | None = None,
 ) -> list[str]:
-    """Decode random latents of `folder` and measure all of them; what to tell a person, line by line.
+    """Decode random latents of `folder` and measure all of them; returns the lines to print.
 
     Writes `latents.png`, `histogram.png` and `meta.json` into `out`. With `look.images`, each decoded latent
     has the centre view of its image below it; where that is what was encoded, the two are compared. `view` is

@@ -276,7 +276,7 @@ def write_inspection(
     lines: Sequence[str],
     warnings: Sequence[str],
 ) -> list[str]:
-    """Write `pictures` by name, and `meta` with the `warnings`; what to tell a person, line by line."""
+    """Write `pictures` by name, and `meta` with the `warnings`; returns the lines to print."""
     (out / "meta.json").unlink(missing_ok=True)  # that of an earlier inspection must not vouch for these
     for name, picture in pictures.items():
         save_png(out / name, picture)

@@ -43,7 +43,7 @@ _SCALE = 0.1  # by which features grow
 
 @dataclass(frozen=True)
 class Reference:
-    """Real images as they are compared with."""
+    """Real images, as the statistics that generated ones are compared with."""
 
     name: str
     digest: str

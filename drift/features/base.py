@@ -1,7 +1,8 @@
 """What a feature encoder is, and the registry of them.
 
-To add one, write a file in this folder: a `FeatureEncoder` under `@register`, whose fields are its options
-and whose `load` gives an `Encoder`; import it in `__init__.py`. Settings, stages and tests read `ENCODERS`.
+To add one, write a file in this folder with two classes: a `FeatureEncoder` with `@register`, whose fields
+are the options and whose `load` returns the other, an `Encoder`. Import the first in `__init__.py`, or it is
+never registered. `latent.py` is the shortest example. Settings, stages and tests read `ENCODERS`.
 """
 
 from abc import ABC, abstractmethod
@@ -26,13 +27,13 @@ class FeatureEncoder(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
     needs_mae: ClassVar[bool] = False
-    """The mae stage trains only where some encoder says True."""
+    """Whether it needs the MAE; the mae stage trains only if some encoder does."""
     needs_decoder: ClassVar[bool] = False
-    """It sees images, decoded from latents with gradients."""
+    """Whether it sees images, decoded from latents with gradients. No stage provides the decoder yet."""
     encoder: str
 
     def load(self, *, mae: Path | None = None, autoencoder: Any = None) -> Encoder:
-        """Build it from the folder of an MAE, or on an autoencoder; only what it needs is looked at.
+        """Build it from the folder of an MAE, or on an autoencoder; it looks only at what it needs.
 
         Raises `UserError` if weights are missing or damaged.
         """
@@ -50,7 +51,7 @@ def register(options: type[T]) -> type[T]:
 
 
 class Joined(Encoder):
-    """The feature sets of several encoders; sets of one name are one and the same."""
+    """The feature sets of several encoders. Sets with the same name must be the same: one of them is kept."""
 
     def __init__(self, encoders: Sequence[Encoder]):
         super().__init__()

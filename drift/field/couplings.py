@@ -202,7 +202,7 @@ class Transport(Coupling):
         return Plan(plan, self._errors(plan, log_marginal))
 
     def normalised_rows(self, logits: Tensor, marginal: Tensor) -> Plan:
-        """For entries of its rows, a plan needs no f."""
+        """A softmax over targets: f is the same in a whole row, and cancels when the row is divided."""
         potentials, log_marginal = self._scale(logits, marginal)
         plan = (logits + potentials.g).add_(potentials.f).exp_()
         return Plan((logits + potentials.g).softmax(dim=-1), self._errors(plan, log_marginal))
@@ -238,7 +238,7 @@ class Transport(Coupling):
     def _iterate(
         self, now: "Potentials", count: int, log_marginal: Tensor, log_sums: "LogSums"
     ) -> "Potentials":
-        """Row update, then column update, so often.
+        """`count` times a row update, then a column update.
 
             f_i = r (log(1/N) - log sum_j exp(z_ij + g_j)),  g_j = r (log b_j - log sum_i exp(z_ij + f_i))
 
@@ -260,7 +260,7 @@ class Transport(Coupling):
 @register("sinkhorn")
 @dataclass(frozen=True, kw_only=True)
 class Sinkhorn(Transport):
-    """Balanced entropic optimal transport (arXiv 2603.12366): columns are exact, rows get there."""
+    """Balanced entropic optimal transport (arXiv 2603.12366): columns are exact, rows converge."""
 
 
 @register("unbalanced")
@@ -315,7 +315,7 @@ _fastest_log_sum = _log_sum
 
 
 def fuse(compile: Callable[[Callable], Callable] = torch.compile) -> None:
-    """Let `compile` fuse each sum of a scaling, for this process (`hardware.compile`).
+    """Let `compile` fuse each sum of a scaling, from now on in this process (`hardware.compile`).
 
     A GPU then reads the logits once for a sum. On a CPU the products with kernels below are as fast.
     """

@@ -35,7 +35,7 @@ class Targets(NamedTuple):
         return self.repelling + self.unconditional
 
     def uniform(self, count: int) -> Tensor:
-        """A marginal of so many targets, all alike, `[B, count]`."""
+        """The uniform marginal of `count` targets, not normalised, `[B, count]`."""
         return self.weight.new_ones(len(self.weight), count)
 
 
@@ -47,16 +47,16 @@ class Coefficients(NamedTuple):
     neighbours: Tensor
     """Effective number of positives of each generated vector, `[B, T, N]`."""
     statistics: dict[str, Tensor]
-    """Those of the coupling, of several plans the largest, `[B, T]`."""
+    """Those of the coupling, `[B, T]`; where there are several plans, the largest of each."""
 
 
 def unconditional_weight(omega: Tensor, repelling: int, unconditional: int) -> Tensor:
     """Weight of one unconditional negative, per class: `[Nc]` -> `[Nc]`; 0 without guidance (omega = 1).
 
-        w = R (omega - 1) / U
+        w = G (omega - 1) / U
 
-    R generated samples repel each one: the N - 1 others, or all of an independent second batch. Together
-    the U unconditional samples then weigh omega - 1 times as much as they.
+    G generated samples (`repelling`) repel each one: the N - 1 others, or all of an independent second batch.
+    Together, the U unconditional samples then weigh omega - 1 times as much as these.
     """
     return (omega.float() - 1) * (repelling / max(unconditional, 1))
 

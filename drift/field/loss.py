@@ -42,7 +42,7 @@ def drifting_loss(
     chunk_bytes: int | None = None,
     keep_bytes: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The drifting loss of one feature set, and what it tells about the field (paper Alg. 1, A.6).
+    """The drifting loss of one feature set, and statistics of the field (paper Alg. 1, A.6).
 
         loss = mean((x/S - stopgrad(x/S + V))^2)
         hence its value is mean(V^2), and dloss/dx = -2 V / (S numel(x))
@@ -62,7 +62,7 @@ def drifting_loss(
         reduce: given where processes share the classes of a step. With `normalization_scope: batch`, S and
             lambda then belong to all of them; the loss is the mean over this process's classes, so that
             gradients averaged over processes are those of one process with all classes.
-        totals: for `normalization_scope: batch`, where these are some classes of a step.
+        totals: for `normalization_scope: batch`, where these are only some of the classes of a step.
         chunk_bytes, keep_bytes: memory bounds, see `Problems`; they change the result by rounding only.
 
     Returns:
@@ -97,7 +97,7 @@ def drifting_loss(
 
 
 def pooled(sums: Tensor, settings: FieldSettings, reduce: Reduce | None = None) -> Tensor:
-    """Sums of each class `[K, Nc]` -> those over what shares S and lambda, `[K, Nc or 1]`."""
+    """Sums of each class `[K, Nc]` -> sums over the classes that share S and lambda, `[K, Nc or 1]`."""
     if settings.normalization_scope == "class":
         return sums
     total = sums.sum(dim=1)

@@ -43,7 +43,7 @@ class Chunk(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Vectors of B problems in float32, around the mean of the generated ones, and their distances."""
+    """Vectors of B problems in float32, less the mean of the generated ones, and their distances."""
 
     x: Tensor
     """`[B, N, C]`"""
@@ -82,7 +82,7 @@ class Remembered:
 
 @dataclass
 class Problems:
-    """The inputs of a drifting loss, and passes over its chunks; see `drifting_loss` for both."""
+    """The inputs of a drifting loss, which `drifting_loss` describes, and the passes over its chunks."""
 
     x: Tensor
     pos: Tensor
@@ -122,7 +122,7 @@ class Problems:
 
     @property
     def row_mass(self) -> float:
-        """What the rows of A add up to in the product of masses of `alg2_joint`, roughly."""
+        """Roughly the sum of a row of A, which `alg2_joint` has in V twice: A_ij times a mass."""
         joint_plan = self.coupling.transport and self.settings.drift_form == "alg2_joint"
         return 1 / self.x.shape[1] if joint_plan else 1.0
 
@@ -218,8 +218,11 @@ class Problems:
         return sums
 
     def drift(self, fields: Remembered, factors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """V `[Nc, N, L, C]` by `factors [Nc, T]` of S V_tau, mean(V^2), and means of the statistics `[T]`."""
-        drift = torch.empty_like(self.x)  # half the memory where the gradient is half precise
+        """V, the sum of S V_tau by `factors [Nc, T]`; mean(V^2); and means of the statistics.
+
+        V is `[Nc, N, L, C]`, the statistics are `[T]`.
+        """
+        drift = torch.empty_like(self.x)  # half the memory where x is in half precision
         value, statistics = self.omega.new_zeros(()), {}
         classes, n, locations, _ = self.x.shape
         for chunk in self.chunks:

@@ -31,8 +31,7 @@ GUARDS = {
 class FieldSettings:
     """How distances become a drift. The defaults are the release's; `of` starts from another code's.
 
-    Raises `ValueError` for a word that is none of the allowed ones, and for an option that the coupling
-    does not have.
+    Raises `ValueError` for a value that is not allowed, and for an option that the coupling does not have.
     """
 
     conventions: Literal["release", "sinkhorn", "wflow"] = "release"
@@ -60,14 +59,14 @@ class FieldSettings:
     """Where w enters for `row` and `partial_two_sided`: as a factor of A, or as log w in the logits."""
     sinkhorn_iters: int = 20
     sinkhorn_tolerance: float = 0.0
-    """A drift problem stops earlier, once the L1 error of its row marginal is at most this; 0 is never."""
+    """A drift problem stops earlier, once the L1 error of its row marginal is at most this; 0: never."""
     sinkhorn_marginal: Literal["none", "weighted_cols", "post_guidance"] = "weighted_cols"
     """Where w enters for plans: `none`, in the logits alone, which column scalings undo as they converge;
     `weighted_cols`, in the column marginal; `post_guidance`, omega after the iterations (`split` only)."""
     sinkhorn_agg_kernel: bool = False
     """Average the Gibbs kernels over the temperatures and scale once."""
     options: Mapping[str, float] = field(default_factory=dict)
-    """Options of the coupling that are no member here."""
+    """Options of the coupling that are not members of this class, such as `rho` of `unbalanced`."""
     drift_unit_vec: bool = False
     """Weighted unit displacements in place of displacements; `l2` only."""
     drift_tau_scale: bool = False
@@ -105,7 +104,8 @@ class FieldSettings:
         taken = COUPLINGS[self.coupling].options()
         for name in self.options:
             if name not in taken:
-                raise ValueError(f"{name}: no option of coupling {self.coupling} ({', '.join(taken)})")
+                others = f"no option of coupling {self.coupling} ({', '.join(taken)})"
+                raise ValueError(f"{name}: {others}, and no member of FieldSettings")
 
     @classmethod
     def of(cls, conventions: Literal["release", "sinkhorn", "wflow"], **changes) -> "FieldSettings":
@@ -203,12 +203,12 @@ def contradictions(settings: FieldSettings) -> Iterator[str]:
 
 
 def unused(*rules: tuple[bool, str, str]) -> dict[str, str]:
-    """The keys of all rules (whether it holds, why, keys with spaces between) that hold, each with why."""
+    """Keys and reasons of the rules that hold. A rule: whether it holds, the reason, keys between spaces."""
     return {key: why for holds, why, keys in rules if holds for key in keys.split()}
 
 
 def without_effect(settings: FieldSettings, unconditional: bool = True) -> dict[str, str]:
-    """The settings that change nothing beside the others, and why; values that are refused do not count.
+    """The settings that change nothing beside the others, and why. Contradictions are not looked for.
 
     `unconditional`: whether there are such samples.
     """

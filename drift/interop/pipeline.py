@@ -111,10 +111,10 @@ class DriftPipeline(DiffusionPipeline):
             output_type: `pil`; `np`, float32 `[B, H, W, 3]` in 0 to 1; `pt`, the same as a tensor
                 `[B, 3, H, W]`; or `latent`, float32 `[B, C, h, w]` as the generator gives them. All but the
                 last have exactly the 8-bit values that a PNG holds.
-            return_dict: a `ImagePipelineOutput`, or else a tuple of the images.
+            return_dict: return an `ImagePipelineOutput`, or else a tuple of the images.
             rounding: to 8 bits, as the setting `fid.rounding`.
 
-        Raises `UserError` for a class, a number of generators or an output type that cannot be.
+        Raises `UserError` for an unknown class or output type, and for a wrong number of generators.
         """
         classes = self._class_numbers(class_labels)
         if output_type not in OUTPUT_TYPES:

@@ -35,6 +35,6 @@ def one_of(what: str, value: T, *allowed: T) -> T:
 
 
 def escape_output() -> None:
-    """Let standard output escape what its encoding lacks, as standard error does: no name ends a run."""
+    """Escape on standard output what its encoding lacks, as standard error does: no file name ends a run."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # not of a notebook
         sys.stdout.reconfigure(errors="backslashreplace")

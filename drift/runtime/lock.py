@@ -1,4 +1,4 @@
-"""One process at a time at a place, on all machines that see it, and which process that is."""
+"""Locks on folders: one process at a time, over all machines that see the folder, and which one it is."""
 
 import errno
 import fcntl

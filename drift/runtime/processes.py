@@ -241,7 +241,9 @@ def stage_parser(description: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="settings (params.yaml)")
     parser.add_argument("--nproc", type=_positive, help="processes on this machine")
-    parser.add_argument("--fresh", action="store_true", help="start over, and keep what is there beside it")
+    parser.add_argument(
+        "--fresh", action="store_true", help="start over; what is there is set aside, not deleted"
+    )
     return parser
 
 

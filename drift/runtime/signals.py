@@ -24,7 +24,7 @@ class Asked(NamedTuple):
 
 
 class Signals:
-    """Remembers the signals above instead of dying of them; a context manager of the main thread."""
+    """Remembers the signals above instead of dying of them; a context manager for the main thread."""
 
     def __enter__(self) -> "Signals":
         self._stop, self._save = 0, False

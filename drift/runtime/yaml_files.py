@@ -83,8 +83,13 @@ def one_line(error: ValidationError, known: Iterable[str], moved: Mapping[str, s
     elif first["type"] == "value_error":  # of our own validators, which name the key
         reason = first.get("ctx", {})["error"]
         line = f"{key}.{reason}" if key else str(reason)
+    elif first["type"] == "union_tag_invalid":  # of a registry: the name of an encoder
+        facts = first.get("ctx", {})
+        allowed = facts["expected_tags"].replace("'", "")
+        line = f"{key} = {facts['tag']!r}: allowed: {allowed}"
     else:
         message = first["msg"].removeprefix("Input should be ").replace("'", "")
+        message = message.replace("a valid tuple", "a list")  # as YAML calls it
         line = f"{key} = {value}: allowed: {message[0].lower()}{message[1:]}"
     return f"{line} (and {more} more)" if more else line
 

@@ -1,7 +1,7 @@
 """`params.yaml` -> typed, frozen settings. Every complaint about a setting is made here, before any work.
 
-The keys at the top level and the sections stand in every file, as DVC demands. A key of a section that is
-left out has its default (`drift/settings/sections.py`).
+Every file has all top-level keys and all sections, as DVC demands. Inside a section, a key that is left out
+has its default (`drift/settings/sections.py`).
 """
 
 from collections.abc import Iterator
@@ -76,11 +76,14 @@ _MEMBERS: dict[str, Any] = {
     if key not in (*FIELD_KEYS, "options")
 }
 FieldChanges = create_model("FieldChanges", __config__=ConfigDict(frozen=True, extra="allow"), **_MEMBERS)
-"""The section `field`: members of `FieldSettings` beside the conventions, and options of the coupling."""
+"""The section `field`: members of `FieldSettings` but for `FIELD_KEYS`, and options of the coupling.
+
+A member replaces what `conventions` sets.
+"""
 
 
 def checked_as(kind: Any) -> GetPydanticSchema:
-    """Says how pydantic checks a type that is made from a registry."""
+    """Makes pydantic check a field as `kind`, which is made from a registry and no type checker can read."""
     return GetPydanticSchema(lambda _, handler: handler(kind))
 
 
@@ -141,8 +144,8 @@ class Settings(Section):
         scale, ratio = self.encode.crop_scale, self.encode.crop_ratio
         yield from self.broken(
             (repeats(self.temps), "temps", "each temperature once"),
-            ("center" not in self.views, "views", "with center (the generator trains)"),
-            (self.mae.view not in self.views, "views", f"with {self.mae.view} (mae.view)"),
+            ("center" not in self.views, "views", "a list with center, on which the generator trains"),
+            (self.mae.view not in self.views, "views", f"a list with {self.mae.view} (mae.view)"),
             (no_root, "data.root", "a folder, where data.dataset is folder"),
             (scale[0] > scale[1], "encode.crop_scale", "the smaller number first"),
             (ratio[0] > ratio[1], "encode.crop_ratio", "the smaller number first"),
@@ -153,7 +156,7 @@ class Settings(Section):
         )
 
     def _inputs_that_dvc_empties(self) -> Iterator[str]:
-        """DVC may remove them before the stage that reads them has begun."""
+        """Inputs that lie in an output of a stage: DVC may remove them before they are read."""
         inputs = {
             "data.root": self.data.root,
             "encode.autoencoder": self.encode.autoencoder.source,
@@ -170,7 +173,7 @@ class Settings(Section):
                 )
 
     def _infeasible_marginals(self) -> Iterator[str]:
-        """Uniform marginals of unconditional negatives that may have no weight at all."""
+        """A uniform marginal over unconditional negatives, where these may have no weight at all."""
         drift, field = self.drift, self.field_settings()
         plan = COUPLINGS[field.coupling].transport and field.guidance == "distribution"
         if not plan or field.sinkhorn_marginal != "none" or not drift.unconditional:
@@ -206,7 +209,7 @@ class Settings(Section):
             raise ValueError(f"field.{error}") from None
 
     def without_effect(self) -> dict[str, str]:
-        """The dotted keys of all sections."""
+        """The dotted keys, of all sections, that change nothing beside the others, and why."""
         found = without_effect(self.field_settings(), self.drift.unconditional > 0)
         given = self.field.model_fields_set
         found = {
@@ -238,9 +241,9 @@ class Settings(Section):
         return found
 
     def deciding(self, stage: str) -> dict[str, Any]:
-        """Where `in_force` differs from the defaults, which a fingerprint is made of.
+        """The part of `in_force` that differs from the defaults; a fingerprint is made of it.
 
-        A new key with a default, and a change of what has no effect, is therefore no other run.
+        So neither a new key with a default nor a change of what has no effect makes it another run.
         """
         section, found = type(getattr(self, stage)), self.in_force(stage)
         defaults = {

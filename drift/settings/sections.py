@@ -31,12 +31,12 @@ Metric = Literal["kid", "inception_score", "precision_recall"]
 
 
 def name_in(registry: Iterable[str]) -> GetPydanticSchema:
-    """Says of a text that it is one of these names."""
+    """For pydantic: the value is one of these names."""
     return GetPydanticSchema(lambda *_: core_schema.literal_schema(list(registry)))
 
 
 def repeats(values: Sequence[Any]) -> bool:
-    """Whether one of the values comes twice."""
+    """Whether one of the values occurs twice."""
     return len(set(values)) < len(values)
 
 
@@ -44,11 +44,11 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     def complaints(self) -> Iterator[str]:
-        """A line about each of the values that do not go together."""
+        """A line for each value, or combination of values, that is refused."""
         return iter(())
 
     def broken(self, *rules: tuple[Any, str, str]) -> Iterator[str]:
-        """Complaints by rules: whether it is broken, the key, and what is allowed."""
+        """A complaint for each broken rule; a rule is (whether it is broken, the key, what is allowed)."""
         for is_broken, key, allowed in rules:
             if is_broken:
                 value = attrgetter(key)(self)
@@ -68,9 +68,10 @@ class Section(BaseModel):
 
 class Data(Section):
     dataset: Annotated[str, name_in(DATASETS)]
-    """`digits`: scikit-learn's handwritten digits. `folder`: images as ROOT/<split>/<class>/*."""
+    """`digits`: scikit-learn's handwritten digits. `folder`: images as ROOT/<split>/<class>/*. `mnist5k`,
+    `mnist`: see `drift/data/datasets/`."""
     root: Text | None = None
-    """Folder of the images for `dataset: folder`; null otherwise."""
+    """Folder of the images, for data sets that need one (`folder`, `mnist`); null otherwise."""
     image_size: Count = 256
     """Side of the square images that the autoencoder sees, in pixels."""
     classes: Count = 1000
@@ -81,7 +82,7 @@ class Data(Section):
 
 
 class AutoencoderSource(Section):
-    """Which autoencoder, and where it is. A text alone is the `source` of a `kl`, or a kind."""
+    """Which autoencoder, and where it is. A string alone is the `source` of kind `kl`, or names a kind."""
 
     kind: Annotated[str, name_in(AUTOENCODERS)] = "kl"
     """`kl`: an AutoencoderKL of diffusers."""
@@ -253,7 +254,11 @@ class Drift(Optimizer):
         enough = f"at least classes_per_step ({self.classes_per_step}), where class_sampling is pushed"
         in_queue, in_all = self.queue_per_class, self.queue_global
         yield from self.broken(
-            (self.hidden % (2 * self.heads), "heads", f"such that hidden ({self.hidden}) / heads is even"),
+            (
+                self.hidden % (2 * self.heads),
+                "heads",
+                f"a number for which hidden ({self.hidden}) / heads is even",
+            ),
             (self.hidden % 4, "hidden", "a multiple of 4 (2-D position embedding)"),
             (self.omega_max < self.omega_min, "omega_max", f"at least omega_min ({self.omega_min})"),
             (queue and self.positives > in_queue, "positives", f"at most queue_per_class ({in_queue})"),

@@ -42,7 +42,7 @@ _ASSUMED = ("view", "image_size", "vae", "scaling_factor", "num_classes")
 def adopt_latents(
     source: str, view: str, settings: Settings, out: str | Path, *, force: bool = False
 ) -> list[str]:
-    """Check the latents of a `view` in the folder `source` and put them at `out`; what to report.
+    """Check the latents of a `view` in the folder `source` and put them at `out`; returns lines to print.
 
     The folder holds the split train and any others. Meta files are completed from `settings` and the arrays.
     With `force`, an `out` that exists is replaced; it is whole at any time. Raises `UserError`, naming the
@@ -87,7 +87,7 @@ def adopt_mae(source: str, destination: str | Path, *, force: bool = False) -> L
 
 
 def use_encoder(folder: Path, params: Path, latents: Path) -> dict[str, Any]:
-    """Write into the file `params` that the stage mae takes the encoder in `folder`; what changed, by key.
+    """Write into `params` that the stage mae takes the encoder in `folder`; returns the changes by key.
 
     The stage then trains nothing. If the view that it trains on is not in `latents` yet, encode need not make
     it. The rest of the file stays, its comments too.

@@ -1,7 +1,8 @@
 """Checkpoints by torch.distributed.checkpoint (DCP): written in the background, whole or not at all.
 
 A checkpoint is a folder `step-00001000/`. Beside DCP's files of the tensors, `files.json` holds the small
-rest of the state, and the size and CRC-32 of each file, as DCP notices no flipped bit. The folder is written
+rest of the state, and the size and CRC-32 of each file, as DCP notices no flipped bit; `Checkpoints.newest`
+compares them. The folder is written
 under a temporary name, flushed and renamed: a kill at any moment leaves the checkpoint before intact. All
 processes have the same state, so the first alone reads and writes.
 """

@@ -156,7 +156,7 @@ class GeneratorTraining(Task[Batch]):
                 *samples[:4], self._encoder, self._field, negatives=samples.negatives, execution=execution
             )
         for of_set in statistics.values():
-            of_set["drift_rms"] = of_set["drift_rms"].square()  # whose mean over parts has a meaning
+            of_set["drift_rms"] = of_set["drift_rms"].square()  # squares can be averaged over parts
         return loss, {"feature_sets": statistics}
 
     def _samples(self, network: nn.Module, batch: Batch, part: slice) -> Samples:
@@ -219,9 +219,9 @@ def train_generator(
 
 
 def feature_dtype(precision: str) -> torch.dtype:
-    """What features are held in: bfloat16 where they have no more digits, after convolutions in it.
+    """The type that features are held in: bfloat16 where convolutions in bfloat16 have made them.
 
-    Not float16, whose range gradients of single features leave.
+    They then have no more digits. Never float16, whose range gradients of single features leave.
     """
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float32}[precision]
 
@@ -238,7 +238,7 @@ class CompiledEncoder(Encoder):
 
 
 class RealSamples:
-    """The classes and the rows of real samples of one step after the other."""
+    """The classes, and the rows of real samples, of each step; ask for the steps in order."""
 
     def __init__(self, store: LatentStore, options: Drift, seed: int):
         self._options, self._seed = options, seed

@@ -323,7 +323,7 @@ def _encode(
 
 
 def _one_ahead(items: Iterator[T]) -> Iterator[T]:
-    """Each item once the next one is there."""
+    """The items, each given out only when the next one has been made."""
     waiting = deque(islice(items, 1))
     for item in items:
         waiting.append(item)

@@ -58,7 +58,7 @@ class Task(ABC, Generic[Batch]):
     options: Optimizer
     ema_decays: Sequence[float] = ()
     count: int = 1
-    """Units of one step in this process; every process has as many."""
+    """Units of one step in this process, the same number in every process."""
     at_once: int | None = None
     """None is all of them."""
     evaluate_every: int | None = None
@@ -106,7 +106,7 @@ class Learner:
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=ranks.device)
 
     def update(self, step: int, loss: Tensor) -> dict[str, Any]:
-        """Follow the gradients; returns their norm and the learning rate."""
+        """One step of the optimizer, then of the EMAs; returns the gradient's norm and the learning rate."""
         rate = learning_rate(step, self._options)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -170,7 +170,7 @@ def train(task: Task, run: Run) -> list[EMA]:
         print(f"{task.name}: going on from step {start} ({saved.path})", flush=True)
         was = saved.state["rounding"]
         changes = [f"{k} was {was.get(k)} and is {now}" for k, now in rounding.items() if was.get(k) != now]
-        if changes:  # no reason to start over: the result is as good
+        if changes:  # no reason to start over: the result is no worse
             print(f"{task.name}: {', '.join(changes)}: the result will differ by rounding", flush=True)
     network = _network(task, hardware, ranks)
     log = RunLog(folder / LOG_FILE, what=task.name, steps=steps, start=start, active=ranks.first)

@@ -43,9 +43,9 @@ class Execution:
     """Generated samples whose activations the encoder keeps at once. If there are more, the backward pass
     computes activations again, of as many at a time. None keeps all."""
     feature_dtype: torch.dtype = torch.float32
-    """What features of locations and patches, nearly all of the memory, are held in; the field stays float32.
-    So do sets of one vector per sample, such as means of whole maps: rounding has averaged out in them, and
-    samples may differ by little of their size."""
+    """What features of locations and patches, nearly all of the memory, are held in. The field stays float32.
+    So do sets with one vector per sample, such as means of whole maps: rounding has averaged out in them, and
+    the differences between samples may be a small part of their size."""
 
 
 def drift_objective(
@@ -130,7 +130,7 @@ def _feature_sets(
 ) -> Iterator[tuple[str, Samples]]:
     """Every feature set by name: vectors `[Nc, N, L, C]` in the place of latents.
 
-    A set that was looked at makes room for the next.
+    A set is freed once it has been used.
     """
     encoder = encoder if isinstance(encoder, Encoder) else MAEEncoder(encoder)
     # What nothing is learned through: [Nc, P+U(+K), C, H, W]
@@ -149,7 +149,7 @@ def _feature_sets(
 
 
 def _encode(encoder: Encoder, latents: Tensor, execution: Execution) -> dict[str, Tensor]:
-    """Feature sets, in batches that keep their activations only while they are at work."""
+    """Feature sets, computed in batches; a batch keeps its activations only while it is being computed."""
 
     def encode(batch: Tensor) -> dict[str, Tensor]:
         sets = encoder.encode(batch)

@@ -1,6 +1,9 @@
 """What a data set is, and the registry of them.
 
-To add one, write a class under `@register` in a file of this folder, and import it in `__init__.py`.
+To add one, write a subclass of `Dataset` with `@register("name")` in a file of this folder, and import it in
+`__init__.py`, or it is never registered. Its `__init__(root, split)` sets what `Dataset` lists. There must be
+a split `train`, which encode reads; others can be named in `fid.reference` and `fid.labels`. `digits.py` is
+an example.
 """
 
 import itertools
@@ -48,7 +51,10 @@ class Dataset(ABC):
 
 
 DATASETS: dict[str, Callable[[str | None, str], Dataset]] = {}
-"""`data.dataset` -> the images of a root (`data.root`) and a split. Raise `UserError` if there are none."""
+"""`data.dataset` -> its class, which takes the root (`data.root`) and the name of a split.
+
+It raises `UserError` if there is no such split, or if it has no images.
+"""
 
 
 def register(name: str) -> Callable[[type[Dataset]], type[Dataset]]:
@@ -95,7 +101,7 @@ def class_difference(of: str, names: Sequence[str], other: str, others: Sequence
 def refuse_or_leave_out(
     source: Dataset, bad: Sequence[int], on_bad_image: str, remark: str = "", *, show: bool = True
 ) -> None:
-    """The one policy for images that do not decode, whose numbers are `bad`, once all have been tried.
+    """What to do about images that do not decode, once all have been tried; `bad` are their indices.
 
     With `on_bad_image` = `error`, raises `UserError`. With `skip`, prints how many are left out, and a
     `remark`, where `show` is set; raises `UserError` if they are all images of a class.
