@@ -57,7 +57,7 @@ def code_digest() -> str:
     ours = {f.relative_to(_ROOT).as_posix(): f for f in files if f.is_relative_to(_ROOT)}
     digest = hashlib.sha256()
     for name in sorted(ours.keys() - PLUMBING):
-        if name.startswith(("drift/", "stages/")) and name.endswith(".py"):
+        if name.startswith(("drift/", "stages/", "experiments/")) and name.endswith(".py"):
             digest.update(f"{name}\0{without_words(ours[name].read_text(encoding='utf-8'))}\0".encode())
     return digest.hexdigest()[:16]
 
