@@ -3,7 +3,8 @@
     python -m experiments.toy.figures --runs artifacts/toy --out experiments/toy/results
 
 Writes OUT/curves.csv (every measurement), OUT/table.csv (mean and standard deviation over the seeds after the
-last step), and for each metric OUT/w2_<metric>.png and OUT/samples_<metric>.png.
+last step; for `real`, the floor, over all measurements), and for each metric OUT/w2_<metric>.png and
+OUT/samples_<metric>.png.
 """
 
 import argparse
@@ -15,7 +16,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
+from drift.field.couplings import COUPLINGS
 from drift.runtime.errors import UserError
 from drift.runtime.files import atomic_write, check_output
 from drift.runtime.processes import run_stage
@@ -23,8 +26,9 @@ from experiments.common import load_section, mean_and_std, read_csv, write_csv
 from experiments.toy.settings import Toy
 
 REAL = "real"
-NAMES = {"row": "one-sided", "partial_two_sided": "two-sided", "sinkhorn": "Sinkhorn", REAL: "real points"}
-COLOURS = {"row": "#d95f02", "partial_two_sided": "#7570b3", "sinkhorn": "#1b9e77", REAL: "0.35"}
+_OF_THE_PAPER = {"row": "one-sided", "partial_two_sided": "two-sided", "sinkhorn": "Sinkhorn"}
+NAMES = {name: name for name in COUPLINGS} | _OF_THE_PAPER | {REAL: "real points"}
+COLOURS = {name: f"C{number}" for number, name in enumerate(COUPLINGS)} | {REAL: "0.35"}
 MEASURED = ("w2", "near_modes", "modes")
 SETTING = ("dist_metric", "target", "coupling", "eps")
 
@@ -49,9 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"{folder}: no results of experiments.toy.train; dvc repro makes them")
     rows = [row for folder in folders.values() for row in read_csv(folder / "curves.csv")]
     write_csv(args.out / "curves.csv", rows)
-    curves = mean_and_std(rows, (*SETTING, "step"), MEASURED)
     last = max(row["step"] for row in rows)
-    write_csv(args.out / "table.csv", [row for row in curves if row["step"] == last])
+    final = [row for row in rows if row["step"] == last or row["coupling"] == REAL]
+    write_csv(args.out / "table.csv", mean_and_std(final, SETTING, MEASURED))
+    curves = mean_and_std(rows, (*SETTING, "step"), MEASURED)
     for metric in settings.dist_metrics:
         of_metric = [row for row in curves if row["dist_metric"] == metric]
         save(draw_curves(of_metric, settings), args.out / f"w2_{metric}.png")
@@ -77,7 +82,10 @@ def draw_curves(curves: Sequence[Mapping[str, Any]], settings: Toy) -> Figure:
                 ]
                 draw_curve(ax, chosen, coupling)
             ax.set_yscale("log")
-            ax.grid(alpha=0.25, which="both", linewidth=0.5)
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter("{x:g}")
+            ax.yaxis.set_minor_locator(NullLocator())
+            ax.grid(alpha=0.25, linewidth=0.5)
             if i == 0:
                 ax.set_title(f"$\\varepsilon$ = {eps:g}")
             if j == 0:

@@ -10,6 +10,7 @@ import yaml
 from imports import ROOT, all_imports
 from PIL import Image
 
+from drift.field.couplings import COUPLINGS
 from drift.runtime.errors import Stopped, UserError
 from drift.runtime.processes import Ranks
 from drift.runtime.work import PLUMBING
@@ -234,9 +235,12 @@ def test_figures_and_tables(params):
         for row in read_csv(out / "curves.csv")
         if row["coupling"] == "sinkhorn" and row["step"] == 5
     ]
-    assert line["step"] == 5 and line["runs"] == 2
+    assert line["runs"] == 2
     assert line["w2_mean"] == pytest.approx(np.mean(last), rel=1e-5)
     assert line["w2_std"] == pytest.approx(np.std(last, ddof=1), rel=1e-4)
+    floor = [row["w2"] for row in read_csv(out / "curves.csv") if row["coupling"] == "real"]
+    (line,) = [row for row in table if row["coupling"] == "real" and row["target"] == "moons"]
+    assert line["w2_mean"] == pytest.approx(np.mean(floor), rel=1e-5) and line["runs"] == 6
     for name in ("w2_l2_sq", "samples_l2_sq"):
         assert (results / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -266,6 +270,11 @@ def test_particles_are_animated(params):
     assert [(row["coupling"], row["eps"]) for row in rows] == [
         (c, eps) for c in ("row", "sinkhorn") for eps in (1.0, 0.1)
     ]
+
+
+def test_every_coupling_of_the_library_has_a_name_and_a_colour():
+    assert figures.NAMES.keys() == figures.COLOURS.keys() == {*COUPLINGS, figures.REAL}
+    assert len(set(figures.COLOURS.values())) == len(figures.COLOURS)
 
 
 def test_a_mistake_is_one_line(params):
