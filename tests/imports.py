@@ -12,7 +12,7 @@ def module_file(name: str) -> Path | None:
     """The file of a module of the project, relative to the root; None for anything else."""
     base = Path(*name.split("."))
     for path in (base.with_suffix(".py"), base / "__init__.py"):
-        if base.parts[0] in ("drift", "stages") and (ROOT / path).is_file():
+        if base.parts[0] in ("drift", "stages", "experiments") and (ROOT / path).is_file():
             return path
     return None
 

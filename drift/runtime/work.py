@@ -57,7 +57,7 @@ def code_digest() -> str:
     digest = hashlib.sha256()
     for name in sorted(names):
         plumbing = name.startswith(PLUMBING) and name != "drift/runtime/seeds.py"
-        if name.startswith(("drift/", "stages/")) and name.endswith(".py") and not plumbing:
+        if name.startswith(("drift/", "stages/", "experiments/")) and name.endswith(".py") and not plumbing:
             source = (_ROOT / name).read_text(encoding="utf-8")
             digest.update(f"{name}\0{without_words(source)}\0".encode())
     return digest.hexdigest()[:16]
