@@ -20,6 +20,9 @@ class SweepRun(NamedTuple):
     tau: float
     seed: int
 
+    def __str__(self) -> str:
+        return self.name
+
     @property
     def name(self) -> str:
         """Of its folder."""
