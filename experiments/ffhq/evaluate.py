@@ -28,10 +28,10 @@ from drift.runtime.processes import run_stage
 from drift.runtime.seeds import numpy_generator
 from experiments import common
 from experiments.common import load_section, mean_and_std, once, save_figure, w2_squared, write_csv
-from experiments.ffhq import train
+from experiments.ffhq import generator
+from experiments.ffhq.generator import FfhqRun, LatentGenerator, generate, runs_of
 from experiments.ffhq.latents import CLASSES, read_latents
 from experiments.ffhq.settings import Settings
-from experiments.ffhq.train import FfhqRun, LatentGenerator, generate, runs_of
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 DECODED_AT_ONCE = 8
@@ -98,7 +98,7 @@ def measured(settings: Settings, judge: Judge, what: dict[str, Any], make: Calla
     def work(folder: Path, result: Path) -> None:
         write_json(result / "measured.json", judge.measure(make()))
 
-    folder = once("ffhq/measured", decides, (common, train, sys.modules[__name__]), work)
+    folder = once("ffhq/measured", decides, (common, generator, sys.modules[__name__]), work)
     return json.loads((folder / "measured.json").read_text())
 
 
@@ -107,11 +107,10 @@ def evaluate(settings: Settings, generators: Path, out: Path) -> None:
     test = read_latents(settings.data.test, "data.test")
     floor = [choose(x, samples, settings.seed, label) for label, x in enumerate(test)]
     floor = measured(settings, judge, {"floor": sha256(settings.data.test)}, lambda: floor)
-    lines, shown, dimensions = [], {}, judge.real[0].shape[1]
+    counts, dimensions, lines, shown = [samples] * len(CLASSES), judge.real[0].shape[1], [], {}
     for run in tqdm(list(runs_of(settings)), desc="measured", ncols=100):
         folder = generators / str(run)
-        generator = LatentGenerator.from_pretrained(folder)
-        made = generate(generator, [samples] * len(CLASSES), dimensions, run.seed)
+        made = generate(LatentGenerator.from_pretrained(folder), counts, dimensions, run.seed)
         found = measured(settings, judge, {"generator": sha256(folder / WEIGHTS)}, lambda made=made: made)
         lines.append(run._asdict() | found)
         if run.seed == settings.seed:

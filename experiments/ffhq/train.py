@@ -6,85 +6,32 @@ What was trained stays in .work: a run that was killed goes on, and one that is 
 """
 
 import argparse
-import itertools
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import drift.field
 from drift.field import FieldSettings, drifting_loss
-from drift.models.base import PretrainedModel, require_at_least
 from drift.runtime.files import check_output, sha256
 from drift.runtime.processes import run_stage
 from drift.runtime.seeds import derive_seed, torch_generator
 from drift.training.log import Tree
 from drift.training.loop import Run, Task
-from experiments.common import load_section, publish, train_once, w2_squared, with_eta
+from experiments.common import load_section, w2_squared
+from experiments.ffhq import generator
+from experiments.ffhq.generator import LatentGenerator, generate, runs_of
 from experiments.ffhq.latents import CLASSES, read_latents
 from experiments.ffhq.settings import Settings, Train
+from experiments.training import publish, train_once, with_eta
 
-EMBEDDING = 64
-EMBEDDING_STD = 0.01
 WATCHED = 512
 """Test latents of a class, at most, that training is watched with."""
-
-
-class LatentGenerator(PretrainedModel):
-    """Noise and class -> a latent, by an MLP.
-
-    Args:
-        dimensions: of the noise and of the latents.
-        hidden, layers: width and number of the hidden layers.
-        embedding_scale: what the table of classes is multiplied by. Adam's steps do not depend on the scale
-            of a gradient, so that this is the ratio of the table's learning rate to that of the layers.
-    """
-
-    @register_to_config
-    def __init__(
-        self, dimensions: int = 512, hidden: int = 1024, layers: int = 3, embedding_scale: float = 1.0
-    ):
-        super().__init__()
-        require_at_least(1, dimensions=dimensions, hidden=hidden, layers=layers)
-        self.class_emb = nn.Embedding(len(CLASSES), EMBEDDING)
-        widths = [dimensions + EMBEDDING, *[hidden] * layers]
-        pairs = (layer for sizes in pairwise(widths) for layer in (nn.Linear(*sizes), nn.ReLU()))
-        self.mlp = nn.Sequential(*pairs, nn.Linear(hidden, dimensions))
-        nn.init.normal_(self.class_emb.weight, 0, EMBEDDING_STD / embedding_scale)
-        for layer in self.mlp[::2]:
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
-        """Latents `[B, dimensions]` of `noise [B, dimensions]` and `labels [B]`."""
-        embedded = self.config.embedding_scale * self.class_emb(labels)
-        return self.mlp(torch.cat([noise, embedded], dim=1))
-
-
-class FfhqRun(NamedTuple):
-    """One generator."""
-
-    coupling: str
-    eps: float
-    seed: int
-
-    def __str__(self) -> str:
-        """The name of its folder."""
-        return f"{self.coupling}-eps{self.eps:g}-seed{self.seed}"
-
-
-def runs_of(settings: Settings) -> Iterator[FfhqRun]:
-    seeds = range(settings.seed, settings.seed + settings.seeds)
-    for seed, eps, coupling in itertools.product(seeds, settings.temps, settings.couplings):
-        yield FfhqRun(coupling, eps, seed)
 
 
 def field_settings(coupling: str, eps: float, dimensions: int, sinkhorn_iters: int) -> FieldSettings:
@@ -152,16 +99,6 @@ class FfhqTraining(Task[Tensor]):
         return {"emd": torch.tensor(costs).mean()}
 
 
-@torch.no_grad()
-def generate(network, counts: list[int], dimensions: int, seed: int, device="cpu") -> list[Tensor]:
-    """So many latents of each class, on the CPU."""
-    found = []
-    for label, count in enumerate(counts):
-        noise = torch.randn(count, dimensions, generator=torch_generator(seed, "ffhq/samples", label))
-        found.append(network(noise.to(device), torch.full((count,), label, device=device)).cpu())
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -182,7 +119,7 @@ def train_all(settings: Settings, out: Path) -> None:
     for run in with_eta(list(runs_of(settings))):
         field = field_settings(run.coupling, run.eps, train[0].shape[1], options.sinkhorn_iters)
         make = partial(FfhqTraining, train, test, field, options)
-        code = (drift.field, sys.modules[__name__])
+        code = (drift.field, generator, sys.modules[__name__])
         decides |= run._asdict()
         found[str(run)] = train_once("ffhq/generator", run.seed, decides, code, make, settings.hardware)
     publish(found, out)

@@ -16,6 +16,7 @@ from drift.settings import Hardware
 from drift.training.loop import Run
 from experiments.common import load_section
 from experiments.ffhq import evaluate, latents, train
+from experiments.ffhq.generator import LatentGenerator
 from experiments.ffhq.latents import CLASSES, read_latents
 from experiments.ffhq.settings import Settings, Train
 
@@ -74,7 +75,7 @@ def test_loss_and_gradient_of_a_class(coupling, tmp_path):
 
 def test_the_embedding_has_its_own_learning_rate():
     """One step of Adam moves each weight by the learning rate; what enters the MLP moves by the other one."""
-    model = train.LatentGenerator(4, 8, 1, embedding_scale=1e-3 / 3e-4)
+    model = LatentGenerator(4, 8, 1, embedding_scale=1e-3 / 3e-4)
 
     def embedded():
         return (model.config.embedding_scale * model.class_emb.weight).detach().clone()

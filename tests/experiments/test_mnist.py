@@ -18,11 +18,11 @@ from drift.runtime.processes import Ranks
 from drift.settings import Hardware
 from drift.training.loop import Run
 from experiments.common import load_section, once
-from experiments.mnist import digits, evaluate, import_checkpoints, measure, train
+from experiments.mnist import digits, evaluate, import_checkpoints, measure, prepare, train
 from experiments.mnist.networks import Autoencoder, LatentGenerator
 from experiments.mnist.runs import SweepRun, find_runs, runs_of
 from experiments.mnist.settings import Data, Generator, Settings, Sweep
-from experiments.mnist.tasks import GeneratorTraining, field_settings
+from experiments.mnist.train import GeneratorTraining, field_settings
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 GOLDEN_NUMBERS = {
@@ -272,7 +272,7 @@ def finished(tmp_path_factory):
         patch.setattr(digits, "images", few_images)
         settings = load_section("params.yaml", Settings)
         networks = folder / "artifacts" / "networks"
-        train.train_networks(settings, networks)
+        prepare.train_networks(settings, networks)
         train.train_sweep(settings, networks, folder / "artifacts" / "generators")
         evaluation = evaluate.Evaluation(settings, networks / "autoencoder", networks / "classifier")
         evaluate.evaluate(settings, evaluation, folder / "artifacts" / "generators", folder / "results")
@@ -298,7 +298,7 @@ def test_from_images_to_table(finished):
 
 def test_a_second_run_trains_and_measures_nothing(finished, monkeypatch, capsys):
     monkeypatch.chdir(finished)
-    monkeypatch.setattr("experiments.common.train", None)
+    monkeypatch.setattr("experiments.training.train", None)
     monkeypatch.setattr(measure.Judge, "measure", None)
     before = (finished / "results" / "sweep.csv").read_bytes()
     monkeypatch.setattr(digits, "images", few_images)
