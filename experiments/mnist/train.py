@@ -6,6 +6,7 @@ What was trained stays in .work: a run that was killed goes on, and one that is 
 """
 
 import argparse
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -84,20 +85,26 @@ class GeneratorTraining(Task[Batch]):
         return drifting_loss(x, positives, unconditional, omega, self._field)
 
 
-def field_settings(coupling: str, metric: str, tau: float, sinkhorn_iters: int) -> FieldSettings:
-    """The field of one run, as the Sinkhorn paper's code has it on MNIST.
+def field_settings(
+    coupling: str, metric: str, tau: float, channels: int, sinkhorn_iters: int
+) -> FieldSettings:
+    """The field of one run, as the Sinkhorn paper's checkpoints for MNIST were trained.
 
-    Plans take cross minus self and leave the diagonal in; others take Algorithm 2 and mask it.
+    Plans take cross minus self and leave the diagonal in; others take Algorithm 2 and mask it. S is a length
+    for both metrics, unlike in that paper's code for ImageNet. The logits are -(d / S)^p / (tau sqrt(C)) with
+    p = 1 or 2, where the library's are -(d / (S sqrt(C)))^p / tau.
     """
     plan = COUPLINGS[coupling].transport
+    unit = math.sqrt(channels) if metric == "l2_sq" else 1.0
     return FieldSettings.sinkhorn(
         coupling=coupling,
         drift_form="split" if plan else "alg2_joint",
         dist_metric=metric,
-        temps=(tau,),
+        temps=(tau / unit,),
         mask_self_neg=not plan,
         sinkhorn_iters=sinkhorn_iters,
         sinkhorn_marginal="weighted_cols",
+        scale_statistic="mean_length",
     )
 
 
@@ -109,7 +116,7 @@ def train_sweep(settings: Settings, folder: Path, out: Path) -> None:
     decides = {"digits": digits.digest, "autoencoder": sha256(autoencoder / WEIGHTS)}
     decides |= options.model_dump(mode="json")
     for run in with_eta(list(runs_of(settings.sweep))):
-        field = field_settings(run.coupling, run.metric, run.tau, options.sinkhorn_iters)
+        field = field_settings(run.coupling, run.metric, run.tau, latents.shape[1], options.sinkhorn_iters)
         make = partial(GeneratorTraining, latents, digits.labels, field, options)
         decides |= run._asdict()
         found[run.name] = train_once("mnist/generator", run.seed, decides, code, make, settings.hardware)
