@@ -102,7 +102,9 @@ def read_published(path: Path = PUBLISHED) -> dict[tuple, Measured]:
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """The table as the README has it: a row per temperature, a column per metric and coupling."""
-    columns = sorted({(row["metric"], row["coupling"]) for row in rows}, reverse=True)
+    columns = sorted(
+        {(row["metric"], row["coupling"]) for row in rows}, key=lambda pair: (-len(pair[0]), pair[1])
+    )
     cells = {(row["metric"], row["coupling"], row["tau"]): row for row in rows}
 
     def cell(row: Mapping[str, Any] | None) -> str:

@@ -13,6 +13,7 @@ from experiments.mnist.runs import SweepRun
 
 KERNELS = {"l2_sq": "Gaussian", "l2": "Laplacian"}
 COUPLINGS = {"partial_two_sided": "two-sided", "sinkhorn": "Sinkhorn"}
+TICKS = (4, 5, 6, 8, 10, 20, 40, 80)
 _COLOURS = ("tab:orange", "tab:blue", "tab:green", "tab:red")
 
 
@@ -39,6 +40,8 @@ def sweep(rows: Sequence[Mapping[str, Any]], floor: Mapping[str, float]) -> Figu
             top.grid(alpha=0.3)
         axes[0, column].set_title(f"{KERNELS[metric]} kernel")
         axes[0, column].set_yscale("log")
+        axes[0, column].set_yticks(TICKS, map(str, TICKS))
+        axes[0, column].minorticks_off()
         axes[1, column].set_xlabel("temperature tau")
     axes[0, 0].set_ylabel("W2² in the latent space")
     axes[1, 0].set_ylabel("read as asked")
