@@ -1,20 +1,26 @@
-"""What the experiments share: settings, exact optimal transport, tables of mean and spread."""
+"""What the experiments share: settings, exact transport, tables of mean and spread, work done once."""
 
 import csv
 import io
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import ot
 from pydantic import ValidationError
 
 from drift.runtime.errors import UserError
-from drift.runtime.files import atomic_write
+from drift.runtime.files import atomic_write, check_writable, remove
+from drift.runtime.work import fingerprint, without_words, work_root
 from drift.runtime.yaml_files import one_line, read_yaml
 from drift.settings.sections import Section
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 S = TypeVar("S", bound=Section)
 MOST_ITERATIONS = 500_000
@@ -106,3 +112,40 @@ def _value(text: str) -> Any:
         except ValueError:
             continue
     return text or None
+
+
+def save_figure(path: str | Path, figure: "Figure") -> None:
+    """Write a matplotlib figure as PNG, without the version that would change its bytes."""
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=100, metadata={"Software": None})
+
+
+def once(
+    what: str,
+    decides: Mapping[str, Any],
+    code: Sequence[ModuleType],
+    make: Callable[[Path, Path], None],
+) -> Path:
+    """The folder that `make(work, result)` fills, from now or from an earlier call.
+
+    It is the same one as long as settings and inputs (`decides`, JSON-serialisable) are, and the sources of
+    the modules `code` but for their comments; a package stands for all of its modules. `make` keeps in `work`
+    what it needs to go on after a kill, such as checkpoints, which are removed at the end.
+    """
+    folder = work_root() / what / fingerprint({"decides": decides, "code": [*map(_source, code)]})
+    result, draft = folder / "result", folder / "draft"
+    if not result.is_dir():
+        remove(draft)
+        check_writable(draft)
+        make(folder, draft)
+        draft.rename(result)
+        for path in set(folder.iterdir()) - {result}:
+            remove(path)
+    return result
+
+
+@cache
+def _source(module: ModuleType) -> str:
+    path = Path(module.__file__)
+    files = sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]
+    return fingerprint({file.name: without_words(file.read_text(encoding="utf-8")) for file in files})

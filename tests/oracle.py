@@ -122,6 +122,7 @@ def make_problem(x, repelling, uncond, pos, omega, settings) -> Problem:
 def feature_scale(problems: Sequence[Problem], settings: FieldSettings) -> Tensor:
     """S: weighted mean distance, or its root mean square, over the pairs of these problems, over sqrt(C)."""
     rms = settings.scale_statistic == "rms"
+    length = settings.scale_statistic == "mean_length" and settings.dist_metric == "l2_sq"
     floor, scale_floor, _ = GUARDS[settings.conventions]
     total = count = 0.0
     for problem in problems:
@@ -139,7 +140,8 @@ def feature_scale(problems: Sequence[Problem], settings: FieldSettings) -> Tenso
                     d = (problem.x[i] - problem.x[j]).square().sum().clamp(min=floor)
                     pairs.append((d if settings.dist_metric == "l2_sq" else d.sqrt(), 1.0))
         for d, w in pairs:
-            total += w * (d.square() if rms and settings.dist_metric == "l2" else d)
+            d = d.square() if rms and settings.dist_metric == "l2" else d
+            total += w * (d.sqrt() if length else d)
             count += w
     mean = torch.as_tensor(total / count)
     return ((mean.sqrt() if rms else mean) / math.sqrt(problems[0].x.shape[-1])).clamp(min=scale_floor)
@@ -150,7 +152,7 @@ def drift(problem: Problem, scale: Tensor, tau: float, settings: FieldSettings):
     channels, negatives = problem.x.shape[-1], problem.negatives
     kernels = settings.temps if settings.sinkhorn_agg_kernel else [tau]
     cost = settings.cost_factor * problem.distances / (scale * math.sqrt(channels))
-    if settings.scale_statistic == "rms" and settings.dist_metric == "l2_sq":
+    if settings.scale_statistic != "mean" and settings.dist_metric == "l2_sq":
         cost = cost / (scale * math.sqrt(channels))
     logits = torch.stack([-cost / t for t in kernels]).logsumexp(dim=0) - math.log(len(kernels))
     if settings.mask_self_neg:

@@ -162,7 +162,8 @@ class Problems:
             targets = targets._replace(weight=0 * targets.weight)
         weights = target_weights(targets)
         ones = weights.new_ones(len(self.x), self.x.shape[1])
-        squared = settings.scale_statistic == "rms" and settings.dist_metric == "l2"
+        counted_as = {("l2", "rms"): torch.square, ("l2_sq", "mean_length"): torch.sqrt}
+        change = counted_as.get((settings.dist_metric, settings.scale_statistic), lambda d: d)
         for chunk in self.chunks:
             x, _, d = self._measured(chunk)
             counted = [(d, weights, itself and not settings.self_in_scale)]
@@ -170,7 +171,7 @@ class Problems:
                 own = distances(x, x, settings.dist_metric, floor, self_pairs=True)
                 counted.append((own, ones, not settings.self_in_scale))
             for d, weight, without in counted:
-                d = (d.square() if squared else d).unflatten(0, chunk.shape)
+                d = change(d).unflatten(0, chunk.shape)
                 sums[:, chunk.classes] += weighted_sums(d, weight[chunk.classes], without)
         return sums
 

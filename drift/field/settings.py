@@ -77,8 +77,9 @@ class FieldSettings:
     """Over what S and lambda are taken: all classes of a step, those of one call, or each class alone."""
     self_in_scale: bool = True
     """Count the distance of a generated sample to itself in the mean distance behind S."""
-    scale_statistic: Literal["mean", "rms"] = "mean"
-    """S from the mean of the chosen distance, or from the RMS of the l2 distance, so a length for both."""
+    scale_statistic: Literal["mean", "rms", "mean_length"] = "mean"
+    """S from the mean of the chosen distance; or a length for both metrics, from the RMS or the mean of the
+    l2 distance."""
     generated_in_scale: bool = False
     """Count the distances among generated samples in S on top of those to what repels them (W-Flow)."""
     cost_factor: float = 1.0

@@ -32,7 +32,7 @@ SWITCHES = {
     "normalize_drift_theta": [True, False],
     "normalization_scope": ["batch", "part", "class"],
     "self_in_scale": [True, False],
-    "scale_statistic": ["mean", "rms"],
+    "scale_statistic": ["mean", "rms", "mean_length"],
     "generated_in_scale": [False, True],
     "cost_factor": [1.0, 0.5],
     "unit_scale": [False, True],

@@ -26,7 +26,7 @@ TURNED = {
     "normalize_drift_theta": [True, False],
     "normalization_scope": ["batch", "class"],
     "guidance": ["distribution", "velocity"],
-    "scale_statistic": ["mean", "rms"],
+    "scale_statistic": ["mean", "rms", "mean_length"],
     "generated_in_scale": [False, True],
     "cost_factor": [1.0, 0.5],
     "uncond_weighting": ["affinity", "logit"],
