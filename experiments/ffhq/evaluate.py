@@ -26,6 +26,7 @@ from drift.runtime.errors import UserError
 from drift.runtime.files import check_output, sha256, write_json
 from drift.runtime.processes import run_stage
 from drift.runtime.seeds import numpy_generator
+from drift.settings.sections import Fid
 from experiments import common
 from experiments.common import load_section, mean_and_std, once, save_figure, w2_squared, write_csv
 from experiments.ffhq import generator
@@ -61,8 +62,8 @@ class Judge:
         except (OSError, RuntimeError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise UserError(f"evaluation.decoder = {path}: no TorchScript file ({reason})") from None
-        inception = settings.evaluation.inception
-        return cls(real, decoder, load_feature_network("inception", "legacy_pytorch", inception=inception))
+        fid = Fid(features="inception", mode="legacy_pytorch", inception=settings.evaluation.inception)
+        return cls(real, decoder, load_feature_network(fid, "cpu", workers=0))
 
     def measure(self, latents: list[Tensor]) -> dict[str, float]:
         """`emd`, which is W2^2, and `fid`: means over the classes."""

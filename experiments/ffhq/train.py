@@ -81,8 +81,7 @@ class FfhqTraining(Task[Tensor]):
         x = network(noise, torch.full((len(noise),), label, device=device))[None, :, None]
         omega = torch.ones(1, device=device)
         loss, statistics = drifting_loss(x, positives, positives[:, :0], omega, self._field)
-        loss = loss * x.shape[-1]
-        return loss, {**statistics, "loss": loss}
+        return loss * x.shape[-1], statistics
 
     @torch.no_grad()
     def evaluate(self, weights: Mapping[str, Tensor]) -> Tree:

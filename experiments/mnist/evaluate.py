@@ -41,7 +41,7 @@ class Evaluation:
     """One autoencoder and classifier, and the images that generators are measured against."""
 
     def __init__(self, settings: Settings, autoencoder: Path, classifier: Path):
-        self.train, test = (open_digits(settings.data, split) for split in ("train", "test"))
+        self.train, test = (open_digits(settings.data, split) for split in ("train", "held_out"))
         loaded = Autoencoder.from_pretrained(autoencoder), DigitClassifier.from_pretrained(classifier)
         self.judge, self._settings = Judge.of(*loaded, test), settings
         self._decides = {"seed": settings.seed, "digits": [self.train.digest, test.digest]}

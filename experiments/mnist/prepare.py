@@ -45,8 +45,7 @@ class Supervised(Task[Tensor]):
     def loss(self, network: nn.Module, batch: Tensor, part: slice, totals: None) -> tuple[Tensor, Tree]:
         rows, device = batch[part], self._run.ranks.device
         images, labels = self._digits.inputs(rows).to(device), self._digits.labels[rows].to(device)
-        loss = self.error(network(images), images, labels)
-        return loss, {"loss": loss}
+        return self.error(network(images), images, labels), {}
 
     def error(self, output: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         raise NotImplementedError

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import gzip
 import json
 import math
 from functools import cache
@@ -13,6 +12,7 @@ import pytest
 import torch
 from complaints import complaint
 
+from drift.data.datasets import open_images
 from drift.field import drifting_loss
 from drift.runtime.processes import Ranks
 from drift.settings import Hardware
@@ -132,18 +132,14 @@ def test_sweep_has_every_combination_once():
     assert len({run.name for run in runs}) == 16
 
 
-def test_idx_files_are_read_plain_and_gzipped(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 28, 28), np.uint8)
-    header = bytes([0, 0, 8, 3]) + np.array([3, 28, 28], ">u4").tobytes()
-    (tmp_path / "train-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
-    labels = bytes([0, 0, 8, 1]) + np.array([3], ">u4").tobytes() + bytes([7, 0, 9])
-    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels))
-    found = digits.open_digits(Data(dataset="mnist", root=str(tmp_path)), "train")
-    assert found.images.shape == (3, 1, 28, 28) and (found.images[:, 0].numpy() == pixels).all()
-    assert found.labels.tolist() == [7, 0, 9]
-    assert found.inputs(slice(0, 1)).numpy() == pytest.approx(pixels[None, :1] / 255)
-    line = complaint(lambda: digits.open_digits(Data(dataset="mnist", root=str(tmp_path)), "test"))
-    assert str(tmp_path) in line and "t10k-images-idx3-ubyte" in line and "mnist5k" in line
+def test_digits_are_those_of_the_data_set_without_its_border():
+    found, source = (
+        digits.open_digits(Data(dataset="mnist5k"), "held_out"),
+        open_images("mnist5k", None, "held_out", 10),
+    )
+    assert found.images.shape == (1000, 1, 28, 28) and found.labels.tolist() == source.labels.tolist()
+    assert (found.images[7, 0].numpy() == np.asarray(source.load(7))[2:30, 2:30, 0]).all()
+    assert found.inputs(slice(7, 8)).numpy() == pytest.approx(found.images[7:8].numpy() / 255)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from test_repository import counts
 
 STAGES = {
     (path.parent.name, name): stage
-    for path in (ROOT / "experiments" / which / "dvc.yaml" for which in ("mnist", "ffhq"))
+    for path in (ROOT / "experiments" / which / "dvc.yaml" for which in ("toy", "mnist", "ffhq"))
     for name, stage in yaml.safe_load(path.read_text())["stages"].items()
 }
 
