@@ -13,6 +13,7 @@ from drift.field.settings import FieldSettings
 from drift.runtime.errors import UserError
 from drift.runtime.yaml_files import read_yaml
 from drift.settings import FIELD_KEYS, Mae, Settings, load_settings
+from drift.settings.sections import Data
 
 ROOT = Path(__file__).parents[1]
 PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
@@ -349,6 +350,13 @@ def test_sinkhorn_presets_have_that_papers_field_in_the_ablation_setting():
 
 
 SINGLE_VIEW = {"views": ["center"], "mae__view": "center"}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "ignored"), [("digits", ["root"]), ("mnist5k", ["root"]), ("mnist", []), ("folder", [])]
+)
+def test_the_root_of_a_data_set_that_lies_in_files_has_an_effect(dataset, ignored):
+    assert list(Data(dataset=dataset, root="somewhere").without_effect()) == ignored
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,9 @@ class Settings(Section):
         top = {key: getattr(self, key) for key in FIELD_KEYS}
         members = self.field.model_dump(exclude_unset=True)
         options = {key: members.pop(key) for key in self.field.model_extra or ()}
-        if double := [key for key in (*FIELD_KEYS, "options") if key in options]:
+        if "options" in options:
+            raise ValueError("field.options: name each option of the coupling itself")
+        if double := [key for key in FIELD_KEYS if key in options]:
             raise ValueError(f"field.{double[0]}: is a key of its own at the top level")
         try:
             return FieldSettings.of(**top, **members, options=options)

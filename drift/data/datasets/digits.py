@@ -98,6 +98,7 @@ class MnistImages(HandwrittenDigits):
     """
 
     border = 2
+    needs_root = True
 
     def __init__(self, root: str | None, split: str):
         if split not in _STEMS:

@@ -53,6 +53,8 @@ class FolderImages(ImageFiles):
     `train` beside it.
     """
 
+    needs_root = True
+
     def __init__(self, root: str | None, split: str):
         if root is None:
             raise UserError("data.root = null: name the folder of the images, or choose another data.dataset")
