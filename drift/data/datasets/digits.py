@@ -108,19 +108,20 @@ class MnistImages(HandwrittenDigits):
                 "data.root = null: name the folder of MNIST's files, or take data.dataset mnist5k"
             )
         images, labels = (f"{_STEMS[split]}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1"))
-        missing = [name for name in (images, labels) if _find(root, name) is None]
-        if missing:
-            _fetch(Path(root), missing[0])
-        pixels, digits = _read_idx(_find(root, images)), _read_idx(_find(root, labels))
+        pixels, digits = (_read_idx(_file(Path(root), name)) for name in (images, labels))
         if pixels.shape != (len(digits), 28, 28) or digits.max(initial=0) > 9:
             shapes = f"{images} is {pixels.shape}, {labels} {digits.shape}"
             raise UserError(f"{root}: these are not MNIST's files ({shapes}); fetch them again")
         self._take(split, pixels, digits, np.arange(len(digits)))
 
 
-def _find(root: str, name: str) -> Path | None:
-    places = [Path(root, folder, name + suffix) for folder in ("", "MNIST/raw") for suffix in ("", ".gz")]
-    return next((place for place in places if place.is_file()), None)
+def _file(root: Path, name: str) -> Path:
+    for place in (root, root / "MNIST/raw"):
+        for path in (place / name, place / f"{name}.gz"):
+            if path.is_file():
+                return path
+    _fetch(root, name)
+    return root / "MNIST/raw" / name
 
 
 def _fetch(root: Path, missing: str) -> None:
