@@ -1,7 +1,7 @@
 """Trains the two stand-in networks of handwritten digits: a small VAE and a small image classifier.
 
     python -m pretrained.train vae --dataset mnist5k --out pretrained/mnist_vae
-    python -m pretrained.train classifier --dataset mnist5k --out pretrained/mnist_classifier
+    python -m pretrained.train classifier --dataset digits --out pretrained/digits_classifier
 
 They take the places of the SD-VAE and Inception, so that digits run through the same stages without a
 download. Both see the training split only. The same command on the same machine writes the same bytes. Sizes
@@ -13,6 +13,7 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,10 +34,24 @@ from drift.runtime.torchvision import ensure_torchvision
 IMAGE_SIZE = 32
 
 
+class Sizes(NamedTuple):
+    """What differs between the networks of two data sets."""
+
+    vae_widths: tuple[int, ...]
+    """Channels of each level of the VAE; each but the first halves the side."""
+    latent_channels: int
+    classifier_steps: int
+
+
+SIZES = {"digits": Sizes((16, 32, 32), 4, 600), "mnist5k": Sizes((16, 32, 64, 64), 8, 1500)}
+VAE_STEPS = 1200
+
+
 class TrainingImages:
     """The training split of a data set of digits."""
 
     def __init__(self, dataset: str):
+        self.sizes = SIZES[dataset]
         source = open_images(dataset, None, "train", 10)
         self.labels = torch.from_numpy(source.labels)
         self.pictures = [source.load(index) for index in range(len(source))]
@@ -56,14 +71,15 @@ def train_vae(data: TrainingImages, steps: int, seed: int = 0) -> tuple[nn.Modul
 
     batch_size, kl_weight = 64, 3e-3
     crop_scale, crop_ratio = (0.5, 1.0), (0.75, 4 / 3)  # somewhat wider than those of the encode stage
+    widths = data.sizes.vae_widths
     torch.manual_seed(derive_seed(seed, "standins/vae/init"))
     model = AutoencoderKL(
         sample_size=IMAGE_SIZE,
-        block_out_channels=(16, 32, 32),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=widths,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=data.sizes.latent_channels,
         norm_num_groups=8,
         mid_block_add_attention=False,
     )
@@ -135,7 +151,7 @@ def _minimise(
     return losses
 
 
-NETWORKS = {"vae": (train_vae, 1200), "classifier": (train_classifier, 600)}
+NETWORKS = {"vae": train_vae, "classifier": train_classifier}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -143,17 +159,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("network", choices=NETWORKS)
-    parser.add_argument("--dataset", choices=("digits", "mnist5k"), default="digits")
+    parser.add_argument("--dataset", choices=SIZES, default="mnist5k")
     parser.add_argument("--out", type=Path, required=True, help="folder, replaced if it is there")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="default: as many as the committed network has seen")
     args = parser.parse_args(argv)
-    train, steps = NETWORKS[args.network]
-    steps = steps if args.steps is None else args.steps
+    train, data = NETWORKS[args.network], TrainingImages(args.dataset)
+    usual = VAE_STEPS if args.network == "vae" else data.sizes.classifier_steps
+    steps = usual if args.steps is None else args.steps
     if steps < 1:
         raise UserError(f"--steps {steps}: give at least 1")
     check_output(args.out)
-    model, _ = train(TrainingImages(args.dataset), steps, args.seed)
+    model, _ = train(data, steps, args.seed)
     unfinished = args.out.with_name(f".{args.out.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)

@@ -11,7 +11,7 @@ from pretrained import train
 
 @pytest.mark.parametrize("network, steps", [(train.train_vae, 15), (train.train_classifier, 30)])
 def test_training_reduces_the_loss(network, steps):
-    model, losses = network(steps)
+    model, losses = network(train.TrainingImages("mnist5k"), steps)
     assert len(losses) == steps and not model.training
     assert np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3])
 
