@@ -66,11 +66,17 @@ def test_presets_quote_a_published_fid_only_beside_the_protocol_that_gives_it():
             assert protocol == ("val", "down", "random", 50_000)
 
 
-def test_params_yaml_is_the_digits_preset_as_shipped():
-    if load_settings(ROOT / "params.yaml").data.dataset != "digits":
+def test_params_yaml_is_the_mnist_preset_as_shipped():
+    if load_settings(ROOT / "params.yaml").data.dataset != "mnist5k":
         pytest.skip("params.yaml holds another experiment now")
-    assert {p.stem for p in PRESETS} >= {"digits", "imagenet256_ablation", "imagenet256_b2", "imagenet256_l2"}
-    assert (ROOT / "params.yaml").read_bytes() == (ROOT / "presets" / "digits.yaml").read_bytes()
+    assert {p.stem for p in PRESETS} >= {
+        "digits",
+        "mnist",
+        "imagenet256_ablation",
+        "imagenet256_b2",
+        "imagenet256_l2",
+    }
+    assert (ROOT / "params.yaml").read_bytes() == (ROOT / "presets" / "mnist.yaml").read_bytes()
 
 
 @pytest.mark.parametrize(
