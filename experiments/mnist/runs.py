@@ -31,10 +31,9 @@ class SweepRun(NamedTuple):
 
 def runs_of(sweep: Sweep) -> Iterator[SweepRun]:
     """All runs of a sweep, the first seed's first."""
-    for seed, metric, tau, coupling in itertools.product(
-        sweep.seeds, sweep.metrics, sweep.temps, sweep.couplings
-    ):
-        yield SweepRun(coupling, metric, tau, seed)
+    for seeds, temps in ((sweep.seeds, sweep.temps), (sweep.repeated_seeds, sweep.repeated_temps)):
+        for seed, metric, tau, coupling in itertools.product(seeds, sweep.metrics, temps, sweep.couplings):
+            yield SweepRun(coupling, metric, tau, seed)
 
 
 def find_runs(folder: Path) -> dict[SweepRun, Path]:

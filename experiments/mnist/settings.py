@@ -74,6 +74,9 @@ class Sweep(Section):
         *(0.005, 0.01, 0.02, 0.025, 0.03, 0.04, 0.05, 0.1),
     )
     seeds: Annotated[tuple[CountOrZero, ...], Field(min_length=1)] = (0,)
+    repeated_temps: tuple[Positive, ...] = ()
+    """Temperatures that `repeated_seeds` are trained at besides."""
+    repeated_seeds: tuple[CountOrZero, ...] = ()
 
     @model_validator(mode="after")
     def _distinct(self):

@@ -130,6 +130,8 @@ def test_sweep_has_every_combination_once():
     runs = list(runs_of(Sweep(temps=(0.1, 0.2), seeds=(0, 7))))
     assert len(runs) == len(set(runs)) == 16 and [run.seed for run in runs] == [0] * 8 + [7] * 8
     assert len({run.name for run in runs}) == 16
+    more = list(runs_of(Sweep(temps=(0.1, 0.2), repeated_temps=(0.2,), repeated_seeds=(3, 4))))
+    assert len(set(more)) == 8 + 8 and {run.tau for run in more if run.seed} == {0.2}
 
 
 def test_digits_are_those_of_the_data_set_without_its_border():
