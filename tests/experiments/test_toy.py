@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from imports import ROOT, all_imports
+from imports import ROOT
 from PIL import Image
 
 from drift.field.couplings import COUPLINGS
 from drift.runtime.errors import Stopped, UserError
 from drift.runtime.processes import Ranks
-from drift.runtime.work import PLUMBING
 from experiments.common import load_section, read_csv
 from experiments.toy import figures, particles, train
 from experiments.toy.field import field_settings, losses, velocity
@@ -298,19 +297,3 @@ def test_settings_are_valid_and_have_the_keys_that_dvc_demands(name):
         == Toy.model_fields.keys()
         == yaml.safe_load(path.read_text()).keys()
     )
-
-
-@pytest.mark.parametrize("stage", DVC)
-def test_stages_depend_on_the_modules_that_they_import(stage):
-    plumbing = {Path(name) for name in PLUMBING}
-    packages = {Path("drift") / room / "__init__.py" for room in ("runtime", "settings")}
-    without = plumbing | packages | {Path("experiments/toy/settings.py")}
-    imported = all_imports(Path(f"experiments/toy/{stage}.py"), without)
-    needed = {path for path in imported if path.name != "__init__.py"}
-    named = set()
-    for dep in DVC[stage]["deps"]:
-        if dep.startswith(("drift/", "experiments/")):
-            assert (ROOT / dep).exists(), f"{dep} is gone"
-            path = ROOT / dep
-            named |= {f.relative_to(ROOT) for f in (path.rglob("*.py") if path.is_dir() else [path])}
-    assert needed - named == set()
