@@ -1,5 +1,6 @@
 """What the experiments share: settings, exact transport, tables of mean and spread, work done once."""
 
+import argparse
 import csv
 import io
 import warnings
@@ -11,12 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import ot
-from pydantic import ValidationError
 
-from drift.runtime.errors import UserError
 from drift.runtime.files import atomic_write, check_writable, remove
 from drift.runtime.work import fingerprint, without_words, work_root
-from drift.runtime.yaml_files import one_line, read_yaml
+from drift.runtime.yaml_files import read_settings
 from drift.settings.sections import Section
 
 if TYPE_CHECKING:
@@ -31,11 +30,17 @@ def load_section(path: str | Path, kind: type[S]) -> S:
 
     Raises `UserError` with one line if the file is missing or not YAML, or a key or a value is wrong.
     """
-    content = read_yaml(path, "the folder of the experiment holds one")
-    try:
-        return kind.model_validate(content)
-    except ValidationError as error:
-        raise UserError(f"{path}: {one_line(error, dotted_keys(kind), {})}") from None
+    return read_settings(path, kind, "the folder of the experiment holds one", dotted_keys(kind), {})
+
+
+def script_parser(description: str | None, experiment: str) -> argparse.ArgumentParser:
+    """The command line that every script of an experiment has."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--params", type=Path, default=Path("experiments", experiment, "params.yaml"))
+    parser.add_argument("--out", type=Path, required=True)
+    return parser
 
 
 def dotted_keys(kind: type[Section]) -> list[str]:

@@ -4,12 +4,14 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from drift.runtime.errors import UserError
+
+M = TypeVar("M", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
@@ -63,6 +65,20 @@ def read_yaml(path: str | Path, way_out: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds {type(content).__name__}, not settings; {way_out}")
     return content
+
+
+def read_settings(
+    path: str | Path, kind: type[M], way_out: str, known: Iterable[str], moved: Mapping[str, str]
+) -> M:
+    """A YAML file as the model `kind`; for `known` and `moved` see `one_line`.
+
+    Raises `UserError` with one line if the file is missing or not YAML, or a key or a value is wrong.
+    """
+    content = read_yaml(path, way_out)
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{path}: {one_line(error, known, moved)}") from None
 
 
 def one_line(error: ValidationError, known: Iterable[str], moved: Mapping[str, str]) -> str:

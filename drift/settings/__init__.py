@@ -15,7 +15,6 @@ from pydantic import (
     ConfigDict,
     Field,
     GetPydanticSchema,
-    ValidationError,
     create_model,
 )
 
@@ -23,8 +22,7 @@ from drift.data.views import VIEW_OPTIONS
 from drift.features import ENCODERS, FeatureEncoder, MAEFeatures
 from drift.field.couplings import COUPLINGS
 from drift.field.settings import CONVENTIONS, FieldSettings, contradictions, without_effect
-from drift.runtime.errors import UserError
-from drift.runtime.yaml_files import one_line, read_yaml
+from drift.runtime.yaml_files import read_settings
 from drift.settings.sections import (
     ROUNDING_KEYS,
     Count,
@@ -297,11 +295,7 @@ def load_settings(path: str | Path) -> Settings:
 
     Raises `UserError` with one line if the file is missing or not YAML, or a key or a value is wrong.
     """
-    content = read_yaml(path, "presets/ holds complete files to copy")
-    try:
-        return Settings.model_validate(content)
-    except ValidationError as error:
-        raise UserError(f"{path}: {one_line(error, _all_keys(), RENAMED)}") from None
+    return read_settings(path, Settings, "presets/ holds complete files to copy", _all_keys(), RENAMED)
 
 
 def _all_keys() -> list[str]:

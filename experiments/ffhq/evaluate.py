@@ -6,7 +6,6 @@ OUT gets runs.csv (every run), table.csv (mean and spread over seeds), metrics.j
 latents in the place of generated ones) and samples.png. What was measured stays in .work.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -28,7 +27,15 @@ from drift.runtime.processes import run_stage
 from drift.runtime.seeds import numpy_generator
 from drift.settings.sections import Fid
 from experiments import common
-from experiments.common import load_section, mean_and_std, once, save_figure, w2_squared, write_csv
+from experiments.common import (
+    load_section,
+    mean_and_std,
+    once,
+    save_figure,
+    script_parser,
+    w2_squared,
+    write_csv,
+)
 from experiments.ffhq import generator
 from experiments.ffhq.generator import FfhqRun, LatentGenerator, generate, runs_of
 from experiments.ffhq.latents import CLASSES, read_latents
@@ -157,12 +164,8 @@ def draw(real: list[Tensor], shown: Mapping[FfhqRun, list[Tensor]], costs: Mappi
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--params", type=Path, default=Path("experiments/ffhq/params.yaml"))
+    parser = script_parser(__doc__, "ffhq")
     parser.add_argument("--generators", type=Path, default=Path("artifacts/ffhq/generators"))
-    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     settings = load_section(args.params, Settings)
     check_output(args.out)

@@ -6,7 +6,6 @@ Writes OUT/train.npz and OUT/test.npz: each class is a curved sheet of 16 dimens
 spread as the paper's transport costs suggest.
 """
 
-import argparse
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -18,7 +17,7 @@ from drift.runtime.errors import UserError
 from drift.runtime.files import atomic_write, check_output
 from drift.runtime.processes import run_stage
 from drift.runtime.seeds import numpy_generator
-from experiments.common import load_section
+from experiments.common import load_section, script_parser
 from experiments.ffhq.settings import Settings
 
 CLASSES = ("male_children", "male_adult", "male_old", "female_children", "female_adult", "female_old")
@@ -59,12 +58,7 @@ def stand_in(dimensions: int, count: int, seed: int, split: str) -> dict[str, np
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--params", type=Path, default=Path("experiments/ffhq/params.yaml"))
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
+    args = script_parser(__doc__, "ffhq").parse_args()
     settings = load_section(args.params, Settings)
     check_output(args.out)
     args.out.mkdir(parents=True, exist_ok=True)

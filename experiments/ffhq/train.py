@@ -5,7 +5,6 @@
 What was trained stays in .work: a run that was killed goes on, and one that is there is not trained again.
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Mapping
@@ -23,7 +22,7 @@ from drift.runtime.processes import run_stage
 from drift.runtime.seeds import derive_seed, torch_generator
 from drift.training.log import Tree
 from drift.training.loop import Run, Task
-from experiments.common import load_section, w2_squared
+from experiments.common import load_section, script_parser, w2_squared
 from experiments.ffhq import generator
 from experiments.ffhq.generator import LatentGenerator, generate, runs_of
 from experiments.ffhq.latents import CLASSES, read_latents
@@ -99,12 +98,7 @@ class FfhqTraining(Task[Tensor]):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--params", type=Path, default=Path("experiments/ffhq/params.yaml"))
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
+    args = script_parser(__doc__, "ffhq").parse_args()
     settings = load_section(args.params, Settings)
     check_output(args.out)
     train_all(settings, args.out)

@@ -6,7 +6,6 @@ OUT gets sweep.csv (every run), table.csv (mean and spread over seeds), metrics.
 training images in the place of generated ones), sweep.png and samples.png. What was measured stays in .work.
 """
 
-import argparse
 import csv
 import json
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from drift.runtime import seeds
 from drift.runtime.files import check_output, sha256, write_json
 from drift.runtime.processes import run_stage
 from experiments import common
-from experiments.common import load_section, mean_and_std, once, save_figure, write_csv
+from experiments.common import load_section, mean_and_std, once, save_figure, script_parser, write_csv
 from experiments.mnist import figures, measure, networks
 from experiments.mnist.digits import open_digits
 from experiments.mnist.measure import Judge
@@ -150,14 +149,10 @@ def evaluate(settings: Settings, evaluation: Evaluation, generators: Path, out: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--params", type=Path, default=Path("experiments/mnist/params.yaml"))
+    parser = script_parser(__doc__, "mnist")
     parser.add_argument("--autoencoder", type=Path, default=Path("artifacts/mnist/networks/autoencoder"))
     parser.add_argument("--classifier", type=Path, default=Path("artifacts/mnist/networks/classifier"))
     parser.add_argument("--generators", type=Path, default=Path("artifacts/mnist/generators"))
-    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     settings = load_section(args.params, Settings)
     check_output(args.out)

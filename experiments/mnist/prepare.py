@@ -5,7 +5,6 @@
 What was trained stays in .work: a run that was killed goes on, and one that is there is not trained again.
 """
 
-import argparse
 import sys
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from drift.runtime.processes import run_stage
 from drift.runtime.seeds import derive_seed
 from drift.training.log import Tree
 from drift.training.loop import Run, Task
-from experiments.common import load_section
+from experiments.common import load_section, script_parser
 from experiments.mnist import networks
 from experiments.mnist.digits import Digits, open_digits
 from experiments.mnist.settings import Adam, Autoencoder, Classifier, Settings
@@ -94,12 +93,7 @@ def train_networks(settings: Settings, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--params", type=Path, default=Path("experiments/mnist/params.yaml"))
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
+    args = script_parser(__doc__, "mnist").parse_args()
     check_output(args.out)
     train_networks(load_section(args.params, Settings), args.out)
 

@@ -5,7 +5,6 @@
 What was trained stays in .work: a run that was killed goes on, and one that is there is not trained again.
 """
 
-import argparse
 import math
 import sys
 from functools import partial
@@ -25,7 +24,7 @@ from drift.runtime.seeds import derive_seed, torch_generator
 from drift.training.log import Tree
 from drift.training.loop import Run, Task
 from drift.training.schedule import draw_omega
-from experiments.common import load_section
+from experiments.common import load_section, script_parser
 from experiments.mnist import networks
 from experiments.mnist.digits import open_digits
 from experiments.mnist.measure import encode
@@ -125,12 +124,8 @@ def train_sweep(settings: Settings, folder: Path, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--params", type=Path, default=Path("experiments/mnist/params.yaml"))
+    parser = script_parser(__doc__, "mnist")
     parser.add_argument("--networks", type=Path, default=Path("artifacts/mnist/networks"))
-    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     check_output(args.out)
     train_sweep(load_section(args.params, Settings), args.networks, args.out)

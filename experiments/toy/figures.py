@@ -20,9 +20,9 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from drift.field.couplings import COUPLINGS
 from drift.runtime.errors import UserError
-from drift.runtime.files import atomic_write, check_output
+from drift.runtime.files import check_output
 from drift.runtime.processes import run_stage
-from experiments.common import load_section, mean_and_std, read_csv, write_csv
+from experiments.common import load_section, mean_and_std, read_csv, save_figure, write_csv
 from experiments.toy.settings import Toy
 
 REAL = "real"
@@ -59,11 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     curves = mean_and_std(rows, (*SETTING, "step"), MEASURED)
     for metric in settings.dist_metrics:
         of_metric = [row for row in curves if row["dist_metric"] == metric]
-        save(draw_curves(of_metric, settings), args.out / f"w2_{metric}.png")
+        save_figure(args.out / f"w2_{metric}.png", draw_curves(of_metric, settings))
         samples = {
             target: dict(np.load(folders[metric, target] / "samples.npz")) for target in settings.targets
         }
-        save(draw_samples(samples, settings), args.out / f"samples_{metric}.png")
+        save_figure(args.out / f"samples_{metric}.png", draw_samples(samples, settings))
     return 0
 
 
@@ -141,11 +141,6 @@ def panels(rows: int, columns: int, size: tuple[float, float], **shared) -> tupl
     figure = Figure(figsize=(columns * size[0], rows * size[1] + 0.4), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False, **shared)
-
-
-def save(figure: Figure, path: Path) -> None:
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=100)
 
 
 if __name__ == "__main__":

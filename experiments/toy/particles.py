@@ -8,7 +8,6 @@ Writes OUT/particles.gif, OUT/particles.png (its last frame) and OUT/particles.c
 """
 
 import argparse
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from drift.runtime.files import atomic_write, check_output
+from drift.runtime.files import check_output
 from drift.runtime.processes import run_stage
-from experiments.common import load_section, w2_squared, write_csv
+from experiments.common import load_section, save_figure, w2_squared, write_csv
 from experiments.toy.field import field_settings, velocity
 from experiments.toy.figures import COLOURS, NAMES
 from experiments.toy.settings import Particles, Toy
@@ -124,10 +123,7 @@ def animate(
     draft = gif.with_name(f".{gif.name}.tmp.gif")
     animation.save(draft, writer=PillowWriter(fps=FRAMES_PER_SECOND))
     draft.replace(gif)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=100)
-    with atomic_write(png) as file:
-        file.write(picture.getvalue())
+    save_figure(png, figure)
 
 
 if __name__ == "__main__":
