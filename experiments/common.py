@@ -39,7 +39,7 @@ def script_parser(description: str | None, experiment: str) -> argparse.Argument
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--params", type=Path, default=Path("experiments", experiment, "params.yaml"))
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     return parser
 
 

@@ -7,7 +7,6 @@ last step; for `real`, the floor, over all measurements), and for each metric OU
 OUT/samples_<metric>.png.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from drift.field.couplings import COUPLINGS
 from drift.runtime.errors import UserError
 from drift.runtime.files import check_output
 from drift.runtime.processes import run_stage
-from experiments.common import load_section, mean_and_std, read_csv, save_figure, write_csv
+from experiments.common import load_section, mean_and_std, read_csv, save_figure, script_parser, write_csv
 from experiments.toy.settings import Toy
 
 REAL = "real"
@@ -34,12 +33,8 @@ SETTING = ("dist_metric", "target", "coupling", "eps")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--params", type=Path, default=Path("experiments/toy/params.yaml"))
+    parser = script_parser(__doc__, "toy")
     parser.add_argument("--runs", type=Path, required=True, help="folder of all outputs of train")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     args = parser.parse_args(argv)
     settings = load_section(args.params, Toy)
     check_output(args.out / "table.csv")

@@ -7,7 +7,6 @@
 Writes OUT/particles.gif, OUT/particles.png (its last frame) and OUT/particles.csv.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from drift.runtime.files import check_output
 from drift.runtime.processes import run_stage
-from experiments.common import load_section, save_figure, w2_squared, write_csv
+from experiments.common import load_section, save_figure, script_parser, w2_squared, write_csv
 from experiments.toy.field import field_settings, velocity
 from experiments.toy.figures import COLOURS, NAMES
 from experiments.toy.settings import Particles, Toy
@@ -32,12 +31,7 @@ FRAMES_PER_SECOND, LAST_FRAME_SHOWN = 12, 18
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--params", type=Path, default=Path("experiments/toy/params.yaml"))
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    args = parser.parse_args(argv)
+    args = script_parser(__doc__, "toy").parse_args(argv)
     settings = load_section(args.params, Toy)
     files = [args.out / f"particles.{kind}" for kind in ("gif", "png", "csv")]
     for file in files:

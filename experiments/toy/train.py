@@ -7,7 +7,6 @@ themselves get), OUT/samples.npz (points of the first seed's generators at the e
 that was killed goes on from its last checkpoint, and finished ones are not repeated.
 """
 
-import argparse
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ from drift.runtime.seeds import torch_generator
 from drift.runtime.work import Work
 from drift.settings import Hardware
 from drift.training.loop import LOG_FILE, Run, Task, train
-from experiments.common import load_section, w2_squared, write_csv
+from experiments.common import load_section, script_parser, w2_squared, write_csv
 from experiments.toy.field import field_settings, losses
 from experiments.toy.networks import Networks
 from experiments.toy.settings import Toy
@@ -119,13 +118,9 @@ def measure(points: np.ndarray, target: Target, seed: int, step: int) -> dict[st
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--params", type=Path, default=Path("experiments/toy/params.yaml"))
+    parser = script_parser(__doc__, "toy")
     parser.add_argument("--target", required=True, choices=TARGETS)
     parser.add_argument("--dist-metric", required=True, choices=("l2", "l2_sq"))
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--fresh", action="store_true", help="start over, and set aside what is there")
     args = parser.parse_args(argv)
 
