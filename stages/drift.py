@@ -4,14 +4,18 @@
 
 Writes OUT/config.json, diffusion_pytorch_model.safetensors (the first EMA; others are variants such as
 diffusion_pytorch_model.ema_0999.safetensors), classes.json (names of the classes), settings.yaml and
-logs.jsonl; and for DVC's plots, the training curve. A run that was killed goes on from its last checkpoint.
+logs.jsonl; and for DVC's plots, the training curve. With `drift.evaluate_every`, samples are measured in the
+course of the training: OUT/best is then the generator with the smallest Fréchet distance. A run that was
+killed goes on from its last checkpoint.
 """
 
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from drift.data.latents import LatentStore
+from drift.evaluation.while_training import BEST, FID_COLUMNS, TrainingEvaluation
 from drift.features import load_encoders
 from drift.models.base import model_files
 from drift.models.generator import CLASSES_FILE
@@ -32,15 +36,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--mae", type=Path, required=True, help="folder of the MAE")
     parser.add_argument("--out", type=Path, required=True, help="folder of the generator")
     parser.add_argument("--plot", type=Path, default=Path("plots/drift_training.csv"))
+    parser.add_argument("--fid-plot", type=Path, default=Path("plots/drift_fid.csv"))
     args = parser.parse_args(argv)
 
     settings = load_settings(args.params)
     hardware = settings.hardware
-    check_output(args.out)
-    check_output(args.plot)
+    for path in (args.out, args.plot, args.fid_plot):
+        check_output(path)
     store = LatentStore.open(args.latents)
     check_latents(store, settings, "center")
     encoder = load_encoders(settings.features, mae=args.mae)
+    evaluation = TrainingEvaluation(settings) if settings.drift.evaluate_every else None
     if (code := spawn("stages.drift", argv, args.nproc or hardware.processes)) is not None:
         return code
 
@@ -62,10 +68,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         ranks.barrier()
         run = Run(settings.seed, hardware, ranks, work.folder)
         field = settings.field_settings()
-        model, emas = train_generator(store, encoder, settings.drift, field, run)
+        if evaluation is not None:
+            evaluation.start(ranks, work.folder)
+        model, emas = train_generator(store, encoder, settings.drift, field, run, evaluation)
         if ranks.first:
-            export = export_run(model, emas, work.folder, {args.plot: plot_columns(field)})
+            curves = {args.plot: plot_columns(field), args.fid_plot: FID_COLUMNS}
+            export = export_run(model, emas, work.folder, curves)
             write_json(export / CLASSES_FILE, store.class_names)
+            if (best := work.folder / BEST).exists():
+                shutil.copytree(best, export / BEST)
+                write_json(export / BEST / CLASSES_FILE, store.class_names)
             work.publish(export, args.out, settings.in_force("drift"))
     return 0
 

@@ -84,8 +84,10 @@ UNHASHED = {
     "drift/training/inputs.py",
     "drift/training/log.py",
     "drift/evaluation/report.py",
+    "drift/evaluation/while_training.py",
 }
-"""With all of `runtime` but the seeds: they move files, read settings and talk; no number depends on them."""
+"""With all of `runtime` but the seeds: they move files, read settings and talk, or measure what is trained in
+its course; no number of a result depends on them."""
 
 
 def counts(path: Path) -> bool:

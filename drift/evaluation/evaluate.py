@@ -13,18 +13,10 @@ from torch import nn
 from tqdm import tqdm
 
 import drift
-from drift.data.datasets import Dataset, class_difference, open_images
-from drift.evaluation.networks import load_feature_network
-from drift.evaluation.pictures import VISIBLE_SIDE, draw_images, image_grid
-from drift.evaluation.reference import (
-    Reference,
-    load_statistics,
-    measure_images,
-    open_reference,
-    require_enough,
-    self_test,
-)
-from drift.evaluation.sample import ImageDecoder, sample_labels
+from drift.data.datasets import Dataset, class_difference
+from drift.evaluation.measurement import Measurement
+from drift.evaluation.reference import Reference, measure_images, require_enough, self_test
+from drift.evaluation.sample import ImageDecoder
 from drift.evaluation.sweep import Entry, Sweep
 from drift.models.base import model_files
 from drift.models.ema import ema_variant
@@ -33,11 +25,9 @@ from drift.runtime.errors import UserError
 from drift.runtime.files import sha256
 from drift.runtime.processes import Ranks
 from drift.runtime.progress import ProgressLog
-from drift.runtime.seeds import numpy_generator
 from drift.runtime.work import SETTINGS_FILE, settings_in_force
 from drift.runtime.yaml_files import read_yaml
 from drift.settings import Drift, Settings
-from drift.training.compile import Compiled
 
 PACKAGES = ("clean-fid", "diffusers", "numpy", "pillow", "scipy", "torch", "torchvision")
 
@@ -99,22 +89,16 @@ class Evaluated(NamedTuple):
     """A row per class, a column per CFG strength, the same noise in all."""
 
 
-class Evaluation:
-    """A generator, the settings, and what they name: opened and checked before any process is started."""
+class Evaluation(Measurement):
+    """A generator's folder beside what measures it."""
 
     def __init__(self, settings: Settings, generator: Path):
         """Raises `UserError` for everything that can be known to fail before the work."""
-        data, encode, fid = settings.data, settings.encode, settings.fid
-        self.settings = settings
+        fid = settings.fid
         self.copies = Copies(generator, fid.ema_decays)
-        self.vae = encode.autoencoder.load(fid.precision)
-        self.training = open_images(data.dataset, data.root, "train", data.classes)
+        super().__init__(settings)
         self.copies.require_classes(self.training)
-        self.reference_images = open_reference(fid.reference, data.dataset, data.root, data.classes)
-        self.labels = sample_labels(settings)
         self.floor_images = min(fid.floor_images, len(self.training))
-        self.network = load_feature_network(fid, workers=settings.hardware.workers)
-        require_enough(fid.images, self.network, "generated images per omega (fid.images)")
         if self.floor_images:
             what = "real training images (fid.floor_images; 0 takes none)"
             require_enough(self.floor_images, self.network, what)
@@ -140,22 +124,14 @@ class Evaluation:
 
     def run(self, work: Path, ranks: Ranks) -> Evaluated | None:
         """Measure and draw, or go on from what `work` has; None on all processes but the first."""
-        settings, fid, hardware = self.settings, self.settings.fid, self.settings.hardware
-        if ranks.device != self.network.device:
-            self.network = load_feature_network(fid, ranks.device, hardware.workers)
-        if hardware.compile and ranks.device.type == "cuda":
-            self.vae.compile_with(Compiled)
-        decode = ImageDecoder(self.vae.to(ranks.device), hardware.decode_batch, fid.rounding)
+        settings, fid = self.settings, self.settings.fid
+        decode = self.decoder(ranks)
         load = partial(self.copies.load, device=ranks.device)
         decays, of_reference = self.copies.decays, len(self.reference_images or ())
         real = of_reference + self.floor_images
         total = real + len(decays) * len(fid.omegas) * fid.images
         with _progress(work / "logs.jsonl", total, ranks.first) as reached:
-            if self.reference_images is None:
-                reference = load_statistics(fid.reference, self.network.dimension, self.network.digest)
-            else:
-                images = self.reference_images
-                reference = measure_images(images, self.network, settings, ranks=ranks, on_images=reached)
+            reference = self.reference(ranks, reached)
             tested = self_test(reference, settings.seed) if ranks.first else {}
             training = None
             if self.floor_images:
@@ -171,20 +147,11 @@ class Evaluation:
         return Evaluated(self._described(entries, reference, training, tested), *pictures)
 
     def _draw(self, generator: Generator, decode: ImageDecoder) -> tuple[Image.Image, Image.Image]:
-        """Rows of random classes: columns of different noise; columns of omegas."""
-        fid, seed, batch = self.settings.fid, self.settings.seed, self.settings.hardware.sample_batch
-        drawn = numpy_generator(seed, "fid/pictures").permutation(self.settings.data.classes)
-        classes = sorted(drawn[: fid.picture_classes].tolist())
-        names = [self.training.class_names[label] for label in classes]
-
-        def grid(columns: list[tuple[int, float]], heads: list[str] | None = None) -> Image.Image:
-            wanted = [(label, *column) for label in classes for column in columns]
-            images = draw_images(generator, decode, wanted, seed, batch)
-            scale = -(-VISIBLE_SIDE // images.shape[1])
-            return image_grid(images, len(columns), scale=scale, row_labels=names, column_labels=heads)
-
-        samples = grid([(column, fid.picture_omega) for column in range(fid.picture_columns)])
-        return samples, grid([(0, omega) for omega in fid.omegas], [f"omega {o:g}" for o in fid.omegas])
+        """Columns of different noise; columns of omegas."""
+        fid = self.settings.fid
+        noises = [(column, fid.picture_omega) for column in range(fid.picture_columns)]
+        strengths, heads = [(0, omega) for omega in fid.omegas], [f"omega {o:g}" for o in fid.omegas]
+        return self.grid(generator, decode, noises), self.grid(generator, decode, strengths, heads)
 
     def _described(
         self, entries: list[Entry], reference: Reference, training: Reference | None, tested: dict[str, Any]

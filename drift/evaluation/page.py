@@ -66,7 +66,9 @@ def _curves(sweep: Sequence[Mapping[str, Any]], log: Sequence[Mapping[str, Any]]
             entries = [e for e in sweep if e.get(key) is not None and e["ema_decay"] == decay]
             name = f"EMA {decay:g}" if len(decays) > 1 else ""
             yield title, "omega", sorted((e["omega"], e[key]) for e in entries), name
-    for key, title in (("drift_rms", "RMS of the raw drift (training)"), ("loss", "loss (training)")):
+    of_training = {"drift_rms": "RMS of the raw drift", "loss": "loss", "fid": "Fréchet distance"}
+    for key, name in of_training.items():
+        title = f"{name} (training)"
         yield title, "step", [(line["step"], line[key]) for line in log if key in line], ""
 
 

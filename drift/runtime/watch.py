@@ -21,7 +21,7 @@ from drift.runtime.progress import read_log
 from drift.runtime.work import read_note
 
 STAGES = ("encode", "mae", "drift", "fid")
-VALUES = ("loss", "drift_rms", "reconstruction", "held_out")
+VALUES = ("loss", "drift_rms", "reconstruction", "held_out", "fid")
 WINDOW_S = 60.0  # what the speed looks back on
 SILENT_S = 300.0  # a run on another machine that has logged nothing for so long counts as stopped
 _TAIL = 1 << 18  # bytes of a log; its lines have some 10 KB at most

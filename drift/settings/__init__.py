@@ -243,7 +243,8 @@ class Settings(Section):
     def deciding(self, stage: str) -> dict[str, Any]:
         """The part of `in_force` that differs from the defaults; a fingerprint is made of it.
 
-        So neither a new key with a default nor a change of what has no effect makes it another run.
+        So neither a new key with a default nor a change of what has no effect makes it another run. Nor does
+        how it is evaluated while it trains: that may change in the middle.
         """
         section, found = type(getattr(self, stage)), self.in_force(stage)
         defaults = {
@@ -254,6 +255,7 @@ class Settings(Section):
             found[part] = {k: value for k, value in found[part].items() if value != defaults[part].get(k)}
         if self.features == (MAEFeatures(),):
             found.pop("features", None)
+        found[stage] = {k: v for k, v in found[stage].items() if not k.startswith("evaluate_")}
         return found
 
     def remarks(self, stage: str) -> list[str]:

@@ -246,6 +246,12 @@ class Drift(Optimizer):
     that a class may occur twice (release); or distinct ones, uniformly (Sinkhorn)."""
     ema_decays: Annotated[tuple[Decay, ...], Field(min_length=1)] = (0.999, 0.9995, 0.9998, 0.9999)
     """The first is the one that `Generator.from_pretrained` loads."""
+    evaluate_every: CountOrZero = 0
+    """Steps between two measurements of the Fréchet distance, as the section `fid` says but for the two keys
+    below, with the weights of the first EMA; the best ones are kept. 0 measures nothing."""
+    evaluate_images: Count = 10000
+    """Images generated for such a measurement, per omega. Distances of fewer images are larger."""
+    evaluate_omegas: Annotated[tuple[Omega, ...], Field(min_length=1)] = (1.5,)
 
     def complaints(self) -> Iterator[str]:
         yield from super().complaints()
@@ -270,6 +276,7 @@ class Drift(Optimizer):
             ),
             (too_few, "push_per_step", enough),
             (repeats(self.ema_decays), "ema_decays", "each decay once"),
+            (repeats(self.evaluate_omegas), "evaluate_omegas", "each once"),
         )
 
     def without_effect(self) -> dict[str, str]:
@@ -280,6 +287,7 @@ class Drift(Optimizer):
             (unguided, "no_guidance_fraction is 1", "omega_min omega_max omega_exponent"),
             (self.unconditional == 0, "unconditional is 0", "queue_global"),
             (self.sampling == "direct", "sampling is direct", "queue_per_class queue_global push_per_step"),
+            (self.evaluate_every == 0, "evaluate_every is 0", "evaluate_images evaluate_omegas"),
         )
 
 

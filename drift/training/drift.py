@@ -5,7 +5,7 @@ generates N samples; the drifting loss in the encoder's features gives the gradi
 second_batch`, another N samples repel the first.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ from drift.runtime.seeds import derive_seed, torch_generator
 from drift.settings import Drift
 from drift.training.compile import Compiled
 from drift.training.log import Tree
-from drift.training.loop import Run, Task, autocast, train
+from drift.training.loop import Measured, Run, Task, autocast, train
 from drift.training.objective import Execution, Samples, drift_objective, step_totals
 from drift.training.schedule import draw_omega
 
@@ -77,6 +77,10 @@ class Batch(NamedTuple):
     """Of `generated` and `negatives`: noise `[Nc, N, C, H, W]` and style indices `[Nc, N, S]`."""
 
 
+Evaluate = Callable[[Generator, Mapping[str, Tensor], int], Measured]
+"""Measures a generator with some weights after so many steps."""
+
+
 class GeneratorTraining(Task[Batch]):
     """The drift stage: a generator that follows the drift field in the features of a frozen encoder."""
 
@@ -84,7 +88,15 @@ class GeneratorTraining(Task[Batch]):
     model: Generator
     options: Drift
 
-    def __init__(self, store: LatentStore, encoder: Encoder, options: Drift, field: FieldSettings, run: Run):
+    def __init__(
+        self,
+        store: LatentStore,
+        encoder: Encoder,
+        options: Drift,
+        field: FieldSettings,
+        run: Run,
+        evaluation: Evaluate | None = None,
+    ):
         seed, hardware, ranks, _ = run
         self.options, self.ema_decays, self._field = options, options.ema_decays, field
         self._seed, self._ranks, self.at_once = seed, ranks, hardware.classes_per_pass
@@ -94,6 +106,7 @@ class GeneratorTraining(Task[Batch]):
         torch.manual_seed(derive_seed(seed, "drift/init"))
         self.model = Generator(**generator_config(options, store))
         self.model.activation_checkpointing = hardware.activation_checkpointing
+        self.evaluate_every, self._evaluation = evaluation and options.evaluate_every, evaluation
         self._encoder = encoder.to(ranks.device)
         if hardware.compile:
             if ranks.device.type == "cuda":  # uncompiled, every GroupNorm would copy its input back
@@ -203,18 +216,30 @@ class GeneratorTraining(Task[Batch]):
         summary["scale"] = torch.stack([of_set["scale"] for of_set in sets.values()]).mean()
         return {**summary, "feature_sets": sets}
 
+    def evaluate(self, done: int, weights: Mapping[str, Tensor]) -> Measured:
+        """What `evaluation` measures."""
+        assert self._evaluation is not None, "there is no evaluate_every without it"
+        return self._evaluation(self.model, weights, done)
+
 
 def train_generator(
-    store: LatentStore, encoder: Encoder, options: Drift, field: FieldSettings, run: Run
+    store: LatentStore,
+    encoder: Encoder,
+    options: Drift,
+    field: FieldSettings,
+    run: Run,
+    evaluation: Evaluate | None = None,
 ) -> tuple[Generator, list[EMA]]:
     """Train a Generator on `store` in the features of `encoder`, from the newest checkpoint on.
+
+    Where there is an `evaluation`, `options.evaluate_every` says how often it is called.
 
     Returns the generator, and one EMA per decay of `options.ema_decays`. Raises `UserError` if the classes of
     a step do not split over the processes, or a class has too few samples.
     """
     if run.hardware.compile and run.ranks.device.type == "cuda":
         couplings.fuse(partial(Compiled, name="scalings of a plan", dynamic=None))
-    training = GeneratorTraining(store, encoder, options, field, run)
+    training = GeneratorTraining(store, encoder, options, field, run, evaluation)
     return training.model, train(training, run)
 
 

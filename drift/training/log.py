@@ -6,29 +6,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from drift.runtime.files import atomic_write
 from drift.runtime.progress import ProgressLog, read_log
+
+SAMPLES = "samples"
 
 
 class RunLog:
     """Progress bar and `logs.jsonl` of one run; silent in every process but the first.
 
     A resumed run drops the lines that an earlier one logged beyond the checkpoint: each step stands in the
-    file once.
+    file once, and once more if the run was evaluated after it.
     """
 
     def __init__(self, path: Path, *, what: str, steps: int, start: int, active: bool):
         self._bar = tqdm(
             total=steps, initial=start, desc=what, unit="step", disable=not active, mininterval=1.0, ncols=100
         )
-        self._log = None
+        self._log, self._folder = None, path.parent
+        self._trained = self._measured = ""  # what the bar shows
+        self._evaluated: set[int] = set()
         if active:
             path.parent.mkdir(parents=True, exist_ok=True)
             kept = [line for line in read_log(path) if line["step"] < start]
             with atomic_write(path) as file:
                 file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
+            self._evaluated = {line["step"] for line in kept if "loss" not in line}
             self._log = ProgressLog(path, steps=steps, unit="step")
 
     def step(self) -> None:
@@ -40,11 +46,38 @@ class RunLog:
         if self._log is None:
             return
         self._log.reached(step, values, force=True)
-        numbers = [f"{name}={value:.4g}" for name, value in values.items() if isinstance(value, float)]
-        self._bar.set_postfix_str(", ".join(numbers[:2]), refresh=False)
+        self._trained = _brief(values)
+        self._show()
+
+    def evaluated(self, step: int) -> bool:
+        """Whether an earlier run has logged an evaluation after `step`; only the first process knows."""
+        return step in self._evaluated
+
+    def evaluation(self, step: int, values: Mapping[str, Any], picture: Image.Image | None) -> None:
+        """Append a line for an evaluation after `step`, and write `samples/<steps done>.png`."""
+        if self._log is None:
+            return
+        if picture is not None:
+            folder = self._folder / SAMPLES
+            folder.mkdir(exist_ok=True)
+            with atomic_write(folder / f"{step + 1:08d}.png") as file:
+                picture.save(file, format="PNG")
+        self._log.reached(step, values, force=True)
+        self._measured = _brief(values)
+        self._show()
+
+    def _show(self) -> None:
+        texts = filter(None, (self._trained, self._measured))
+        self._bar.set_postfix_str(", ".join(texts), refresh=False)
 
     def close(self) -> None:
         self._bar.close()
+
+
+def _brief(values: Mapping[str, Any]) -> str:
+    """The first two numbers."""
+    numbers = [f"{name}={value:.4g}" for name, value in values.items() if isinstance(value, float)]
+    return ", ".join(numbers[:2])
 
 
 def write_plot(log: Path, destination: Path, columns: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -45,6 +46,13 @@ class Run(NamedTuple):
     """For checkpoints and `logs.jsonl`. Only the first process reads and writes it."""
 
 
+class Measured(NamedTuple):
+    """What an evaluation while training has found."""
+
+    numbers: Tree
+    picture: Image.Image | None = None
+
+
 class Task(ABC, Generic[Batch]):
     """What is trained, and on what.
 
@@ -62,6 +70,7 @@ class Task(ABC, Generic[Batch]):
     at_once: int | None = None
     """None is all of them."""
     evaluate_every: int | None = None
+    """Steps between two calls of `evaluate`; it is called after the last step as well."""
 
     @abstractmethod
     def prepare(self, step: int) -> Batch:
@@ -82,9 +91,9 @@ class Task(ABC, Generic[Batch]):
         """What to log of the loss and the other means, averaged over parts and processes."""
         return means
 
-    def evaluate(self, weights: Mapping[str, Tensor]) -> Tree:
-        """Measurements of the first EMA's weights, every `evaluate_every` steps and after the last one."""
-        return {}
+    def evaluate(self, done: int, weights: Mapping[str, Tensor]) -> Measured:
+        """Measure the first EMA's weights after `done` steps; a kill meanwhile loses no step."""
+        raise NotImplementedError
 
 
 class Learner:
@@ -180,19 +189,18 @@ def train(task: Task, run: Run) -> list[EMA]:
         checkpoints,
         closing(batches(task.prepare, start, steps, hardware.prefetch)) as prepared,
     ):
+        if saved and ranks.from_first(_evaluates(task, start) and not log.evaluated(start - 1)):
+            _evaluate(task, start, learner, log)  # a kill came in between
         for step, batch in zip(range(start, steps), prepared, strict=True):
-            done, last = step + 1, step + 1 == steps
+            done, last, evaluates = step + 1, step + 1 == steps, _evaluates(task, step + 1)
             means = _gradients(task, network, batch, learner, ranks)
             shown = {"loss": means["loss"], **task.summary(means), **learner.update(step, means["loss"])}
             log.step()
-            measured = {}
-            if task.evaluate_every and (done % task.evaluate_every == 0 or last):
-                measured = task.evaluate(learner.emas[0].state_dict())
-            if step % hardware.log_every == 0 or last or measured:
+            if step % hardware.log_every == 0 or last or evaluates:
                 learner.require_finite()
-                log.write(step, to_numbers({**shown, **measured}))
+                log.write(step, to_numbers(shown))
             stop, save = ranks.highest(signals.look())
-            if done % hardware.checkpoint_every == 0 or last or stop or save:
+            if done % hardware.checkpoint_every == 0 or last or stop or save or evaluates:
                 learner.require_finite()
                 if ranks.first:
                     rest = {"scaler": learner.scaler.state_dict(), "rounding": rounding}
@@ -203,9 +211,26 @@ def train(task: Task, run: Run) -> list[EMA]:
                 name = signal.Signals(stop).name
                 line = f"{task.name}: {name} after step {done} of {steps}; saved, run it again to go on"
                 raise Stopped(line if ranks.first else "", stop)
+            if evaluates:
+                checkpoints.wait()
+                _evaluate(task, done, learner, log)
         checkpoints.wait()
     ranks.barrier()
     return learner.emas
+
+
+def _evaluates(task: Task, done: int) -> bool:
+    """Whether `task` is evaluated after so many steps."""
+    return bool(task.evaluate_every) and (done % task.evaluate_every == 0 or done == task.options.steps)
+
+
+def _evaluate(task: Task, done: int, learner: Learner, log: RunLog) -> None:
+    """Evaluate after `done` steps, in the memory that gradients and a step's activations leave."""
+    learner.optimizer.zero_grad(set_to_none=True)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    measured = task.evaluate(done, learner.emas[0].state_dict())
+    log.evaluation(done - 1, to_numbers(measured.numbers), measured.picture)
 
 
 def batches(

@@ -26,7 +26,7 @@ from drift.runtime.progress import read_log
 from drift.runtime.seeds import derive_seed, torch_generator
 from drift.settings import Mae
 from drift.training.log import Tree
-from drift.training.loop import LOG_FILE, Run, Task, autocast, parts, train
+from drift.training.loop import LOG_FILE, Measured, Run, Task, autocast, parts, train
 
 PLOT_COLUMNS = ("loss", "reconstruction", "accuracy", "grad_norm", "lr")
 HELD_OUT_COLUMNS = ("held_out",)
@@ -125,10 +125,10 @@ class MAETraining(Task[Batch]):
         accuracy = (logits.argmax(1) == labels).float().mean()
         return loss, {"reconstruction": reconstruction, "accuracy": accuracy}
 
-    def evaluate(self, weights: Mapping[str, Tensor]) -> Tree:
+    def evaluate(self, done: int, weights: Mapping[str, Tensor]) -> Measured:
         """The masked error on the held-out images."""
         error = masked_error(self.model, weights, self._reader, self._held_out, self.options, self._run)
-        return {"held_out": error}
+        return Measured({"held_out": error})
 
 
 def train_mae(store: LatentStore, options: Mae, run: Run) -> tuple[LatentMAE, list[EMA]]:
