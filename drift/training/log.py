@@ -5,15 +5,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from drift.runtime.files import atomic_write
 from drift.runtime.progress import ProgressLog, read_log
+from drift.training.tensorboard import Events
 
 
 class RunLog:
-    """Progress bar and `logs.jsonl` of one run; silent in every process but the first.
+    """Progress bar, `logs.jsonl` and TensorBoard's events of one run; silent in every process but the first.
 
     A resumed run drops the lines that an earlier one logged beyond the checkpoint: each step stands in the
     file once.
@@ -23,13 +25,14 @@ class RunLog:
         self._bar = tqdm(
             total=steps, initial=start, desc=what, unit="step", disable=not active, mininterval=1.0, ncols=100
         )
-        self._log = None
+        self._log = self._events = None
         if active:
             path.parent.mkdir(parents=True, exist_ok=True)
             kept = [line for line in read_log(path) if line["step"] < start]
             with atomic_write(path) as file:
                 file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
             self._log = ProgressLog(path, steps=steps, unit="step")
+            self._events = Events(path.parent / "tensorboard", start)
 
     def step(self) -> None:
         """One more step is done."""
@@ -37,14 +40,22 @@ class RunLog:
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Append a line for `step`."""
-        if self._log is None:
+        if self._log is None or self._events is None:
             return
         self._log.reached(step, values, force=True)
+        self._events.scalars(step, values)
         numbers = [f"{name}={value:.4g}" for name, value in values.items() if isinstance(value, float)]
         self._bar.set_postfix_str(", ".join(numbers[:2]), refresh=False)
 
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Show a picture, uint8 `[H, W, 3]`, in TensorBoard where that is installed."""
+        if self._events is not None:
+            self._events.image(step, name, image)
+
     def close(self) -> None:
         self._bar.close()
+        if self._events is not None:
+            self._events.close()
 
 
 def write_plot(log: Path, destination: Path, columns: Sequence[str]) -> None:
