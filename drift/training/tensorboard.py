@@ -7,7 +7,6 @@ import sys
 import textwrap
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -37,12 +36,12 @@ class Events:
     @cached_property
     def _writer(self) -> "SummaryWriter | None":
         """Opened when it is first needed: importing takes a moment."""
-        if find_spec("tensorboard") is None:
-            return None
         # As TensorBoard has it: it then does without TensorFlow, which takes seconds where it is installed
         sys.modules.setdefault("tensorboard.compat.notf", ModuleType("notf"))
-        from torch.utils.tensorboard import SummaryWriter
-
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return None
         first = self._start == 0 or not any(self._folder.glob("events.*"))
         writer = SummaryWriter(str(self._folder), purge_step=self._start)
         if first and (note := read_note(self._folder.parent)):
