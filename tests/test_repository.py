@@ -83,6 +83,7 @@ SECTIONS = {"data", "encode", "mae", "drift", "fid"}
 UNHASHED = {
     "drift/training/inputs.py",
     "drift/training/log.py",
+    "drift/training/tensorboard.py",
     "drift/evaluation/report.py",
     "drift/evaluation/while_training.py",
 }

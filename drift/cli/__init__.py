@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from drift.runtime.errors import UserError, escape_output
 
 COMMANDS = (
-    *("watch", "clean", "fid-selftest", "inspect latents", "inspect mae", "sample", "export"),
+    *("watch", "clean", "study", "fid-selftest", "inspect latents", "inspect mae", "sample", "export"),
     *("import-release", "import-sinkhorn", "remote", "adopt latents", "adopt mae"),
 )
 _GROUPS = {

@@ -4,7 +4,7 @@ python -m drift.evaluation.report
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,15 @@ def comparisons(measured: Mapping[str, Any]) -> list[str]:
 
 def format_report(measured: Mapping[str, Any]) -> str:
     """`table` in Markdown, and `comparisons` below."""
-    rows = table(measured)
+    return "\n".join([markdown(table(measured)), "", *comparisons(measured)])
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as a table, the first of them as its titles."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join([*lines, "", *comparisons(measured)])
+    return "\n".join(lines)
 
 
 def print_report(protocol: Path, files: Iterable[Path], png_folder: str | None = None) -> None:

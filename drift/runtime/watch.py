@@ -36,7 +36,7 @@ def page(root: Path, stages: Sequence[str]) -> list[str]:
     now, runs = time.time(), []
     for stage in stages:
         folders = sorted((root / stage).glob("*/"))
-        inputs = {folder: _flat((read_note(folder) or {"decides": {}})["decides"]) for folder in folders}
+        inputs = {folder: dotted((read_note(folder) or {"decides": {}})["decides"]) for folder in folders}
         for folder in folders:
             different = [
                 f"{key}={value[:20]}"
@@ -52,12 +52,12 @@ def page(root: Path, stages: Sequence[str]) -> list[str]:
     ]
 
 
-def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def dotted(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested settings as one level of dotted keys, and values as ASCII."""
     flat = {}
     for key, value in content.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= dotted(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = json.dumps(value).strip('"')
     return flat

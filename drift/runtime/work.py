@@ -30,6 +30,7 @@ PLUMBING = (
     "drift/evaluation/report.py",
     "drift/training/inputs.py",
     "drift/training/log.py",
+    "drift/training/tensorboard.py",
 )
 """Modules that move files, read settings, start processes and talk: no number depends on them."""
 

@@ -5,18 +5,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
 from drift.runtime.files import atomic_write
 from drift.runtime.progress import ProgressLog, read_log
+from drift.training.tensorboard import Events
 
 SAMPLES = "samples"
 
 
 class RunLog:
-    """Progress bar and `logs.jsonl` of one run; silent in every process but the first.
+    """Progress bar, `logs.jsonl` and TensorBoard's events of one run; silent in every process but the first.
 
     A resumed run drops the lines that an earlier one logged beyond the checkpoint: each step stands in the
     file once, and once more if the run was evaluated after it.
@@ -26,7 +28,8 @@ class RunLog:
         self._bar = tqdm(
             total=steps, initial=start, desc=what, unit="step", disable=not active, mininterval=1.0, ncols=100
         )
-        self._log, self._folder = None, path.parent
+        self._log = self._events = None
+        self._samples = path.parent / SAMPLES
         self._trained = self._measured = ""  # what the bar shows
         self._evaluated: set[int] = set()
         if active:
@@ -36,6 +39,7 @@ class RunLog:
                 file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
             self._evaluated = {line["step"] for line in kept if "loss" not in line}
             self._log = ProgressLog(path, steps=steps, unit="step")
+            self._events = Events(path.parent / "tensorboard", start)
 
     def step(self) -> None:
         """One more step is done."""
@@ -43,9 +47,7 @@ class RunLog:
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Append a line for `step`."""
-        if self._log is None:
-            return
-        self._log.reached(step, values, force=True)
+        self._write(step, values)
         self._trained = _brief(values)
         self._show()
 
@@ -55,16 +57,19 @@ class RunLog:
 
     def evaluation(self, step: int, values: Mapping[str, Any], picture: Image.Image | None) -> None:
         """Append a line for an evaluation after `step`, and write `samples/<steps done>.png`."""
-        if self._log is None:
-            return
-        if picture is not None:
-            folder = self._folder / SAMPLES
-            folder.mkdir(exist_ok=True)
-            with atomic_write(folder / f"{step + 1:08d}.png") as file:
-                picture.save(file, format="PNG")
-        self._log.reached(step, values, force=True)
+        self._write(step, values)
         self._measured = _brief(values)
         self._show()
+        if picture is not None and self._events is not None:
+            self._samples.mkdir(exist_ok=True)
+            with atomic_write(self._samples / f"{step + 1:08d}.png") as file:
+                picture.save(file, format="PNG")
+            self._events.image(step, SAMPLES, np.asarray(picture))
+
+    def _write(self, step: int, values: Mapping[str, Any]) -> None:
+        if self._log is not None and self._events is not None:
+            self._log.reached(step, values, force=True)
+            self._events.scalars(step, values)
 
     def _show(self) -> None:
         texts = filter(None, (self._trained, self._measured))
@@ -72,6 +77,8 @@ class RunLog:
 
     def close(self) -> None:
         self._bar.close()
+        if self._events is not None:
+            self._events.close()
 
 
 def _brief(values: Mapping[str, Any]) -> str:
