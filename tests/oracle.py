@@ -55,8 +55,9 @@ def naive_drifting_loss(
     for c, l in product(range(classes), range(locations)):
         vectors = (t[c, :, l] for t in (x, repelling, uncond, pos))
         problems[c, l] = make_problem(*vectors, omega[c], settings)
-    alone = settings.normalization_scope == "class"
-    sharing = [[c] for c in range(classes)] if alone else [range(classes)]  # one S and one lambda
+    size = {"batch": classes, "part": settings.classes_per_part or classes, "class": 1}
+    size = size[settings.normalization_scope]
+    sharing = [range(c, c + size) for c in range(0, classes, size)]  # one S and one lambda
 
     scale = torch.ones(classes, dtype=torch.float64)
     if not settings.unit_scale:

@@ -168,7 +168,7 @@ def test_every_setting_of_the_field_has_one_place():
     sections = {"views", "field", "features", "data", "encode", "mae", "drift", "fid", "hardware", "seed"}
     assert set(type(settings).model_fields) - sections == set(FIELD_KEYS)
     members = set(type(settings.field).model_fields)
-    assert members | set(FIELD_KEYS) | {"options"} == set(get_type_hints(FieldSettings))
+    assert members | set(FIELD_KEYS) | {"options", "classes_per_part"} == set(get_type_hints(FieldSettings))
     assert not members & set(FIELD_KEYS)
 
 
@@ -199,6 +199,7 @@ def test_a_key_that_is_left_out_has_its_default_and_is_no_other_run(tmp_path):
 
 
 SINKHORN = {"coupling": "sinkhorn", "drift_form": "split"}
+WFLOW = SINKHORN | {"conventions": "wflow", "negatives": "second_batch"}
 GUIDED = {"drift__omega_min": 1.1, "drift__no_guidance_fraction": 0.0}
 
 
@@ -232,6 +233,15 @@ GUIDED = {"drift__omega_min": 1.1, "drift__no_guidance_fraction": 0.0}
         ({"field__temps": [0.1]}, ["field.temps", "a key of its own at the top level"]),
         ({"field__rho": 2.0}, ["field.rho", "no option of coupling partial_two_sided"]),
         ({"coupling": "unbalanced", "field__rho": 0.0}, ["rho = 0.0", "above 0"]),
+        (
+            WFLOW | {"drift__classes_per_step": 5},
+            ["drift.classes_per_step = 5", "drift.classes_per_part (2)"],
+        ),
+        (
+            WFLOW | {"hardware__classes_per_pass": 3},
+            ["hardware.classes_per_pass = 3", "classes_per_part (2)"],
+        ),
+        ({"field__classes_per_part": 2}, ["field.classes_per_part: is drift.classes_per_part"]),
         ({"conventions": "prior"}, ["conventions", "'prior'", "release", "sinkhorn or wflow"]),
         ({"data__dataset": "folder"}, ["data.root = null", "folder"]),
         ({"encode__crop_scale": [0.9, 0.2]}, ["encode.crop_scale", "smaller number first"]),
@@ -333,7 +343,7 @@ def test_conventions_then_top_level_then_field(tmp_path):
     """Later ones win."""
     settings = load_settings(changed(tmp_path, conventions="wflow", field={"cost_factor": 1.0}))
     top = {key: getattr(settings, key) for key in FIELD_KEYS[1:]}
-    assert settings.field_settings() == FieldSettings.wflow(**top, cost_factor=1.0)
+    assert settings.field_settings() == FieldSettings.wflow(**top, cost_factor=1.0, classes_per_part=2)
     assert top["coupling"] == "partial_two_sided"
     made = load_settings(changed(tmp_path, coupling="unbalanced", field={"rho": 3, "affinity_floor": 1e-4}))
     assert made.field_settings().options == {"rho": 3}
@@ -370,6 +380,12 @@ def test_the_root_of_a_data_set_that_lies_in_files_has_an_effect(dataset, ignore
     [
         ("drift", {}, "without effect here: sinkhorn_iters (coupling is partial_two_sided)"),
         ("drift", {"coupling": "sinkhorn"}, None),
+        ("drift", WFLOW | {"drift__classes_per_part": 5}, None),
+        (
+            "drift",
+            {"coupling": "sinkhorn", "drift__classes_per_part": 5},
+            "without effect here: drift.classes_per_part (normalization_scope is batch)",
+        ),
         (
             "drift",
             {"coupling": "sinkhorn", "field": {"affinity_floor": 1e-3}, "drift__sampling": "direct"},
@@ -405,12 +421,21 @@ def test_what_is_written_without_effect_is_said_once(tmp_path, stage, changes, r
         ({"drift__positives": 31}, False),
         ({"field__affinity_floor": 0.0}, False),
         ({"coupling": "sinkhorn"}, False),
+        ({"drift__classes_per_part": 5}, True),
     ],
     ids=str,
 )
 def test_only_what_has_an_effect_decides_a_run(tmp_path, changes, same):
     before = load_settings(changed(tmp_path)).deciding("drift")
     assert (load_settings(changed(tmp_path, **changes)).deciding("drift") == before) == same
+
+
+def test_the_classes_of_a_part_decide_a_run_that_has_parts(tmp_path):
+    two, five = (
+        load_settings(changed(tmp_path, **WFLOW, drift__classes_per_part=size)).deciding("drift")
+        for size in (2, 5)
+    )
+    assert two["field"]["classes_per_part"] == 2 and five["field"]["classes_per_part"] == 5
 
 
 def test_what_is_in_force_is_everything_that_decides_with_its_defaults(tmp_path):

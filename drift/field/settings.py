@@ -74,7 +74,9 @@ class FieldSettings:
     normalize_drift_theta: bool = True
     """Divide each V_tau by its RMS lambda_tau."""
     normalization_scope: Literal["batch", "part", "class"] = "batch"
-    """Over what S and lambda are taken: all classes of a step, those of one call, or each class alone."""
+    """Over what S and lambda are taken: all classes of a step, `classes_per_part` of them, or each alone."""
+    classes_per_part: int | None = None
+    """Classes that follow each other and make a part, for that scope; None is all of one call (W-Flow: 2)."""
     self_in_scale: bool = True
     """Count the distance of a generated sample to itself in the mean distance behind S."""
     scale_statistic: Literal["mean", "rms", "mean_length"] = "mean"
@@ -100,6 +102,8 @@ class FieldSettings:
         for key, least in (("sinkhorn_iters", 1), ("sinkhorn_tolerance", 0), ("affinity_floor", 0)):
             if not getattr(self, key) >= least:
                 raise ValueError(f"{key} = {getattr(self, key)}: allowed: {least} or more")
+        if self.classes_per_part is not None and self.classes_per_part < 1:
+            raise ValueError(f"classes_per_part = {self.classes_per_part}: allowed: 1 or more, or None")
         if not self.cost_factor > 0:
             raise ValueError(f"cost_factor = {self.cost_factor}: allowed: above 0")
         taken = COUPLINGS[self.coupling].options()
@@ -215,6 +219,7 @@ def without_effect(settings: FieldSettings, unconditional: bool = True) -> dict[
     """
     s, plan, second = settings, COUPLINGS[settings.coupling].transport, settings.negatives == "second_batch"
     row_of_split = s.coupling == "row" and s.drift_form == "split" and s.affinity_floor == 0
+    scope, no_sums = s.normalization_scope, s.unit_scale and not s.normalize_drift_theta
     return unused(
         (not unconditional, "unconditional is 0", "uncond_weighting sinkhorn_marginal guidance"),
         (s.guidance == "velocity", "guidance is velocity", "uncond_weighting sinkhorn_marginal"),
@@ -225,7 +230,8 @@ def without_effect(settings: FieldSettings, unconditional: bool = True) -> dict[
         (s.normalize_drift_theta, "normalize_drift_theta is true", "drift_tau_scale"),
         (s.unit_scale, "unit_scale is true", "self_in_scale generated_in_scale"),
         (s.unit_scale and s.dist_metric == "l2", "unit_scale is true", "scale_statistic"),
-        (s.unit_scale and not s.normalize_drift_theta, "S and lambda are 1", "normalization_scope"),
+        (scope != "part", f"normalization_scope is {scope}", "classes_per_part"),
+        (no_sums, "S and lambda are 1", "normalization_scope classes_per_part"),
         (second, "negatives is second_batch", "mask_self_neg"),
         (second and not s.generated_in_scale, "negatives is second_batch", "self_in_scale"),
     )

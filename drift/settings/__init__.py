@@ -5,7 +5,7 @@ has its default (`drift/settings/sections.py`).
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_type_hints
 
@@ -71,7 +71,7 @@ FIELD_KEYS = (
 _MEMBERS: dict[str, Any] = {
     key: (hint, None)
     for key, hint in get_type_hints(FieldSettings).items()
-    if key not in (*FIELD_KEYS, "options")
+    if key not in (*FIELD_KEYS, "options", "classes_per_part")
 }
 FieldChanges = create_model("FieldChanges", __config__=ConfigDict(frozen=True, extra="allow"), **_MEMBERS)
 """The section `field`: members of `FieldSettings` but for `FIELD_KEYS`, and options of the coupling.
@@ -140,6 +140,8 @@ class Settings(Section):
         at_most_classes = f"at most data.classes ({self.data.classes})"
         no_root = self.data.dataset == "folder" and self.data.root is None
         scale, ratio = self.encode.crop_scale, self.encode.crop_ratio
+        part, per_pass = field.classes_per_part or 1, self.hardware.classes_per_pass or 0
+        over_parts = f"a multiple of drift.classes_per_part ({part}), the classes that share S and lambda"
         yield from self.broken(
             (repeats(self.temps), "temps", "each temperature once"),
             ("center" not in self.views, "views", "a list with center, on which the generator trains"),
@@ -149,6 +151,8 @@ class Settings(Section):
             (ratio[0] > ratio[1], "encode.crop_ratio", "the smaller number first"),
             (scale[1] > 1, "encode.crop_scale", "at most 1"),
             (self.drift.classes_per_step > self.data.classes, "drift.classes_per_step", at_most_classes),
+            (self.drift.classes_per_step % part, "drift.classes_per_step", over_parts),
+            (per_pass % part, "hardware.classes_per_pass", over_parts),
             (missing, "fid.ema_decays", trained),
             (self.fid.picture_classes > self.data.classes, "fid.picture_classes", at_most_classes),
         )
@@ -203,20 +207,22 @@ class Settings(Section):
             raise ValueError("field.options: name each option of the coupling itself")
         if double := [key for key in FIELD_KEYS if key in options]:
             raise ValueError(f"field.{double[0]}: is a key of its own at the top level")
+        if "classes_per_part" in options:
+            raise ValueError("field.classes_per_part: is drift.classes_per_part")
         try:
-            return FieldSettings.of(**top, **members, options=options)
+            field = FieldSettings.of(**top, **members, options=options)
         except (ValueError, TypeError) as error:
             raise ValueError(f"field.{error}") from None
+        in_parts = field.normalization_scope == "part"
+        return replace(field, classes_per_part=self.drift.classes_per_part) if in_parts else field
 
     def without_effect(self) -> dict[str, str]:
         """The dotted keys, of all sections, that change nothing beside the others, and why."""
         found = without_effect(self.field_settings(), self.drift.unconditional > 0)
         given = self.field.model_fields_set
-        found = {
-            key if key in FIELD_KEYS else f"field.{key}": why
-            for key, why in found.items()
-            if key in FIELD_KEYS or key in given
-        }
+        places = {key: key for key in FIELD_KEYS} | {"classes_per_part": "drift.classes_per_part"}
+        places |= {key: f"field.{key}" for key in given}
+        found = {places[key]: why for key, why in found.items() if key in places}
         if "augmented" not in self.views:
             found |= dict.fromkeys(
                 (f"encode.{key}" for key in VIEW_OPTIONS["augmented"]), "views is without augmented"

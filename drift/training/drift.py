@@ -23,7 +23,7 @@ from drift.field.loss import Totals
 from drift.field.settings import FieldSettings
 from drift.models.ema import EMA
 from drift.models.generator import Generator
-from drift.runtime.errors import one_of
+from drift.runtime.errors import UserError, one_of
 from drift.runtime.seeds import derive_seed, torch_generator
 from drift.settings import Drift
 from drift.training.compile import Compiled
@@ -91,6 +91,12 @@ class GeneratorTraining(Task[Batch]):
         share = ranks.share(options.classes_per_step, "drift.classes_per_step")
         self._slots = range(share.start, share.stop)  # this process's class slots
         self.count = len(self._slots)
+        if self.count % (field.classes_per_part or 1):
+            raise UserError(
+                f"drift.classes_per_part = {field.classes_per_part}: no divisor of the {self.count} classes "
+                f"of each of {ranks.world_size} processes; run with another --nproc, or change "
+                f"drift.classes_per_step ({options.classes_per_step})"
+            )
         torch.manual_seed(derive_seed(seed, "drift/init"))
         self.model = Generator(**generator_config(options, store))
         self.model.activation_checkpointing = hardware.activation_checkpointing

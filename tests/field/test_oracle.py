@@ -31,6 +31,7 @@ SWITCHES = {
     "drift_tau_scale": [False, True],
     "normalize_drift_theta": [True, False],
     "normalization_scope": ["batch", "part", "class"],
+    "classes_per_part": [None, 2],
     "self_in_scale": [True, False],
     "scale_statistic": ["mean", "rms", "mean_length"],
     "generated_in_scale": [False, True],
@@ -53,7 +54,7 @@ def pairwise(seed: int = 0) -> list[FieldSettings]:
         for _ in range(30):
             drawn = {key: rng.choice(values) for key, values in SWITCHES.items()}
             if missing:
-                drawn |= dict(rng.choice(sorted(missing, key=sorted)))
+                drawn |= dict(rng.choice(sorted(missing, key=lambda pair: sorted(map(str, pair)))))
             temps = (4.0, 30.0) if drawn["unit_scale"] else (0.1, 0.4)
             settings = FieldSettings(temps=temps, **drawn)
             pairs = {frozenset(pair) for pair in combinations(drawn.items(), 2)} & missing
@@ -105,7 +106,9 @@ def agree(inputs, settings, loss_tolerance=3e-5, grad_tolerance=1e-4):
 
 @pytest.mark.parametrize("index", range(len(CASES)))
 def test_pairs_of_settings(index):
-    agree(draw(seed=index, n=5 if index % 2 else 4, channels=7 if index % 3 else 40), CASES[index])
+    classes = 4 if CASES[index].classes_per_part else 3
+    sizes = {"n": 5 if index % 2 else 4, "channels": 7 if index % 3 else 40}
+    agree(draw(seed=index, classes=classes, **sizes), CASES[index])
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)

@@ -25,6 +25,7 @@ TURNED = {
     "drift_tau_scale": [False, True],
     "normalize_drift_theta": [True, False],
     "normalization_scope": ["batch", "class"],
+    "classes_per_part": [None, 1],
     "guidance": ["distribution", "velocity"],
     "scale_statistic": ["mean", "rms", "mean_length"],
     "generated_in_scale": [False, True],
@@ -47,7 +48,7 @@ BASES = [
     {"mask_self_neg": False, "temps": (0.005,)},
     {"temps": (0.005,)},
     {"unit_scale": True, "self_in_scale": False},
-    {"normalize_drift_theta": False, "affinity_floor": 0.0},
+    {"normalize_drift_theta": False, "affinity_floor": 0.0, "normalization_scope": "part"},
 ]
 ROUNDING = 1e-5
 

@@ -16,6 +16,7 @@ from drift.data.latents import LatentStore, write_latents
 from drift.features import MAEEncoder
 from drift.field import FieldSettings
 from drift.models import LatentMAE
+from drift.runtime.errors import UserError
 from drift.runtime.processes import Ranks
 from drift.settings import Hardware, load_settings
 from drift.training.drift import GeneratorTraining, RealSamples, plot_columns, train_generator
@@ -36,6 +37,7 @@ SECOND_BATCH = FieldSettings.sinkhorn(
     coupling="sinkhorn", drift_form="split", dist_metric="l2_sq", negatives="second_batch"
 )
 WFLOW = FieldSettings.wflow()
+PARTS = FieldSettings.wflow(classes_per_part=2)
 FIELDS = {"release": RELEASE, "second": SECOND_BATCH, "wflow": WFLOW}
 
 
@@ -231,6 +233,23 @@ def test_a_step_in_less_memory_is_the_same_step(store, tmp_path, field, hardware
     assert_equal_logs(tmp_path / "parts", tmp_path / "whole")
 
 
+@pytest.mark.parametrize("classes_per_pass", [2, 4])
+def test_passes_over_whole_parts_change_no_number(store, tmp_path, classes_per_pass):
+    """Of W-Flow's field, for which a pass computes its features once."""
+    one = train(store, tmp_path / "whole", PARTS)
+    other = train(store, tmp_path / "parts", PARTS, classes_per_pass=classes_per_pass)
+    assert relative(other, one) < 1e-6
+    assert_equal_logs(tmp_path / "parts", tmp_path / "whole")
+    assert relative(train(store, tmp_path / "all", WFLOW), one) > 1e-5
+
+
+def test_parts_that_a_process_does_not_have_whole_are_refused(store):
+    with pytest.raises(
+        UserError, match="classes_per_part = 2: no divisor of the 1 classes of each of 4 proc"
+    ):
+        prepared(store, PARTS, ranks=Ranks(0, 4, ALONE.device))
+
+
 def assert_equal_logs(found: Path, wanted: Path) -> None:
     lines, expected = (read_log(folder / "logs.jsonl") for folder in (found, wanted))
     for line, other in zip(lines, expected, strict=True):
@@ -238,13 +257,14 @@ def assert_equal_logs(found: Path, wanted: Path) -> None:
             assert line[name] == pytest.approx(other[name], rel=1e-4), name
 
 
-SHARED = (("release", RELEASE), ("second", SECOND_BATCH))
+SHARED = (("release", RELEASE), ("second", SECOND_BATCH), ("wflow", PARTS))
 
 
 def share_the_steps(ranks, folder):
     store = LatentStore.open(folder / "latents")
     for name, field in SHARED:
-        weights = train(store, folder / f"{name}-run", field, ranks, classes_per_pass=1)
+        per_pass = field.classes_per_part or 1
+        weights = train(store, folder / f"{name}-run", field, ranks, classes_per_pass=per_pass)
         torch.save(weights, folder / f"{name}-{ranks.rank}.pt")
 
 
