@@ -287,6 +287,12 @@ GUIDED = {"drift__omega_min": 1.1, "drift__no_guidance_fraction": 0.0}
             SINKHORN | GUIDED | {"field__sinkhorn_marginal": "none", "drift__no_guidance_fraction": 0.5},
             ["sinkhorn_marginal = 'none'", "no_guidance_fraction = 0.5", "weighted_cols"],
         ),
+        (
+            SINKHORN | {"drift__generated": 2},
+            ["mask_self_neg is true", "2 generated samples", "use 3 or more"],
+        ),
+        ({"coupling": "sinkhorn", "sinkhorn_iters": 0}, ["sinkhorn_iters is 0", "use drift_form split"]),
+        ({"sinkhorn_iters": -1}, ["sinkhorn_iters", "-1", "greater than or equal to 0"]),
         ({"field__drift_tau_scale": True}, ["drift_tau_scale = true", "cancels", "set one of them to false"]),
         ({"temps": [0.02, 0.05, 0.02]}, ["temps = [0.02, 0.05, 0.02]", "each temperature once"]),
         ({"field__sinkhorn_tolerance": -1e-3}, ["sinkhorn_tolerance", "-0.001", "0 or more"]),

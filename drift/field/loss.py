@@ -76,7 +76,7 @@ def drifting_loss(
         ValueError: `negatives` is given without `settings.negatives: second_batch`, or missing with it; the
             classes are not a multiple of `settings.classes_per_part`.
     """
-    if complaint := next(contradictions(settings), None):
+    if complaint := next(contradictions(settings, x.shape[1]), None):
         raise UserError(complaint)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         problems = Problems(

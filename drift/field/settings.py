@@ -181,11 +181,21 @@ CONVENTIONS: dict[str, dict[str, object]] = {
 """What each code does otherwise than the release, by name; see `FieldSettings.of`."""
 
 
-def contradictions(settings: FieldSettings) -> Iterator[str]:
-    """A line about each pair of settings that cannot be computed together, with the way out."""
+def contradictions(settings: FieldSettings, generated: int | None = None) -> Iterator[str]:
+    """A line about each pair of settings that cannot be computed together, with the way out.
+
+    `generated`: how many samples of a class there are, where it is known.
+    """
     kind = COUPLINGS[settings.coupling]
     yield from kind.contradictions(settings)
     if settings.sinkhorn_agg_kernel and not kind.transport:
+    masked = kind.transport and settings.mask_self_neg and settings.negatives == "self"
+    if masked and settings.sinkhorn_iters and generated is not None and generated < 3:
+        yield (
+            f"mask_self_neg is true with coupling {settings.coupling} and {generated} generated samples: of "
+            "them, each can be coupled to the other alone, however far it is; use 3 or more, negatives "
+            "second_batch or mask_self_neg false"
+        )
         yield (
             f"sinkhorn_agg_kernel is true with coupling {settings.coupling}: only plans average kernels; "
             "use coupling sinkhorn or sinkhorn_agg_kernel false"

@@ -127,7 +127,7 @@ class Settings(Section):
 
     def complaints(self) -> Iterator[str]:
         field = self.field_settings()
-        yield from contradictions(field)
+        yield from contradictions(field, self.drift.generated)
         yield from self._inputs_that_dvc_empties()
         if field.drift_tau_scale and field.normalize_drift_theta:
             yield (

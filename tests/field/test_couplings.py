@@ -11,6 +11,7 @@ from field_inputs import draw, loss_and_grad, relative_error
 from drift.field import FieldSettings, couplings
 from drift.field.couplings import COUPLINGS, Coupling, Row, Sinkhorn, Unbalanced, register
 from drift.field.settings import contradictions
+from drift.runtime.errors import UserError
 
 CONTRADICTIONS = [
     ({"coupling": "sinkhorn", "alg2_impl": "kernel"}, [{"alg2_impl": "logspace"}]),
@@ -64,6 +65,22 @@ def test_an_option_of_another_coupling_is_refused():
 
 def test_a_coupling_is_added_by_one_class():
     @register("uniform")
+@pytest.mark.parametrize("form", ["split", "alg2_joint"])
+def test_two_samples_are_too_few_for_a_masked_plan(form):
+    settings = FieldSettings(coupling="sinkhorn", drift_form=form)
+    [line] = contradictions(settings, 2)
+    for words in (
+        "mask_self_neg is true with coupling sinkhorn and 2 generated",
+        "use 3 or more",
+    ):
+        assert words in line
+    with pytest.raises(UserError, match="2 generated samples"):
+        loss_and_grad(*draw(n=2), settings)
+    for way_out in ({"negatives": "second_batch"}, {"mask_self_neg": False}, {"coupling": "row"}):
+        loss_and_grad(*draw(n=2), replace(settings, **way_out))
+    loss_and_grad(*draw(n=3), settings)
+
+
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Uniform(Row):
         """Every target alike."""

@@ -115,5 +115,6 @@ def test_pairs_of_settings(index):
 @pytest.mark.parametrize("form", ["alg2_joint", "split"])
 def test_smallest_problems(coupling, form):
     """Two generated vectors of one channel, one positive, no unconditional sample."""
-    settings = FieldSettings(coupling=coupling, drift_form=form, temps=(0.05, 0.2, 1.0))
+    unmasked = {"mask_self_neg": not COUPLINGS[coupling].transport}
+    settings = FieldSettings(coupling=coupling, drift_form=form, temps=(0.05, 0.2, 1.0), **unmasked)
     agree(draw(n=2, p=1, u=0, locations=1, channels=1), settings)
