@@ -58,6 +58,7 @@ class FieldSettings:
     uncond_weighting: Literal["affinity", "logit"] = "affinity"
     """Where w enters for `row` and `partial_two_sided`: as a factor of A, or as log w in the logits."""
     sinkhorn_iters: int = 20
+    """Of a plan. 0 leaves the kernel as it is, which makes the split form the gradient of an MMD."""
     sinkhorn_tolerance: float = 0.0
     """A drift problem stops earlier, once the L1 error of its row marginal is at most this; 0: never."""
     sinkhorn_marginal: Literal["none", "weighted_cols", "post_guidance"] = "weighted_cols"
@@ -99,7 +100,7 @@ class FieldSettings:
         one_of("coupling", self.coupling, *COUPLINGS)
         if not self.temps or min(self.temps) <= 0:
             raise ValueError(f"temps = {self.temps}: allowed: temperatures above 0")
-        for key, least in (("sinkhorn_iters", 1), ("sinkhorn_tolerance", 0), ("affinity_floor", 0)):
+        for key, least in (("sinkhorn_iters", 0), ("sinkhorn_tolerance", 0), ("affinity_floor", 0)):
             if not getattr(self, key) >= least:
                 raise ValueError(f"{key} = {getattr(self, key)}: allowed: {least} or more")
         if self.classes_per_part is not None and self.classes_per_part < 1:
@@ -188,7 +189,6 @@ def contradictions(settings: FieldSettings, generated: int | None = None) -> Ite
     """
     kind = COUPLINGS[settings.coupling]
     yield from kind.contradictions(settings)
-    if settings.sinkhorn_agg_kernel and not kind.transport:
     masked = kind.transport and settings.mask_self_neg and settings.negatives == "self"
     if masked and settings.sinkhorn_iters and generated is not None and generated < 3:
         yield (
@@ -196,6 +196,7 @@ def contradictions(settings: FieldSettings, generated: int | None = None) -> Ite
             "them, each can be coupled to the other alone, however far it is; use 3 or more, negatives "
             "second_batch or mask_self_neg false"
         )
+    if settings.sinkhorn_agg_kernel and not kind.transport:
         yield (
             f"sinkhorn_agg_kernel is true with coupling {settings.coupling}: only plans average kernels; "
             "use coupling sinkhorn or sinkhorn_agg_kernel false"
@@ -236,6 +237,7 @@ def without_effect(settings: FieldSettings, unconditional: bool = True) -> dict[
         (row_of_split, "rows are normalised after the coupling", "uncond_weighting"),
         (plan, f"coupling is {s.coupling}", "uncond_weighting affinity_floor"),
         (not plan, f"coupling is {s.coupling}", "sinkhorn_iters sinkhorn_tolerance sinkhorn_marginal"),
+        (plan and s.sinkhorn_iters == 0, "sinkhorn_iters is 0", "sinkhorn_tolerance mask_self_neg"),
         (len(s.temps) == 1, "there is one temperature", "sinkhorn_agg_kernel"),
         (s.normalize_drift_theta, "normalize_drift_theta is true", "drift_tau_scale"),
         (s.unit_scale, "unit_scale is true", "self_in_scale generated_in_scale"),

@@ -25,7 +25,6 @@ from drift.field.settings import CONVENTIONS, FieldSettings, contradictions, wit
 from drift.runtime.yaml_files import read_settings
 from drift.settings.sections import (
     ROUNDING_KEYS,
-    Count,
     CountOrZero,
     Data,
     Drift,
@@ -111,7 +110,7 @@ class Settings(Section):
     which costs another forward pass of generator and encoder."""
     guidance: Literal["distribution", "velocity"]
     """How unconditional samples enter: among the negatives, or by a field of their own (W-Flow)."""
-    sinkhorn_iters: Count
+    sinkhorn_iters: CountOrZero
     field: Annotated[BaseModel, checked_as(FieldChanges)]
     """Single members of the conventions, and options of the coupling."""
     features: Annotated[tuple[Features, ...], Field(min_length=1)]

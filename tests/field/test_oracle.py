@@ -23,7 +23,7 @@ SWITCHES = {
     "alg2_impl": ["logspace", "kernel"],
     "affinity_floor": [0.0, 1e-6, 1e-2],
     "uncond_weighting": ["affinity", "logit"],
-    "sinkhorn_iters": [1, 3, 20],
+    "sinkhorn_iters": [0, 1, 3, 20],
     "sinkhorn_tolerance": [0.0, 0.02],
     "sinkhorn_marginal": ["none", "weighted_cols", "post_guidance"],
     "sinkhorn_agg_kernel": [False, True],

@@ -21,7 +21,7 @@ KNOBS = {
     "temps": [(0.02, 0.05, 0.2), (0.1,), (0.3, 1.0)],
     "mask_self_neg": [True, False],
     "alg2_impl": ["logspace", "logspace", "kernel"],
-    "sinkhorn_iters": [1, 5, 20],
+    "sinkhorn_iters": [0, 1, 5, 20],
     "sinkhorn_tolerance": [0.0, 0.1],
     "sinkhorn_marginal": ["none", "weighted_cols", "post_guidance"],
     "sinkhorn_agg_kernel": [False, False, True],
