@@ -101,6 +101,7 @@ def test_a_file_in_another_encoding_is_one_line(tmp_path, encoding, told):
         ("mae__source", "./artifacts/../artifacts/mae/", "artifacts/mae"),
         ("mae__source", "linked/encoder", "artifacts/mae"),
         ("encode__autoencoder", "artifacts/latents/center/vae", "artifacts/latents"),
+        ("drift__init_from", "artifacts/generator", "artifacts/generator"),
         ("fid__reference", "reports/real", "reports"),
     ],
 )

@@ -162,6 +162,7 @@ class Settings(Section):
             "data.root": self.data.root,
             "encode.autoencoder": self.encode.autoencoder.source,
             "mae.source": self.mae.source,
+            "drift.init_from": self.drift.init_from,
             "fid.features": self.fid.features,
             "fid.inception": self.fid.inception,
             "fid.reference": self.fid.reference,

@@ -208,6 +208,9 @@ class Mae(Optimizer):
 
 
 class Drift(Optimizer):
+    init_from: Text | None = None
+    """Folder of a generator of the same sizes to start from, by the weights of its first EMA, from here or
+    imported; null starts from random weights."""
     hidden: Count = 768
     depth: Count = 12
     heads: Count = 12

@@ -1,8 +1,11 @@
 """The whole pipeline, tiny, under DVC: what runs, what does not run again, what can be shown."""
 
 import csv
+import hashlib
 import json
+import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +13,9 @@ import yaml
 from imports import ROOT
 from PIL import Image
 from project import weights
+from safetensors.numpy import load_file, save_file
 
+from drift.models.base import WEIGHTS_FILE
 from drift.training.log import read_log
 
 DRIFT = ("--latents", "artifacts/latents/center", "--mae", "artifacts/mae")
@@ -55,6 +60,20 @@ def test_drifting_in_the_latent_alone_trains_no_mae(project):
     project.main("drift", *latents, "--out", "other/generator", *arguments)
     log = read_log(project.folder / "other/generator/logs.jsonl")
     assert len(log) == 8 and all(line["feature_sets"].keys() == {"global"} for line in log)
+
+
+def test_what_a_generator_started_from_is_told_and_makes_another_run(project):
+    shutil.copytree("artifacts/generator", "start")
+    project.settings(drift={"init_from": "start", "steps": 1, "warmup_steps": 0})
+    weights_file = Path("start", WEIGHTS_FILE)
+    said = []
+    for _ in range(2):
+        project.main("drift", *DRIFT, "--out", "more", "--plot", "other/plot.csv")
+        said.append(yaml.safe_load(Path("more/settings.yaml").read_text())["decides"])
+        assert said[-1]["init_from"][WEIGHTS_FILE] == hashlib.sha256(weights_file.read_bytes()).hexdigest()
+        save_file({name: 2 * array for name, array in load_file(weights_file).items()}, weights_file)
+    assert said[0]["drift"]["init_from"] == "start" and said[0] != said[1]
+    assert len(list(Path(".work/drift").glob("*/work.json"))) == 3
 
 
 @pytest.mark.slow

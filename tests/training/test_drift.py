@@ -20,8 +20,9 @@ from drift.runtime.errors import UserError
 from drift.runtime.processes import Ranks
 from drift.settings import Hardware, load_settings
 from drift.training.drift import GeneratorTraining, RealSamples, plot_columns, train_generator
+from drift.training.export import export_run
 from drift.training.log import read_log, write_plot
-from drift.training.loop import Run
+from drift.training.loop import Learner, Run
 
 PRESETS = Path(__file__).parents[2] / "presets"
 OPTIONS = load_settings(PRESETS / "digits.yaml").drift.model_copy(
@@ -191,7 +192,25 @@ def test_every_line_of_the_log_tells_about_the_field(store, tmp_path, field):
     assert {"loss", "scale", "lr", *names, *(f"{n}_{t:g}" for n in names for t in field.temps)} <= set(header)
 
 
-# How a step is taken
+# How it starts, and how a step is taken
+
+
+def test_a_run_starts_from_another_generator(store, tmp_path):
+    """Network and EMAs from its first EMA, whose weights are not those of the network behind it."""
+    decays = OPTIONS.model_copy(update={"ema_decays": (0.5, 0.9)})
+    model, emas = train_generator(store, make_encoder(), decays, RELEASE, Run(0, HARDWARE, ALONE, tmp_path))
+    last = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    wanted = emas[0].state_dict()
+    assert not torch.equal(wanted["final.output.weight"], last["final.output.weight"])
+    options = decays.model_copy(update={"init_from": str(export_run(model, emas, tmp_path, {}))})
+    task = GeneratorTraining(store, make_encoder(), options, RELEASE, Run(1, HARDWARE, ALONE, tmp_path))
+    learner = Learner(task, ALONE)
+    for state in (learner.model.state_dict(), *(ema.state_dict() for ema in learner.emas)):
+        assert state.keys() == wanted.keys()
+        assert all(torch.equal(state[name], tensor) for name, tensor in wanted.items())
+    other = options.model_copy(update={"style_entries": 5})
+    with pytest.raises(UserError, match="its style_entries is 16, and that of this run is 5"):
+        GeneratorTraining(store, make_encoder(), other, RELEASE, Run(1, HARDWARE, ALONE, tmp_path))
 
 
 IDLE = {
