@@ -464,6 +464,26 @@ def test_what_is_not_settings_is_refused(tmp_path, text):
     file = tmp_path / "params.yaml"
     file.write_text(text)
     with pytest.raises(UserError) as caught:
+@pytest.mark.parametrize(
+    ("changes", "warned"),
+    [
+        ({}, True),
+        ({"features": ["latent", "mae"]}, True),
+        ({"features": ["latent"]}, False),
+        ({"field__scale_statistic": "mean_length"}, False),
+        ({"field__unit_scale": True}, False),
+        ({"conventions": "wflow"}, False),
+        ({"dist_metric": "l2"}, False),
+    ],
+    ids=str,
+)
+def test_a_scale_of_squares_for_several_feature_sets_is_warned_of(tmp_path, changes, warned):
+    settings = load_settings(changed(tmp_path, **(SINKHORN | {"dist_metric": "l2_sq"} | changes)))
+    warnings = [line for line in settings.remarks("drift") if line.startswith("warning: ")]
+    assert len(warnings) == warned and not settings.remarks("mae")
+    assert all("dist_metric l2_sq" in w and "-S +field.scale_statistic=mean_length" in w for w in warnings)
+
+
         load_settings(file)
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
 

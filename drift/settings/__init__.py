@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from drift.data.views import VIEW_OPTIONS
-from drift.features import ENCODERS, FeatureEncoder, MAEFeatures
+from drift.features import ENCODERS, FeatureEncoder, LatentFeatures, MAEFeatures
 from drift.field.couplings import COUPLINGS
 from drift.field.settings import CONVENTIONS, FieldSettings, contradictions, without_effect
 from drift.runtime.yaml_files import read_settings
@@ -263,7 +263,7 @@ class Settings(Section):
         return found
 
     def remarks(self, stage: str) -> list[str]:
-        """A line about the settings of a stage that change nothing; empty if there are none."""
+        """A line about the settings of a stage that change nothing, and one about a choice to regret."""
         idle = self.without_effect()
         places = {"encode": ("data", "encode"), "drift": ("", "field", "drift")}.get(stage, (stage,))
         by_reason: dict[str, list[str]] = {}
@@ -274,7 +274,14 @@ class Settings(Section):
             if section in places and name in given and not off:
                 by_reason.setdefault(why, []).append(key)
         reasons = "; ".join(f"{', '.join(keys)} ({why})" for why, keys in by_reason.items())
-        return [f"without effect here: {reasons}"] if reasons else []
+        found = [f"without effect here: {reasons}"] if reasons else []
+        field, one_set = self.field_settings(), self.features == (LatentFeatures(),)
+        if stage == "drift" and field.scale_is_square and not field.unit_scale and not one_set:
+            found.append(
+                "warning: with dist_metric l2_sq, S is a squared length here, so that feature sets with the "
+                "smallest S drown the others; -S +field.scale_statistic=mean_length makes it a length"
+            )
+        return found
 
 
 RENAMED = {
