@@ -140,7 +140,8 @@ def test_classes_are_those_of_images_just_pushed():
 
 
 @pytest.mark.parametrize(
-    ("preset", "published"), [("imagenet256_ablation", 16), ("imagenet256_b2", 32), ("imagenet256_l2", 16)]
+    ("preset", "published"),
+    [("imagenet256_ablation", 16), ("imagenet256_b2", 32), ("imagenet256_l2", 16), ("wflow_b2", 8)],
 )
 def test_a_class_is_trained_on_as_many_new_images_as_published(preset, published):
     """Images in the queue of a class that were not there when it was last trained, counted one by one."""
