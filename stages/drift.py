@@ -23,7 +23,7 @@ from drift.runtime.files import check_output, sha256, write_json
 from drift.runtime.processes import join, run_stage, spawn, stage_parser
 from drift.runtime.work import Work
 from drift.settings import load_settings
-from drift.training.drift import plot_columns, train_generator
+from drift.training.drift import generator_config, open_generator, plot_columns, train_generator
 from drift.training.export import export_run
 from drift.training.inputs import check_latents
 from drift.training.loop import Run
@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_latents(store, settings, "center")
     encoder = load_encoders(settings.features, mae=args.mae)
     evaluation = TrainingEvaluation(settings) if settings.drift.evaluate_every else None
+    if (source := settings.drift.init_from) is not None:
+        open_generator(source, generator_config(settings.drift, store))  # refuses what does not fit
     if (code := spawn("stages.drift", argv, args.nproc or hardware.processes)) is not None:
         return code
 
@@ -60,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     if settings.needs_mae:
         decides["mae"] = {path.name: sha256(path) for path in model_files(args.mae)}
+    if source is not None:
+        decides["init_from"] = {path.name: sha256(path) for path in model_files(Path(source))}
     remarks = settings.remarks("drift")
     with (
         join(hardware.time_limit, deterministic=hardware.deterministic) as ranks,

@@ -55,8 +55,9 @@ def naive_drifting_loss(
     for c, l in product(range(classes), range(locations)):
         vectors = (t[c, :, l] for t in (x, repelling, uncond, pos))
         problems[c, l] = make_problem(*vectors, omega[c], settings)
-    alone = settings.normalization_scope == "class"
-    sharing = [[c] for c in range(classes)] if alone else [range(classes)]  # one S and one lambda
+    size = {"batch": classes, "part": settings.classes_per_part or classes, "class": 1}
+    size = size[settings.normalization_scope]
+    sharing = [range(c, c + size) for c in range(0, classes, size)]  # one S and one lambda
 
     scale = torch.ones(classes, dtype=torch.float64)
     if not settings.unit_scale:
@@ -155,7 +156,8 @@ def drift(problem: Problem, scale: Tensor, tau: float, settings: FieldSettings):
     if settings.scale_statistic != "mean" and settings.dist_metric == "l2_sq":
         cost = cost / (scale * math.sqrt(channels))
     logits = torch.stack([-cost / t for t in kernels]).logsumexp(dim=0) - math.log(len(kernels))
-    if settings.mask_self_neg:
+    alone = settings.coupling in TRANSPORT and settings.sinkhorn_iters == 0
+    if settings.mask_self_neg or alone:  # alone, a self-pair moves nothing
         logits = logits.masked_fill(problem.self_pairs, -math.inf)
 
     weights = problem.weights
@@ -165,7 +167,7 @@ def drift(problem: Problem, scale: Tensor, tau: float, settings: FieldSettings):
         for block in (slice(repelling), u, slice(negatives, None)):
             if logits[:, block].shape[1]:
                 plan, error = couple(logits[:, block], torch.ones_like(weights[block]), settings)
-                plan = plan / plan.sum(dim=1, keepdim=True)
+                plan = plan / row_mass(plan, settings)
                 errors += error
             else:
                 plan, omega = torch.zeros_like(logits[:, block]), torch.ones_like(omega)
@@ -178,7 +180,7 @@ def drift(problem: Problem, scale: Tensor, tau: float, settings: FieldSettings):
         errors = error_neg + error_pos
         if settings.coupling in TRANSPORT and settings.sinkhorn_marginal == "post_guidance":
             to_neg[:, problem.unconditional] *= problem.omega
-        p_neg, p_pos = (a / a.sum(dim=1, keepdim=True) for a in (to_neg, to_pos))
+        p_neg, p_pos = (a / row_mass(a, settings) for a in (to_neg, to_pos))
         coefficients = torch.cat([-p_neg, p_pos], dim=1)
     else:
         affinity, errors = couple(logits, weights, settings)
@@ -186,14 +188,18 @@ def drift(problem: Problem, scale: Tensor, tau: float, settings: FieldSettings):
         neg_mass, pos_mass = (a.sum(dim=1, keepdim=True) for a in (to_neg, to_pos))
         coefficients = torch.cat([-to_neg * pos_mass, to_pos * neg_mass], dim=1)
 
+    displacements = (problem.targets - problem.x[:, None]) / scale  # [N, M, C]
     if settings.drift_unit_vec:
-        displacements = problem.targets - problem.x[:, None]  # [N, M, C]
-        lengths = problem.distances[:, :, None]
-        directions = torch.where(lengths > 0, displacements / lengths, 0)
-        field = (coefficients[:, :, None] * directions).sum(dim=1)
-    else:
-        field = coefficients @ (problem.targets / scale)
+        lengths = problem.distances[:, :, None] / scale
+        displacements = torch.where(lengths > 0, displacements / lengths, 0)
+    field = (coefficients[:, :, None] * displacements).sum(dim=1)
     return field, (to_pos.sum(dim=1).square() / to_pos.square().sum(dim=1)).mean(), errors
+
+
+def row_mass(plan: Tensor, settings: FieldSettings) -> Tensor | float:
+    """What the rows of A are divided by; without iterations, what those of a plan hold."""
+    alone = settings.coupling in TRANSPORT and settings.sinkhorn_iters == 0
+    return 1 / len(plan) if alone else plan.sum(dim=1, keepdim=True)
 
 
 def couple(logits: Tensor, weights: Tensor, settings: FieldSettings) -> tuple[Tensor, list[float]]:
@@ -227,6 +233,9 @@ def sinkhorn_plan(z: Tensor, marginal: Tensor, settings: FieldSettings) -> tuple
     rho = settings.options.get("rho", 10.0)
     damping = rho / (1 + rho) if settings.coupling == "unbalanced" else 1.0
     f, g = torch.zeros_like(z[:, :1]), torch.zeros_like(z[:1])
+    if settings.sinkhorn_iters == 0:
+        plan = z.exp() * marginal / n
+        row_error = (plan.sum(dim=1) - 1 / n).abs().sum()
     for _ in range(settings.sinkhorn_iters):
         f = damping * (-math.log(n) - (z + g).logsumexp(dim=1, keepdim=True))
         g = damping * (marginal.log() - (z + f).logsumexp(dim=0, keepdim=True))

@@ -62,8 +62,8 @@ def test_an_unknown_name_is_refused(dispatch):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("temps", ()), ("temps", (0.02, 0.0)), ("sinkhorn_iters", 0), ("sinkhorn_tolerance", -1.0),
-        ("affinity_floor", float("nan")),
+        ("temps", ()), ("temps", (0.02, 0.0)), ("sinkhorn_iters", -1), ("sinkhorn_tolerance", -1.0),
+        ("affinity_floor", float("nan")), ("classes_per_part", 0),
     ],
 )  # fmt: skip
 def test_numbers_of_the_field_are_held_to_their_range(key, value):

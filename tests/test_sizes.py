@@ -45,7 +45,10 @@ def parameters(model) -> int:
 
 @pytest.mark.parametrize(
     ("preset", "millions"),
-    [("imagenet256_ablation", 133), ("imagenet256_b2", 133), ("imagenet256_l2", 463)],
+    [
+        *(("imagenet256_ablation", 133), ("imagenet256_b2", 133), ("imagenet256_l2", 463)),
+        *(("wflow_ablation", 133), ("wflow_b2", 133), ("wflow_l2", 463), ("wflow_xl2", 679)),
+    ],
 )
 def test_generators_have_the_published_number_of_parameters(preset, millions):
     assert round(parameters(build("generator", preset)) / 1e6) == millions

@@ -47,6 +47,11 @@ class Coupling(ABC):
     statistics: ClassVar[tuple[str, ...]] = ()
     """What `Plan.statistics` tells beside the weights, for logs and plots."""
 
+    @property
+    def normalises(self) -> bool:
+        """Whether `normalised_rows` sum to one."""
+        return True
+
     @classmethod
     def options(cls) -> tuple[str, ...]:
         return tuple(f.name for f in fields(cls))
@@ -171,7 +176,11 @@ def _two_sided_by_one_exponential(logits: Tensor) -> Tensor | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Transport(Coupling):
-    """Entropic transport by log-space scalings; see `Sinkhorn` and `Unbalanced`."""
+    """Entropic transport by log-space scalings; see `Sinkhorn` and `Unbalanced`.
+
+    With `sinkhorn_iters` 0, A_ij = K_ij b_j / N: the kernel by the marginals alone. The split form then
+    follows the gradient of the maximum mean discrepancy (MMD) of the kernel K.
+    """
 
     transport: ClassVar[bool] = True
     statistics: ClassVar[tuple[str, ...]] = ("marginal_error",)
@@ -190,6 +199,23 @@ class Transport(Coupling):
                 "sinkhorn_marginal is post_guidance with drift_form alg2_joint: only split has a plan of the "
                 "negatives to reweight; use drift_form split or sinkhorn_marginal weighted_cols"
             )
+        if settings.sinkhorn_iters:
+            return
+        if settings.drift_form == "alg2_joint":
+            yield (
+                "sinkhorn_iters is 0 with drift_form alg2_joint: products of masses that nothing normalises "
+                "follow no discrepancy; use drift_form split or sinkhorn_iters 1"
+            )
+        elif settings.sinkhorn_marginal != "weighted_cols" and settings.guidance == "distribution":
+            yield (
+                f"sinkhorn_iters is 0 with sinkhorn_marginal {settings.sinkhorn_marginal}: nothing makes the "
+                "weights of negatives as large as those of positives; use sinkhorn_marginal weighted_cols, "
+                "guidance velocity or sinkhorn_iters 1"
+            )
+
+    @property
+    def normalises(self) -> bool:
+        return self.sinkhorn_iters > 0
 
     @property
     def relaxation(self) -> float:
@@ -202,10 +228,14 @@ class Transport(Coupling):
         return Plan(plan, self._errors(plan, log_marginal))
 
     def normalised_rows(self, logits: Tensor, marginal: Tensor) -> Plan:
-        """A softmax over targets: f is the same in a whole row, and cancels when the row is divided."""
+        """A softmax over targets: f is the same in a whole row, and cancels when the row is divided.
+
+        Without iterations, A is divided by what a row of a plan holds.
+        """
         potentials, log_marginal = self._scale(logits, marginal)
         plan = (logits + potentials.g).add_(potentials.f).exp_()
-        return Plan((logits + potentials.g).softmax(dim=-1), self._errors(plan, log_marginal))
+        rows = (logits + potentials.g).softmax(dim=-1) if self.normalises else plan * plan.shape[-2]
+        return Plan(rows, self._errors(plan, log_marginal))
 
     def _errors(self, plan: Tensor, log_marginal: Tensor) -> dict[str, Tensor]:
         """`sum_i |sum_j A_ij - 1/N| + sum_j |sum_i A_ij - b_j|`, `[B, T]`."""
@@ -216,6 +246,9 @@ class Transport(Coupling):
     def _scale(self, logits: Tensor, marginal: Tensor) -> tuple["Potentials", Tensor]:
         """Potentials after the iterations, and log b `[B, 1, 1, M]`."""
         log_marginal = (marginal / marginal.sum(dim=-1, keepdim=True)).log()[:, None, None]
+        if not self.normalises:
+            f = logits.new_full((), -math.log(logits.shape[-2]))
+            return Potentials(f, log_marginal, torch.zeros_like(f, dtype=torch.bool)), log_marginal
         start = Potentials(
             f=logits.new_full((*logits.shape[:-1], 1), math.inf),  # so that nothing is done before the first
             g=torch.where(log_marginal == -math.inf, REMOVED, torch.zeros_like(logits[..., :1, :])),
@@ -282,6 +315,11 @@ class Unbalanced(Transport):
             yield (
                 "sinkhorn_tolerance is not 0 with coupling unbalanced: its marginals never become exact; "
                 "set sinkhorn_tolerance to 0"
+            )
+        if settings.sinkhorn_iters == 0:
+            yield (
+                "sinkhorn_iters is 0 with coupling unbalanced: no marginal is held then, whatever rho; use "
+                "coupling sinkhorn or sinkhorn_iters 1"
             )
         rho = settings.options.get("rho", cls.rho)
         if not 0 < rho < math.inf:

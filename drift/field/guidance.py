@@ -93,12 +93,14 @@ def _joint(logits: Tensor, targets: Targets, settings: FieldSettings) -> Coeffic
 def _split(logits: Tensor, targets: Targets, settings: FieldSettings) -> Coefficients:
     """Cross minus self: two couplings, each with rows that sum to one (Sinkhorn paper).
 
-    V_i = sum_{j in pos} A_ij y_j / sum_{k in pos} A_ik - sum_{j in neg} A_ij y_j / sum_{k in neg} A_ik
+        V_i = sum_{j in pos} A_ij y_j / sum_{k in pos} A_ik - sum_{j in neg} A_ij y_j / sum_{k in neg} A_ik
+
+    Rows of a coupling that does not normalise stay as they are.
     """
     coupling = settings.coupling_object()
     negatives, positives = logits[..., : targets.negatives], logits[..., targets.negatives :]
     to_neg, of_neg = _weighted(coupling, coupling.normalised_rows, negatives, targets, settings)
-    to_neg /= -to_neg.sum(dim=-1, keepdim=True).clamp_min_(TINY)
+    to_neg /= -to_neg.sum(dim=-1, keepdim=True).clamp_min_(TINY) if coupling.normalises else -1
     to_pos, of_pos = coupling.normalised_rows(positives, targets.uniform(targets.positives))
     field = torch.cat([to_neg, to_pos], dim=-1)
     return Coefficients(field, effective_number(to_pos), _largest([of_neg, of_pos]))

@@ -73,9 +73,10 @@ def drifting_loss(
 
     Raises:
         UserError: two settings contradict each other.
-        ValueError: `negatives` is given without `settings.negatives: second_batch`, or missing with it.
+        ValueError: `negatives` is given without `settings.negatives: second_batch`, or missing with it; the
+            classes are not a multiple of `settings.classes_per_part`.
     """
-    if complaint := next(contradictions(settings), None):
+    if complaint := next(contradictions(settings, x.shape[1]), None):
         raise UserError(complaint)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         problems = Problems(
@@ -100,6 +101,10 @@ def pooled(sums: Tensor, settings: FieldSettings, reduce: Reduce | None = None) 
     """Sums of each class `[K, Nc]` -> sums over the classes that share S and lambda, `[K, Nc or 1]`."""
     if settings.normalization_scope == "class":
         return sums
+    if settings.normalization_scope == "part" and (size := settings.classes_per_part):
+        if sums.shape[1] % size:
+            raise ValueError(f"classes_per_part = {size}: {sums.shape[1]} classes are not a multiple of it")
+        return sums.unflatten(1, (-1, size)).sum(dim=2).repeat_interleave(size, dim=1)
     total = sums.sum(dim=1)
     if settings.normalization_scope == "batch" and reduce is not None:
         total = reduce(total)

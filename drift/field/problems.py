@@ -184,7 +184,7 @@ class Problems:
         settings, channels = self.settings, self.x.shape[-1]
         x, y, d = measured
         itself = self.second_batch is None
-        if settings.mask_self_neg and itself:
+        if itself and (settings.mask_self_neg or not self.coupling.normalises):  # its displacement is 0
             d.diagonal(dim1=1, dim2=2).fill_(math.inf)
         unit = scale * math.sqrt(channels)  # of distances
         if settings.dist_metric == "l2_sq" and not settings.scale_is_square:
@@ -201,7 +201,7 @@ class Problems:
             apart = d > 1.001 * math.sqrt(settings.guards.squared_distance)
             r *= (torch.where(apart, 1 / d, 0) * chunk.per_problem(scale)[:, None, None])[:, None]
         vectors = (r.flatten(1, 2) @ y).unflatten(1, r.shape[1:3])  # [B, T, N, C]
-        if settings.drift_unit_vec:  # otherwise rows of R sum to zero
+        if settings.drift_unit_vec or not self.coupling.normalises:  # otherwise rows of R sum to zero
             vectors.addcmul_(r.sum(dim=-1, keepdim=True), x[:, None], value=-1)
         return Fields(
             vectors, neighbours.sum(dim=(0, 2)), {name: s.sum(dim=0) for name, s in statistics.items()}

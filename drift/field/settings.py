@@ -58,6 +58,7 @@ class FieldSettings:
     uncond_weighting: Literal["affinity", "logit"] = "affinity"
     """Where w enters for `row` and `partial_two_sided`: as a factor of A, or as log w in the logits."""
     sinkhorn_iters: int = 20
+    """Of a plan. 0 leaves the kernel as it is, which makes the split form the gradient of an MMD."""
     sinkhorn_tolerance: float = 0.0
     """A drift problem stops earlier, once the L1 error of its row marginal is at most this; 0: never."""
     sinkhorn_marginal: Literal["none", "weighted_cols", "post_guidance"] = "weighted_cols"
@@ -74,7 +75,9 @@ class FieldSettings:
     normalize_drift_theta: bool = True
     """Divide each V_tau by its RMS lambda_tau."""
     normalization_scope: Literal["batch", "part", "class"] = "batch"
-    """Over what S and lambda are taken: all classes of a step, those of one call, or each class alone."""
+    """Over what S and lambda are taken: all classes of a step, `classes_per_part` of them, or each alone."""
+    classes_per_part: int | None = None
+    """Classes that follow each other and make a part, for that scope; None is all of one call (W-Flow: 2)."""
     self_in_scale: bool = True
     """Count the distance of a generated sample to itself in the mean distance behind S."""
     scale_statistic: Literal["mean", "rms", "mean_length"] = "mean"
@@ -97,9 +100,11 @@ class FieldSettings:
         one_of("coupling", self.coupling, *COUPLINGS)
         if not self.temps or min(self.temps) <= 0:
             raise ValueError(f"temps = {self.temps}: allowed: temperatures above 0")
-        for key, least in (("sinkhorn_iters", 1), ("sinkhorn_tolerance", 0), ("affinity_floor", 0)):
+        for key, least in (("sinkhorn_iters", 0), ("sinkhorn_tolerance", 0), ("affinity_floor", 0)):
             if not getattr(self, key) >= least:
                 raise ValueError(f"{key} = {getattr(self, key)}: allowed: {least} or more")
+        if self.classes_per_part is not None and self.classes_per_part < 1:
+            raise ValueError(f"classes_per_part = {self.classes_per_part}: allowed: 1 or more, or None")
         if not self.cost_factor > 0:
             raise ValueError(f"cost_factor = {self.cost_factor}: allowed: above 0")
         taken = COUPLINGS[self.coupling].options()
@@ -177,10 +182,20 @@ CONVENTIONS: dict[str, dict[str, object]] = {
 """What each code does otherwise than the release, by name; see `FieldSettings.of`."""
 
 
-def contradictions(settings: FieldSettings) -> Iterator[str]:
-    """A line about each pair of settings that cannot be computed together, with the way out."""
+def contradictions(settings: FieldSettings, generated: int | None = None) -> Iterator[str]:
+    """A line about each pair of settings that cannot be computed together, with the way out.
+
+    `generated`: how many samples of a class there are, where it is known.
+    """
     kind = COUPLINGS[settings.coupling]
     yield from kind.contradictions(settings)
+    masked = kind.transport and settings.mask_self_neg and settings.negatives == "self"
+    if masked and settings.sinkhorn_iters and generated is not None and generated < 3:
+        yield (
+            f"mask_self_neg is true with coupling {settings.coupling} and {generated} generated samples: of "
+            "them, each can be coupled to the other alone, however far it is; use 3 or more, negatives "
+            "second_batch or mask_self_neg false"
+        )
     if settings.sinkhorn_agg_kernel and not kind.transport:
         yield (
             f"sinkhorn_agg_kernel is true with coupling {settings.coupling}: only plans average kernels; "
@@ -215,17 +230,20 @@ def without_effect(settings: FieldSettings, unconditional: bool = True) -> dict[
     """
     s, plan, second = settings, COUPLINGS[settings.coupling].transport, settings.negatives == "second_batch"
     row_of_split = s.coupling == "row" and s.drift_form == "split" and s.affinity_floor == 0
+    scope, no_sums = s.normalization_scope, s.unit_scale and not s.normalize_drift_theta
     return unused(
         (not unconditional, "unconditional is 0", "uncond_weighting sinkhorn_marginal guidance"),
         (s.guidance == "velocity", "guidance is velocity", "uncond_weighting sinkhorn_marginal"),
         (row_of_split, "rows are normalised after the coupling", "uncond_weighting"),
         (plan, f"coupling is {s.coupling}", "uncond_weighting affinity_floor"),
         (not plan, f"coupling is {s.coupling}", "sinkhorn_iters sinkhorn_tolerance sinkhorn_marginal"),
+        (plan and s.sinkhorn_iters == 0, "sinkhorn_iters is 0", "sinkhorn_tolerance mask_self_neg"),
         (len(s.temps) == 1, "there is one temperature", "sinkhorn_agg_kernel"),
         (s.normalize_drift_theta, "normalize_drift_theta is true", "drift_tau_scale"),
         (s.unit_scale, "unit_scale is true", "self_in_scale generated_in_scale"),
         (s.unit_scale and s.dist_metric == "l2", "unit_scale is true", "scale_statistic"),
-        (s.unit_scale and not s.normalize_drift_theta, "S and lambda are 1", "normalization_scope"),
+        (scope != "part", f"normalization_scope is {scope}", "classes_per_part"),
+        (no_sums, "S and lambda are 1", "normalization_scope classes_per_part"),
         (second, "negatives is second_batch", "mask_self_neg"),
         (second and not s.generated_in_scale, "negatives is second_batch", "self_in_scale"),
     )

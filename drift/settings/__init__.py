@@ -5,7 +5,7 @@ has its default (`drift/settings/sections.py`).
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_type_hints
 
@@ -19,13 +19,12 @@ from pydantic import (
 )
 
 from drift.data.views import VIEW_OPTIONS
-from drift.features import ENCODERS, FeatureEncoder, MAEFeatures
+from drift.features import ENCODERS, FeatureEncoder, LatentFeatures, MAEFeatures
 from drift.field.couplings import COUPLINGS
 from drift.field.settings import CONVENTIONS, FieldSettings, contradictions, without_effect
 from drift.runtime.yaml_files import read_settings
 from drift.settings.sections import (
     ROUNDING_KEYS,
-    Count,
     CountOrZero,
     Data,
     Drift,
@@ -71,7 +70,7 @@ FIELD_KEYS = (
 _MEMBERS: dict[str, Any] = {
     key: (hint, None)
     for key, hint in get_type_hints(FieldSettings).items()
-    if key not in (*FIELD_KEYS, "options")
+    if key not in (*FIELD_KEYS, "options", "classes_per_part")
 }
 FieldChanges = create_model("FieldChanges", __config__=ConfigDict(frozen=True, extra="allow"), **_MEMBERS)
 """The section `field`: members of `FieldSettings` but for `FIELD_KEYS`, and options of the coupling.
@@ -111,7 +110,7 @@ class Settings(Section):
     which costs another forward pass of generator and encoder."""
     guidance: Literal["distribution", "velocity"]
     """How unconditional samples enter: among the negatives, or by a field of their own (W-Flow)."""
-    sinkhorn_iters: Count
+    sinkhorn_iters: CountOrZero
     field: Annotated[BaseModel, checked_as(FieldChanges)]
     """Single members of the conventions, and options of the coupling."""
     features: Annotated[tuple[Features, ...], Field(min_length=1)]
@@ -127,7 +126,7 @@ class Settings(Section):
 
     def complaints(self) -> Iterator[str]:
         field = self.field_settings()
-        yield from contradictions(field)
+        yield from contradictions(field, self.drift.generated)
         yield from self._inputs_that_dvc_empties()
         if field.drift_tau_scale and field.normalize_drift_theta:
             yield (
@@ -140,6 +139,8 @@ class Settings(Section):
         at_most_classes = f"at most data.classes ({self.data.classes})"
         no_root = self.data.dataset == "folder" and self.data.root is None
         scale, ratio = self.encode.crop_scale, self.encode.crop_ratio
+        part, per_pass = field.classes_per_part or 1, self.hardware.classes_per_pass or 0
+        over_parts = f"a multiple of drift.classes_per_part ({part}), the classes that share S and lambda"
         yield from self.broken(
             (repeats(self.temps), "temps", "each temperature once"),
             ("center" not in self.views, "views", "a list with center, on which the generator trains"),
@@ -149,6 +150,8 @@ class Settings(Section):
             (ratio[0] > ratio[1], "encode.crop_ratio", "the smaller number first"),
             (scale[1] > 1, "encode.crop_scale", "at most 1"),
             (self.drift.classes_per_step > self.data.classes, "drift.classes_per_step", at_most_classes),
+            (self.drift.classes_per_step % part, "drift.classes_per_step", over_parts),
+            (per_pass % part, "hardware.classes_per_pass", over_parts),
             (missing, "fid.ema_decays", trained),
             (self.fid.picture_classes > self.data.classes, "fid.picture_classes", at_most_classes),
         )
@@ -159,6 +162,7 @@ class Settings(Section):
             "data.root": self.data.root,
             "encode.autoencoder": self.encode.autoencoder.source,
             "mae.source": self.mae.source,
+            "drift.init_from": self.drift.init_from,
             "fid.features": self.fid.features,
             "fid.inception": self.fid.inception,
             "fid.reference": self.fid.reference,
@@ -203,20 +207,22 @@ class Settings(Section):
             raise ValueError("field.options: name each option of the coupling itself")
         if double := [key for key in FIELD_KEYS if key in options]:
             raise ValueError(f"field.{double[0]}: is a key of its own at the top level")
+        if "classes_per_part" in options:
+            raise ValueError("field.classes_per_part: is drift.classes_per_part")
         try:
-            return FieldSettings.of(**top, **members, options=options)
+            field = FieldSettings.of(**top, **members, options=options)
         except (ValueError, TypeError) as error:
             raise ValueError(f"field.{error}") from None
+        in_parts = field.normalization_scope == "part"
+        return replace(field, classes_per_part=self.drift.classes_per_part) if in_parts else field
 
     def without_effect(self) -> dict[str, str]:
         """The dotted keys, of all sections, that change nothing beside the others, and why."""
         found = without_effect(self.field_settings(), self.drift.unconditional > 0)
         given = self.field.model_fields_set
-        found = {
-            key if key in FIELD_KEYS else f"field.{key}": why
-            for key, why in found.items()
-            if key in FIELD_KEYS or key in given
-        }
+        places = {key: key for key in FIELD_KEYS} | {"classes_per_part": "drift.classes_per_part"}
+        places |= {key: f"field.{key}" for key in given}
+        found = {places[key]: why for key, why in found.items() if key in places}
         if "augmented" not in self.views:
             found |= dict.fromkeys(
                 (f"encode.{key}" for key in VIEW_OPTIONS["augmented"]), "views is without augmented"
@@ -259,7 +265,7 @@ class Settings(Section):
         return found
 
     def remarks(self, stage: str) -> list[str]:
-        """A line about the settings of a stage that change nothing; empty if there are none."""
+        """A line about the settings of a stage that change nothing, and one about a choice to regret."""
         idle = self.without_effect()
         places = {"encode": ("data", "encode"), "drift": ("", "field", "drift")}.get(stage, (stage,))
         by_reason: dict[str, list[str]] = {}
@@ -270,7 +276,14 @@ class Settings(Section):
             if section in places and name in given and not off:
                 by_reason.setdefault(why, []).append(key)
         reasons = "; ".join(f"{', '.join(keys)} ({why})" for why, keys in by_reason.items())
-        return [f"without effect here: {reasons}"] if reasons else []
+        found = [f"without effect here: {reasons}"] if reasons else []
+        field, one_set = self.field_settings(), self.features == (LatentFeatures(),)
+        if stage == "drift" and field.scale_is_square and not field.unit_scale and not one_set:
+            found.append(
+                "warning: with dist_metric l2_sq, S is a squared length here, so that feature sets with the "
+                "smallest S drown the others; -S +field.scale_statistic=mean_length makes it a length"
+            )
+        return found
 
 
 RENAMED = {

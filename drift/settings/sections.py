@@ -208,6 +208,9 @@ class Mae(Optimizer):
 
 
 class Drift(Optimizer):
+    init_from: Text | None = None
+    """Folder of a generator of the same sizes to start from, by the weights of its first EMA, from here or
+    imported; null starts from random weights."""
     hidden: Count = 768
     depth: Count = 12
     heads: Count = 12
@@ -221,6 +224,9 @@ class Drift(Optimizer):
     """Entries of each style codebook."""
     classes_per_step: Count = 64
     """Classes of one step, over all processes (Nc)."""
+    classes_per_part: Count = 2
+    """Classes that S and lambda are taken over where `normalization_scope` is `part`, as with conventions
+    `wflow`; a divisor of `classes_per_step` and of the classes in one pass of a process."""
     generated: Annotated[int, Field(strict=True, ge=2)] = 64
     """Generated samples per class and step (N)."""
     positives: Count = 64
@@ -357,7 +363,8 @@ class Hardware(Section):
     """Latents in one forward and backward pass of the MAE, per process; null is all of a step's."""
     classes_per_pass: Count | None = None
     """Classes in one forward and backward pass of the drift stage, per process; null is all of a step's.
-    With fewer, features are computed up to three times: for S, for lambda and for the gradient."""
+    With fewer, where S and lambda belong to the whole step (`normalization_scope: batch`), features are
+    computed up to three times: for S, for lambda and for the gradient."""
     feature_batch: Count | None = None
     """Samples whose activations the feature encoder keeps at once: others are computed again in the backward
     pass. null keeps all."""

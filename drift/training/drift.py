@@ -8,6 +8,7 @@ second_batch`, another N samples repel the first.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,9 +22,10 @@ from drift.field import couplings
 from drift.field.couplings import COUPLINGS
 from drift.field.loss import Totals
 from drift.field.settings import FieldSettings
+from drift.models.base import CONFIG_FILE
 from drift.models.ema import EMA
 from drift.models.generator import Generator
-from drift.runtime.errors import one_of
+from drift.runtime.errors import UserError, one_of
 from drift.runtime.seeds import derive_seed, torch_generator
 from drift.settings import Drift
 from drift.training.compile import Compiled
@@ -60,6 +62,24 @@ def generator_config(options: Drift, store: LatentStore) -> dict[str, Any]:
         "style_codebooks": options.style_codebooks,
         "style_entries": options.style_entries,
     }
+
+
+def open_generator(source: str, sizes: Mapping[str, Any]) -> Generator:
+    """The generator in the folder `source`, with the weights of its first EMA, to start from.
+
+    Raises `UserError` if it is missing or damaged, or its sizes are not these (see `generator_config`).
+    """
+    what = f"drift.init_from = {source}"
+    if not Path(source, CONFIG_FILE).is_file():
+        raise UserError(
+            f"{what}: there is no {CONFIG_FILE} in it; name the folder of a generator from the stage drift "
+            "or drift import-release"
+        )
+    model = Generator.from_pretrained(source)
+    for key, size in sizes.items():
+        if (found := model.config[key]) != size:
+            raise UserError(f"{what}: its {key} is {found}, and that of this run is {size}; make them equal")
+    return model.train()
 
 
 class Batch(NamedTuple):
@@ -103,8 +123,15 @@ class GeneratorTraining(Task[Batch]):
         share = ranks.share(options.classes_per_step, "drift.classes_per_step")
         self._slots = range(share.start, share.stop)  # this process's class slots
         self.count = len(self._slots)
+        if self.count % (field.classes_per_part or 1):
+            raise UserError(
+                f"drift.classes_per_part = {field.classes_per_part}: no divisor of the {self.count} classes "
+                f"of each of {ranks.world_size} processes; run with another --nproc, or change "
+                f"drift.classes_per_step ({options.classes_per_step})"
+            )
         torch.manual_seed(derive_seed(seed, "drift/init"))
-        self.model = Generator(**generator_config(options, store))
+        sizes, source = generator_config(options, store), options.init_from
+        self.model = Generator(**sizes) if source is None else open_generator(source, sizes)
         self.model.activation_checkpointing = hardware.activation_checkpointing
         self.evaluate_every, self._evaluation = evaluation and options.evaluate_every, evaluation
         self._encoder = encoder.to(ranks.device)

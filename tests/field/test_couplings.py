@@ -11,6 +11,7 @@ from field_inputs import draw, loss_and_grad, relative_error
 from drift.field import FieldSettings, couplings
 from drift.field.couplings import COUPLINGS, Coupling, Row, Sinkhorn, Unbalanced, register
 from drift.field.settings import contradictions
+from drift.runtime.errors import UserError
 
 CONTRADICTIONS = [
     ({"coupling": "sinkhorn", "alg2_impl": "kernel"}, [{"alg2_impl": "logspace"}]),
@@ -32,6 +33,23 @@ CONTRADICTIONS = [
         [{"drift_form": "split"}, {"guidance": "distribution"}],
     ),
     ({"coupling": "unbalanced", "sinkhorn_tolerance": 0.1}, [{"sinkhorn_tolerance": 0}]),
+    (
+        {"coupling": "unbalanced", "sinkhorn_iters": 0, "drift_form": "split"},
+        [{"coupling": "sinkhorn"}, {"sinkhorn_iters": 1}],
+    ),
+    ({"coupling": "sinkhorn", "sinkhorn_iters": 0}, [{"drift_form": "split"}, {"sinkhorn_iters": 1}]),
+    *(
+        (
+            {
+                "coupling": "sinkhorn",
+                "sinkhorn_iters": 0,
+                "drift_form": "split",
+                "sinkhorn_marginal": marginal,
+            },
+            [{"sinkhorn_marginal": "weighted_cols"}, {"guidance": "velocity"}, {"sinkhorn_iters": 1}],
+        )
+        for marginal in ("none", "post_guidance")
+    ),
 ]
 
 
@@ -45,6 +63,22 @@ def test_a_contradiction_names_the_settings_and_ways_out(knobs, ways_out):
         assert key in line
         assert str(value).lower() in line
         assert not list(contradictions(replace(settings, **way_out)))
+
+
+@pytest.mark.parametrize("form", ["split", "alg2_joint"])
+def test_two_samples_are_too_few_for_a_masked_plan(form):
+    settings = FieldSettings(coupling="sinkhorn", drift_form=form)
+    [line] = contradictions(settings, 2)
+    for words in (
+        "mask_self_neg is true with coupling sinkhorn and 2 generated",
+        "use 3 or more",
+    ):
+        assert words in line
+    with pytest.raises(UserError, match="2 generated samples"):
+        loss_and_grad(*draw(n=2), settings)
+    for way_out in ({"negatives": "second_batch"}, {"mask_self_neg": False}, {"coupling": "row"}):
+        loss_and_grad(*draw(n=2), replace(settings, **way_out))
+    loss_and_grad(*draw(n=3), settings)
 
 
 @pytest.mark.parametrize("make", [FieldSettings, FieldSettings.sinkhorn, FieldSettings.wflow])
@@ -157,3 +191,25 @@ def test_fused_sums_are_the_same(monkeypatch):
     monkeypatch.setattr(couplings, "_log_sums_by_kernel", lambda logits, around: couplings._log_sums(logits))
     fused = Sinkhorn(sinkhorn_iters=30).plan(z.clone(), torch.ones(2, 6)).weights
     torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-8)
+
+
+def squared_mmd(x, y, width):
+    """Of two sets `[N, C]` with the kernel exp(-d^2 / (2 width^2)), the biased one (Gretton et al. 2012)."""
+
+    def mean_kernel(a, b):
+        return (-(a[:, None] - b).square().sum(dim=-1) / (2 * width**2)).exp().mean()
+
+    return mean_kernel(x, x) + mean_kernel(y, y) - 2 * mean_kernel(x, y)
+
+
+def test_without_iterations_the_gradient_is_that_of_the_mmd():
+    """By autograd in float64: of one class after the other, at one S and one lambda for all."""
+    x, pos, _, omega, _ = draw(n=5, p=6, channels=4)
+    settings = FieldSettings.wflow(sinkhorn_iters=0, negatives="self", temps=(0.5,))
+    _, grad, statistics = loss_and_grad(x, pos, x[:, :0], omega, None, settings)
+    width = float(statistics["scale"]) * math.sqrt(0.5 * 4)  # d^2 / 2 over eps C S^2
+    x = x.double().requires_grad_()
+    sets = zip(x.unbind(2), pos.double().unbind(2), strict=True)
+    total = sum(squared_mmd(a, b, width) for ab in sets for a, b in zip(*ab, strict=True))
+    (expected,) = torch.autograd.grad(total, x)
+    assert relative_error(grad / grad.norm(), expected / expected.norm()) < 1e-5

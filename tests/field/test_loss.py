@@ -40,6 +40,20 @@ def test_only_the_drift_is_kept_for_backward(knobs):
     assert all(t.grad is None for t in (pos, uncond, omega, second))
 
 
+@pytest.mark.parametrize("knobs", [FieldSettings.wflow(), FieldSettings(normalization_scope="part")])
+def test_a_part_of_the_classes_is_as_a_call_of_its_own(knobs):
+    inputs = draw(classes=4)  # of different scales
+    loss, grad, statistics = loss_and_grad(*inputs, replace(knobs, classes_per_part=2))
+    halves = [loss_and_grad(*(t[part] for t in inputs), knobs) for part in (slice(2), slice(2, 4))]
+    torch.testing.assert_close(loss, (halves[0][0] + halves[1][0]) / 2)
+    assert relative_error(grad, torch.cat([half[1] for half in halves]) / 2) < 1e-6
+    for name in ("scale", "neighbours"):
+        torch.testing.assert_close(statistics[name], (halves[0][2][name] + halves[1][2][name]) / 2)
+    assert relative_error(loss_and_grad(*inputs, knobs)[1], grad) > 1e-2
+    with pytest.raises(ValueError, match="classes_per_part = 3: 4 classes"):
+        loss_and_grad(*inputs, replace(knobs, classes_per_part=3))
+
+
 def test_gradient_is_scaled_by_what_follows():
     x, *rest = draw()
     _, grad, _ = loss_and_grad(x, *rest, RELEASE)

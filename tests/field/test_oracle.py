@@ -23,7 +23,7 @@ SWITCHES = {
     "alg2_impl": ["logspace", "kernel"],
     "affinity_floor": [0.0, 1e-6, 1e-2],
     "uncond_weighting": ["affinity", "logit"],
-    "sinkhorn_iters": [1, 3, 20],
+    "sinkhorn_iters": [0, 1, 3, 20],
     "sinkhorn_tolerance": [0.0, 0.02],
     "sinkhorn_marginal": ["none", "weighted_cols", "post_guidance"],
     "sinkhorn_agg_kernel": [False, True],
@@ -31,6 +31,7 @@ SWITCHES = {
     "drift_tau_scale": [False, True],
     "normalize_drift_theta": [True, False],
     "normalization_scope": ["batch", "part", "class"],
+    "classes_per_part": [None, 2],
     "self_in_scale": [True, False],
     "scale_statistic": ["mean", "rms", "mean_length"],
     "generated_in_scale": [False, True],
@@ -53,7 +54,7 @@ def pairwise(seed: int = 0) -> list[FieldSettings]:
         for _ in range(30):
             drawn = {key: rng.choice(values) for key, values in SWITCHES.items()}
             if missing:
-                drawn |= dict(rng.choice(sorted(missing, key=sorted)))
+                drawn |= dict(rng.choice(sorted(missing, key=lambda pair: sorted(map(str, pair)))))
             temps = (4.0, 30.0) if drawn["unit_scale"] else (0.1, 0.4)
             settings = FieldSettings(temps=temps, **drawn)
             pairs = {frozenset(pair) for pair in combinations(drawn.items(), 2)} & missing
@@ -105,12 +106,15 @@ def agree(inputs, settings, loss_tolerance=3e-5, grad_tolerance=1e-4):
 
 @pytest.mark.parametrize("index", range(len(CASES)))
 def test_pairs_of_settings(index):
-    agree(draw(seed=index, n=5 if index % 2 else 4, channels=7 if index % 3 else 40), CASES[index])
+    classes = 4 if CASES[index].classes_per_part else 3
+    sizes = {"n": 5 if index % 2 else 4, "channels": 7 if index % 3 else 40}
+    agree(draw(seed=index, classes=classes, **sizes), CASES[index])
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
 @pytest.mark.parametrize("form", ["alg2_joint", "split"])
 def test_smallest_problems(coupling, form):
     """Two generated vectors of one channel, one positive, no unconditional sample."""
-    settings = FieldSettings(coupling=coupling, drift_form=form, temps=(0.05, 0.2, 1.0))
+    unmasked = {"mask_self_neg": not COUPLINGS[coupling].transport}
+    settings = FieldSettings(coupling=coupling, drift_form=form, temps=(0.05, 0.2, 1.0), **unmasked)
     agree(draw(n=2, p=1, u=0, locations=1, channels=1), settings)

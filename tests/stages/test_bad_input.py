@@ -2,12 +2,15 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from complaints import complaint
 from project import Project, draw_images
+
+from drift.models.base import WEIGHTS_FILE
 
 DRIFT = ("drift", "--latents", "artifacts/latents/center", "--mae", "artifacts/mae", "--out", "never")
 MAE = ("mae", "--latents", "artifacts/latents/augmented", "--out", "never")
@@ -56,6 +59,17 @@ def setting(**sections):
     return lambda project: project.settings(**sections)
 
 
+def started(change: Callable[[Path], object], **drift):
+    """From a copy of the generator, with `change` made to it."""
+
+    def make(project: Project) -> None:
+        shutil.copytree(GENERATOR, "start")
+        change(Path("start"))
+        project.settings(drift={"init_from": "start", **drift})
+
+    return make
+
+
 CASES = {
     "misspelt key": (setting(drift={"postives": 3}), DRIFT, ["drift.postives"]),
     "latents cut short, mae": (cut("augmented"), MAE, ["train_latents.npy"]),
@@ -64,6 +78,22 @@ CASES = {
     "no such images": (setting(data={"dataset": "folder", "root": "no/images"}), ENCODE, ["no/images"]),
     "MAE of its own output": (setting(mae={"source": "artifacts/mae"}), MAE, ["mae.source", "artifacts/mae"]),
     "no such MAE": (setting(mae={"source": "nobody"}), MAE, ["nobody"]),
+    "generator of its own output": (
+        setting(drift={"init_from": str(GENERATOR)}),
+        DRIFT,
+        ["drift.init_from", "outside of artifacts/gen"],
+    ),
+    "no such generator": (setting(drift={"init_from": "nobody"}), DRIFT, ["drift.init_from = nobody"]),
+    "generator of other sizes": (
+        started(lambda folder: None, hidden=8),
+        DRIFT,
+        ["its hidden_size is 16", "of this run is 8"],
+    ),
+    "damaged generator": (
+        started(lambda folder: (folder / WEIGHTS_FILE).write_bytes(b"")),
+        DRIFT,
+        [f"start/{WEIGHTS_FILE}"],
+    ),
     "weights of another shape": (other_weights, FID, ["artifacts/generator"]),
     "checkpoint of another shape": (other_checkpoint, DRIFT, ["--fresh"]),
     "metrics that need images": (statistics_alone, FID, ["kid", "real.npz"]),

@@ -16,11 +16,13 @@ from drift.data.latents import LatentStore, write_latents
 from drift.features import MAEEncoder
 from drift.field import FieldSettings
 from drift.models import LatentMAE
+from drift.runtime.errors import UserError
 from drift.runtime.processes import Ranks
 from drift.settings import Hardware, load_settings
 from drift.training.drift import GeneratorTraining, RealSamples, plot_columns, train_generator
+from drift.training.export import export_run
 from drift.training.log import read_log, write_plot
-from drift.training.loop import Run
+from drift.training.loop import Learner, Run
 
 PRESETS = Path(__file__).parents[2] / "presets"
 OPTIONS = load_settings(PRESETS / "digits.yaml").drift.model_copy(
@@ -36,6 +38,7 @@ SECOND_BATCH = FieldSettings.sinkhorn(
     coupling="sinkhorn", drift_form="split", dist_metric="l2_sq", negatives="second_batch"
 )
 WFLOW = FieldSettings.wflow()
+PARTS = FieldSettings.wflow(classes_per_part=2)
 FIELDS = {"release": RELEASE, "second": SECOND_BATCH, "wflow": WFLOW}
 
 
@@ -137,7 +140,8 @@ def test_classes_are_those_of_images_just_pushed():
 
 
 @pytest.mark.parametrize(
-    ("preset", "published"), [("imagenet256_ablation", 16), ("imagenet256_b2", 32), ("imagenet256_l2", 16)]
+    ("preset", "published"),
+    [("imagenet256_ablation", 16), ("imagenet256_b2", 32), ("imagenet256_l2", 16), ("wflow_b2", 8)],
 )
 def test_a_class_is_trained_on_as_many_new_images_as_published(preset, published):
     """Images in the queue of a class that were not there when it was last trained, counted one by one."""
@@ -189,7 +193,25 @@ def test_every_line_of_the_log_tells_about_the_field(store, tmp_path, field):
     assert {"loss", "scale", "lr", *names, *(f"{n}_{t:g}" for n in names for t in field.temps)} <= set(header)
 
 
-# How a step is taken
+# How it starts, and how a step is taken
+
+
+def test_a_run_starts_from_another_generator(store, tmp_path):
+    """Network and EMAs from its first EMA, whose weights are not those of the network behind it."""
+    decays = OPTIONS.model_copy(update={"ema_decays": (0.5, 0.9)})
+    model, emas = train_generator(store, make_encoder(), decays, RELEASE, Run(0, HARDWARE, ALONE, tmp_path))
+    last = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    wanted = emas[0].state_dict()
+    assert not torch.equal(wanted["final.output.weight"], last["final.output.weight"])
+    options = decays.model_copy(update={"init_from": str(export_run(model, emas, tmp_path, {}))})
+    task = GeneratorTraining(store, make_encoder(), options, RELEASE, Run(1, HARDWARE, ALONE, tmp_path))
+    learner = Learner(task, ALONE)
+    for state in (learner.model.state_dict(), *(ema.state_dict() for ema in learner.emas)):
+        assert state.keys() == wanted.keys()
+        assert all(torch.equal(state[name], tensor) for name, tensor in wanted.items())
+    other = options.model_copy(update={"style_entries": 5})
+    with pytest.raises(UserError, match="its style_entries is 16, and that of this run is 5"):
+        GeneratorTraining(store, make_encoder(), other, RELEASE, Run(1, HARDWARE, ALONE, tmp_path))
 
 
 IDLE = {
@@ -231,6 +253,23 @@ def test_a_step_in_less_memory_is_the_same_step(store, tmp_path, field, hardware
     assert_equal_logs(tmp_path / "parts", tmp_path / "whole")
 
 
+@pytest.mark.parametrize("classes_per_pass", [2, 4])
+def test_passes_over_whole_parts_change_no_number(store, tmp_path, classes_per_pass):
+    """Of W-Flow's field, for which a pass computes its features once."""
+    one = train(store, tmp_path / "whole", PARTS)
+    other = train(store, tmp_path / "parts", PARTS, classes_per_pass=classes_per_pass)
+    assert relative(other, one) < 1e-6
+    assert_equal_logs(tmp_path / "parts", tmp_path / "whole")
+    assert relative(train(store, tmp_path / "all", WFLOW), one) > 1e-5
+
+
+def test_parts_that_a_process_does_not_have_whole_are_refused(store):
+    with pytest.raises(
+        UserError, match="classes_per_part = 2: no divisor of the 1 classes of each of 4 proc"
+    ):
+        prepared(store, PARTS, ranks=Ranks(0, 4, ALONE.device))
+
+
 def assert_equal_logs(found: Path, wanted: Path) -> None:
     lines, expected = (read_log(folder / "logs.jsonl") for folder in (found, wanted))
     for line, other in zip(lines, expected, strict=True):
@@ -238,13 +277,14 @@ def assert_equal_logs(found: Path, wanted: Path) -> None:
             assert line[name] == pytest.approx(other[name], rel=1e-4), name
 
 
-SHARED = (("release", RELEASE), ("second", SECOND_BATCH))
+SHARED = (("release", RELEASE), ("second", SECOND_BATCH), ("wflow", PARTS))
 
 
 def share_the_steps(ranks, folder):
     store = LatentStore.open(folder / "latents")
     for name, field in SHARED:
-        weights = train(store, folder / f"{name}-run", field, ranks, classes_per_pass=1)
+        per_pass = field.classes_per_part or 1
+        weights = train(store, folder / f"{name}-run", field, ranks, classes_per_pass=per_pass)
         torch.save(weights, folder / f"{name}-{ranks.rank}.pt")
 
 
