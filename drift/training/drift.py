@@ -19,6 +19,7 @@ from drift.data.latents import LatentReader, LatentStore, pinned
 from drift.features import Encoder
 from drift.field import couplings
 from drift.field.couplings import COUPLINGS
+from drift.field.guidance import Attraction
 from drift.field.loss import Totals
 from drift.field.settings import FieldSettings
 from drift.models.ema import EMA
@@ -41,7 +42,7 @@ def plot_columns(field: FieldSettings) -> list[str]:
 
 def _by_temperature(field: FieldSettings) -> list[str]:
     """Statistics of `drifting_loss` with one value per temperature."""
-    return ["drift_rms", "neighbours", *COUPLINGS[field.coupling].statistics]
+    return ["drift_rms", *Attraction._fields, *COUPLINGS[field.coupling].statistics]
 
 
 def generator_config(options: Drift, store: LatentStore) -> dict[str, Any]:
@@ -75,6 +76,8 @@ class Batch(NamedTuple):
     """`[Nc, U, ...]`"""
     noise: Mapping[str, tuple[Tensor, Tensor]]
     """Of `generated` and `negatives`: noise `[Nc, N, C, H, W]` and style indices `[Nc, N, S]`."""
+    logged: bool
+    """Whether the log will have a line of this step."""
 
 
 class GeneratorTraining(Task[Batch]):
@@ -88,6 +91,7 @@ class GeneratorTraining(Task[Batch]):
         seed, hardware, ranks, _ = run
         self.options, self.ema_decays, self._field = options, options.ema_decays, field
         self._seed, self._ranks, self.at_once = seed, ranks, hardware.classes_per_pass
+        self._log_every = hardware.log_every
         share = ranks.share(options.classes_per_step, "drift.classes_per_step")
         self._slots = range(share.start, share.stop)  # this process's class slots
         self.count = len(self._slots)
@@ -122,7 +126,13 @@ class GeneratorTraining(Task[Batch]):
             self._reader.fetch(of_class),
             self._reader.fetch(of_any),
             noise,
+            logged=self._is_logged(step),
         )
+
+    def _is_logged(self, step: int) -> bool:
+        """As `train` does it."""
+        done, every = step + 1, self.evaluate_every
+        return step % self._log_every == 0 or done == self.options.steps or bool(every and done % every == 0)
 
     def _draw(self, what: str, step: int) -> tuple[Tensor, Tensor]:
         """Noise and style indices of this process's slots."""
@@ -150,7 +160,7 @@ class GeneratorTraining(Task[Batch]):
     ) -> tuple[Tensor, Tree]:
         """The drifting loss of some classes."""
         samples = self._samples(network, batch, part)
-        execution = replace(self._execution, totals=totals)
+        execution = replace(self._execution, totals=totals, attraction=batch.logged)
         with autocast(self._ranks, self.options.precision):
             loss, statistics = drift_objective(
                 *samples[:4], self._encoder, self._field, negatives=samples.negatives, execution=execution
@@ -196,6 +206,8 @@ class GeneratorTraining(Task[Batch]):
         }
         summary = {}
         for name in _by_temperature(self._field):
+            if not all(name in of_set for of_set in sets.values()):  # of a step that is not logged
+                continue
             by_temperature = torch.stack([of_set[name] for of_set in sets.values()]).mean(dim=0)  # [T]
             summary[name] = by_temperature.mean()
             each = zip(self._field.temps, by_temperature, strict=True)

@@ -36,6 +36,7 @@ SECOND_BATCH = FieldSettings.sinkhorn(
     coupling="sinkhorn", drift_form="split", dist_metric="l2_sq", negatives="second_batch"
 )
 WFLOW = FieldSettings.wflow()
+ATTRACTION = ["neighbours", "row_entropy", "unused_positives"]
 FIELDS = {"release": RELEASE, "second": SECOND_BATCH, "wflow": WFLOW}
 
 
@@ -169,7 +170,7 @@ def test_every_line_of_the_log_tells_about_the_field(store, tmp_path, field):
     train(store, tmp_path / "run", field)
     lines = read_log(tmp_path / "run" / "logs.jsonl")
     assert [line["step"] for line in lines] == [0, 1]
-    names = ["drift_rms", "neighbours"] + (["marginal_error"] if field.coupling == "sinkhorn" else [])
+    names = ["drift_rms", *ATTRACTION] + (["marginal_error"] if field.coupling == "sinkhorn" else [])
     for line in lines:
         sets = line["feature_sets"]
         assert {"conv1", "norm_x", "layer1_mean", "global"} <= sets.keys()
@@ -184,9 +185,22 @@ def test_every_line_of_the_log_tells_about_the_field(store, tmp_path, field):
         assert line["loss"] == pytest.approx(total, rel=1e-3)
         assert line["scale"] == pytest.approx(np.mean([s["scale"] for s in sets.values()]), rel=1e-3)
         assert 1 <= line["neighbours"] <= OPTIONS.positives
+        assert 0 <= line["row_entropy"] <= np.log(OPTIONS.positives) + 1e-6
+        assert 0 <= line["unused_positives"] < 1
     write_plot(tmp_path / "run" / "logs.jsonl", tmp_path / "plot.csv", plot_columns(field))
     header = (tmp_path / "plot.csv").read_text().splitlines()[0].split(",")
     assert {"loss", "scale", "lr", *names, *(f"{n}_{t:g}" for n in names for t in field.temps)} <= set(header)
+
+
+@pytest.mark.parametrize("field", FIELDS.values(), ids=FIELDS)
+def test_steps_without_a_line_are_the_same_steps(store, tmp_path, field):
+    options = OPTIONS.model_copy(update={"steps": 6})
+    every, some = (train(store, tmp_path / str(n), field, options=options, log_every=n) for n in (1, 3))
+    assert torch.equal(every, some)
+    lines, kept = (read_log(tmp_path / name / "logs.jsonl") for name in "13")
+    assert [line["step"] for line in kept] == [0, 3, 5]
+    for line in kept:
+        assert {**line, "time": 0} == {**lines[line["step"]], "time": 0}
 
 
 # How a step is taken
@@ -234,7 +248,7 @@ def test_a_step_in_less_memory_is_the_same_step(store, tmp_path, field, hardware
 def assert_equal_logs(found: Path, wanted: Path) -> None:
     lines, expected = (read_log(folder / "logs.jsonl") for folder in (found, wanted))
     for line, other in zip(lines, expected, strict=True):
-        for name in ("loss", "drift_rms", "neighbours", "scale", "grad_norm"):
+        for name in ("loss", "drift_rms", *ATTRACTION, "scale", "grad_norm"):
             assert line[name] == pytest.approx(other[name], rel=1e-4), name
 
 
