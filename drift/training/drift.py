@@ -31,7 +31,7 @@ from drift.training.compile import Compiled
 from drift.training.log import Tree
 from drift.training.loop import Run, Task, autocast, train
 from drift.training.objective import Execution, Samples, drift_objective, step_totals
-from drift.training.schedule import draw_omega
+from drift.training.schedule import draw_omega, temperatures
 
 
 def plot_columns(field: FieldSettings) -> list[str]:
@@ -76,6 +76,8 @@ class Batch(NamedTuple):
     """`[Nc, U, ...]`"""
     noise: Mapping[str, tuple[Tensor, Tensor]]
     """Of `generated` and `negatives`: noise `[Nc, N, C, H, W]` and style indices `[Nc, N, S]`."""
+    field: FieldSettings
+    """With the temperatures of the step."""
     logged: bool
     """Whether the log will have a line of this step."""
 
@@ -126,6 +128,7 @@ class GeneratorTraining(Task[Batch]):
             self._reader.fetch(of_class),
             self._reader.fetch(of_any),
             noise,
+            replace(self._field, temps=temperatures(step, self._field.temps, self.options)),
             logged=self._is_logged(step),
         )
 
@@ -153,7 +156,7 @@ class GeneratorTraining(Task[Batch]):
         with torch.no_grad():
             samples = [self._samples(network, batch, part) for part in parts]
         with autocast(self._ranks, self.options.precision):
-            return step_totals(samples, self._encoder, self._field, self._execution)
+            return step_totals(samples, self._encoder, batch.field, self._execution)
 
     def loss(
         self, network: nn.Module, batch: Batch, part: slice, totals: Mapping[str, Totals] | None
@@ -163,7 +166,7 @@ class GeneratorTraining(Task[Batch]):
         execution = replace(self._execution, totals=totals, attraction=batch.logged)
         with autocast(self._ranks, self.options.precision):
             loss, statistics = drift_objective(
-                *samples[:4], self._encoder, self._field, negatives=samples.negatives, execution=execution
+                *samples[:4], self._encoder, batch.field, negatives=samples.negatives, execution=execution
             )
         for of_set in statistics.values():
             of_set["drift_rms"] = of_set["drift_rms"].square()  # squares can be averaged over parts
@@ -199,7 +202,8 @@ class GeneratorTraining(Task[Batch]):
 
         `drift_rms_<tau>` is the RMS of the raw drift before each temperature's normalisation, in units of
         S, and `drift_rms` its mean over temperatures: the number that falls while the generator learns. The
-        normalised loss stays about one per temperature and feature set by construction.
+        normalised loss stays about one per temperature and feature set by construction. Temperatures are
+        named by `temps`, also while they fall (`temps_start`).
         """
         sets = {
             name: {**of, "drift_rms": of["drift_rms"].sqrt()} for name, of in means["feature_sets"].items()

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -157,3 +158,20 @@ def test_fused_sums_are_the_same(monkeypatch):
     monkeypatch.setattr(couplings, "_log_sums_by_kernel", lambda logits, around: couplings._log_sums(logits))
     fused = Sinkhorn(sinkhorn_iters=30).plan(z.clone(), torch.ones(2, 6)).weights
     torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-8)
+
+
+def test_fused_sums_are_not_compiled_again_for_other_temperatures(monkeypatch):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(couplings, "_fastest_log_sum", couplings._fastest_log_sum)
+    couplings.fuse(partial(torch.compile, backend=count, dynamic=None))
+    monkeypatch.setattr(couplings, "_log_sums_by_kernel", lambda logits, around: couplings._log_sums(logits))
+    compiled = []
+    for tau in (0.2, 0.1, 0.05):
+        loss_and_grad(*draw(), FieldSettings.wflow(temps=(tau,)))
+        compiled.append(len(graphs))
+    assert compiled[0] > 0 and len(set(compiled)) == 1

@@ -1,6 +1,7 @@
 """Training of the generator: what is drawn for a step, how it is taken, and what is logged of it."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,13 +15,15 @@ from torch._functorch.compilers import nop
 import drift.training.drift
 from drift.data.latents import LatentStore, write_latents
 from drift.features import MAEEncoder
-from drift.field import FieldSettings
+from drift.features.latent import LatentEncoder
+from drift.field import FieldSettings, drifting_loss
 from drift.models import LatentMAE
 from drift.runtime.processes import Ranks
 from drift.settings import Hardware, load_settings
 from drift.training.drift import GeneratorTraining, RealSamples, plot_columns, train_generator
 from drift.training.log import read_log, write_plot
-from drift.training.loop import Run
+from drift.training.loop import Run, parts
+from drift.training.objective import drift_objective
 
 PRESETS = Path(__file__).parents[2] / "presets"
 OPTIONS = load_settings(PRESETS / "digits.yaml").drift.model_copy(
@@ -193,10 +196,18 @@ def test_every_line_of_the_log_tells_about_the_field(store, tmp_path, field):
 
 
 @pytest.mark.parametrize("field", FIELDS.values(), ids=FIELDS)
-def test_steps_without_a_line_are_the_same_steps(store, tmp_path, field):
+def test_steps_without_a_line_are_the_same_steps_with_less_to_compute(store, tmp_path, monkeypatch, field):
+    asked = []
+
+    def objective(*samples, execution, **kwargs):
+        asked.append(execution.attraction)
+        return drift_objective(*samples, execution=execution, **kwargs)
+
+    monkeypatch.setattr(drift.training.drift, "drift_objective", objective)
     options = OPTIONS.model_copy(update={"steps": 6})
     every, some = (train(store, tmp_path / str(n), field, options=options, log_every=n) for n in (1, 3))
     assert torch.equal(every, some)
+    assert asked == [True] * 6 + [True, False, False, True, False, True]
     lines, kept = (read_log(tmp_path / name / "logs.jsonl") for name in "13")
     assert [line["step"] for line in kept] == [0, 3, 5]
     for line in kept:
@@ -250,6 +261,39 @@ def assert_equal_logs(found: Path, wanted: Path) -> None:
     for line, other in zip(lines, expected, strict=True):
         for name in ("loss", "drift_rms", *ATTRACTION, "scale", "grad_norm"):
             assert line[name] == pytest.approx(other[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize(
+    ("field", "at_once"), [(RELEASE, 4), (RELEASE, 1), (WFLOW, 4)], ids=["release", "in parts", "wflow"]
+)
+def test_a_step_has_the_temperatures_of_its_place(store, monkeypatch, field, at_once):
+    """Four times `temps` first, twice in the middle, `temps` at the end: loss and gradient say so."""
+    caught = []
+
+    def objective(*samples, negatives, **kwargs):
+        caught.append([*samples[:4], negatives])
+        return drift_objective(*samples, negatives=negatives, **kwargs)
+
+    monkeypatch.setattr(drift.training.drift, "drift_objective", objective)
+    monkeypatch.setattr(torch.nn.init, "zeros_", lambda tensor: torch.nn.init.constant_(tensor, 0.01))
+    options = OPTIONS.model_copy(update={"temps_start": 4.0, "steps": 3})
+    training = GeneratorTraining(store, LatentEncoder(), options, field, Run(0, HARDWARE, ALONE, Path()))
+    for step, factor in ((0, 4), (1, 2), (2, 1)):
+        caught.clear()
+        batch, slices = training.prepare(step), parts(4, at_once)
+        totals = training.totals(training.model, batch, slices)
+        losses = [training.loss(training.model, batch, part, totals)[0] for part in slices]
+        *sets, omega, negatives = zip(*caught, strict=True)
+        grad = torch.cat(torch.autograd.grad(sum(losses) / len(losses), sets[0])).flatten(2)
+
+        # One feature set, the whole latent: [Nc, *, 1, C*H*W]
+        vectors = [torch.cat(t).detach().flatten(2)[:, :, None] for t in sets]
+        second = negatives[0].flatten(2)[:, :, None] if negatives[0] is not None else None
+        x = vectors.pop(0).requires_grad_()
+        at = replace(field, temps=tuple(factor * tau for tau in field.temps))
+        expected, _ = drifting_loss(x, *vectors, torch.cat(omega), at, negatives=second)
+        assert float(sum(losses) / len(losses)) == pytest.approx(float(expected), rel=1e-5)
+        assert relative(grad, torch.autograd.grad(expected, x)[0][:, :, 0]) < 1e-5
 
 
 SHARED = (("release", RELEASE), ("second", SECOND_BATCH))
