@@ -21,7 +21,7 @@ class Naive(NamedTuple):
     grad: Tensor
     scale: Tensor
     drift_rms: Tensor
-    neighbours: Tensor
+    attraction: dict[str, Tensor]
     marginal_error: Tensor | None
 
 
@@ -65,15 +65,15 @@ def naive_drifting_loss(
             scale[group] = feature_scale([p for (c, _), p in problems.items() if c in group], settings)
 
     total = torch.zeros_like(x)
-    drift_rms, neighbours, errors = [], [], []
+    drift_rms, attraction, errors = [], [], []
     for tau in settings.temps:
-        raw, counts, deviations = torch.empty_like(x), [], []
+        raw, attracted, deviations = torch.empty_like(x), [], []
         for (c, l), problem in problems.items():
-            raw[c, :, l], count, deviation = drift(problem, scale[c], tau, settings)
-            counts.append(count)
+            raw[c, :, l], spread, deviation = drift(problem, scale[c], tau, settings)
+            attracted.append(spread)
             deviations.append(deviation)
         drift_rms.append(raw.square().mean().sqrt())
-        neighbours.append(torch.stack(counts).mean())
+        attraction.append({name: sum(s[name] for s in attracted) / len(attracted) for name in attracted[0]})
         if settings.coupling in TRANSPORT:  # of several plans the one that is furthest off
             errors.append(torch.tensor(deviations, dtype=torch.float64).amax(dim=1).mean())
 
@@ -95,7 +95,7 @@ def naive_drifting_loss(
         grad,
         scale.mean(),
         torch.stack(drift_rms),
-        torch.stack(neighbours),
+        {name: torch.tensor([of[name] for of in attraction]) for name in attraction[0]},
         torch.stack(errors) if settings.coupling in TRANSPORT else None,
     )
 
@@ -149,7 +149,7 @@ def feature_scale(problems: Sequence[Problem], settings: FieldSettings) -> Tenso
 
 
 def drift(problem: Problem, scale: Tensor, tau: float, settings: FieldSettings):
-    """V_tau `[N, C]` before any factor, the effective number of positives, each plan's marginal error."""
+    """V_tau `[N, C]` before any factor, how weights over positives spread, each plan's marginal error."""
     channels, negatives = problem.x.shape[-1], problem.negatives
     kernels = settings.temps if settings.sinkhorn_agg_kernel else [tau]
     cost = settings.cost_factor * problem.distances / (scale * math.sqrt(channels))
@@ -193,7 +193,20 @@ def drift(problem: Problem, scale: Tensor, tau: float, settings: FieldSettings):
         lengths = problem.distances[:, :, None] / scale
         displacements = torch.where(lengths > 0, displacements / lengths, 0)
     field = (coefficients[:, :, None] * displacements).sum(dim=1)
-    return field, (to_pos.sum(dim=1).square() / to_pos.square().sum(dim=1)).mean(), errors
+    return field, spread_of(to_pos), errors
+
+
+def spread_of(weights: Tensor) -> dict[str, float]:
+    """What is logged of weights over positives `[N, P]`."""
+    n, positives = weights.shape
+    rows = [[w / sum(row) for w in row] for row in weights.tolist()]
+    entropies = [-sum(p * math.log(p) for p in row if p > 0) for row in rows]
+    received = [sum(row[j] for row in rows) for j in range(positives)]
+    return {
+        "neighbours": sum(1 / sum(p * p for p in row) for row in rows) / n,
+        "row_entropy": sum(entropies) / n,
+        "unused_positives": sum(mass < 0.01 * n / positives for mass in received) / positives,
+    }
 
 
 def row_mass(plan: Tensor, settings: FieldSettings) -> Tensor | float:

@@ -14,6 +14,8 @@ from drift.field.couplings import REMOVED, TINY, Coupling, Plan
 from drift.field.settings import FieldSettings
 
 UNCONDITIONAL_MARGINAL_FLOOR = 1e-6  # Sinkhorn paper's code, `weighted_cols`
+UNUSED = 0.01  # of the weight that a positive has if all are alike
+SMALLEST = torch.finfo(torch.float32).tiny
 
 
 class Targets(NamedTuple):
@@ -44,10 +46,20 @@ class Coefficients(NamedTuple):
 
     field: Tensor
     """R `[B, T, N, M]`."""
-    neighbours: Tensor
-    """Effective number of positives of each generated vector, `[B, T, N]`."""
     statistics: dict[str, Tensor]
-    """Those of the coupling, `[B, T]`; where there are several plans, the largest of each."""
+    """Those of the coupling, where there are several plans the largest of each, and `Attraction` if it is
+    wanted; `[B, T]`."""
+
+
+class Attraction(NamedTuple):
+    """How the weights of A over positives spread, in rows p_i that are divided by their sums; `[B, T]`."""
+
+    neighbours: Tensor
+    """Effective number of positives, 1 / sum_j p_ij^2, mean over i: 1 if one has all, P if all are alike."""
+    row_entropy: Tensor
+    """-sum_j p_ij log p_ij in nats, mean over i: from 0 to log P."""
+    unused_positives: Tensor
+    """Share of positives with sum_i p_ij < 0.01 N / P, a hundredth of what each has if all are alike."""
 
 
 def unconditional_weight(omega: Tensor, repelling: int, unconditional: int) -> Tensor:
@@ -68,14 +80,16 @@ def target_weights(targets: Targets) -> Tensor:
     return weights
 
 
-def coefficients(logits: Tensor, targets: Targets, settings: FieldSettings) -> Coefficients:
-    """R from logits `[B, T, N, M]`, which it overwrites."""
+def coefficients(
+    logits: Tensor, targets: Targets, settings: FieldSettings, attraction: bool = True
+) -> Coefficients:
+    """R from logits `[B, T, N, M]`, which it overwrites; `attraction` says whether that is wanted."""
     if settings.guidance == "velocity":
-        return _velocity(logits, targets, settings)
-    return {"alg2_joint": _joint, "split": _split}[settings.drift_form](logits, targets, settings)
+        return _velocity(logits, targets, settings, attraction)
+    return {"alg2_joint": _joint, "split": _split}[settings.drift_form](logits, targets, settings, attraction)
 
 
-def _joint(logits: Tensor, targets: Targets, settings: FieldSettings) -> Coefficients:
+def _joint(logits: Tensor, targets: Targets, settings: FieldSettings, attraction: bool) -> Coefficients:
     """Attraction and repulsion, each weighted by the other's mass (paper Alg. 2). Rows of R sum to zero.
 
     V_i = sum_{j in pos} A_ij (sum_{k in neg} A_ik) y_j - sum_{j in neg} A_ij (sum_{k in pos} A_ik) y_j
@@ -83,14 +97,14 @@ def _joint(logits: Tensor, targets: Targets, settings: FieldSettings) -> Coeffic
     coupling = settings.coupling_object()
     affinity, statistics = _weighted(coupling, coupling.plan, logits, targets, settings)
     to_neg, to_pos = affinity[..., : targets.negatives], affinity[..., targets.negatives :]
-    neighbours = effective_number(to_pos)
+    statistics |= _spread(to_pos, attraction)
     neg_mass, pos_mass = to_neg.sum(dim=-1, keepdim=True), to_pos.sum(dim=-1, keepdim=True)
     to_neg *= -pos_mass
     to_pos *= neg_mass
-    return Coefficients(affinity, neighbours, statistics)
+    return Coefficients(affinity, statistics)
 
 
-def _split(logits: Tensor, targets: Targets, settings: FieldSettings) -> Coefficients:
+def _split(logits: Tensor, targets: Targets, settings: FieldSettings, attraction: bool) -> Coefficients:
     """Cross minus self: two couplings, each with rows that sum to one (Sinkhorn paper).
 
         V_i = sum_{j in pos} A_ij y_j / sum_{k in pos} A_ik - sum_{j in neg} A_ij y_j / sum_{k in neg} A_ik
@@ -103,10 +117,10 @@ def _split(logits: Tensor, targets: Targets, settings: FieldSettings) -> Coeffic
     to_neg /= -to_neg.sum(dim=-1, keepdim=True).clamp_min_(TINY) if coupling.normalises else -1
     to_pos, of_pos = coupling.normalised_rows(positives, targets.uniform(targets.positives))
     field = torch.cat([to_neg, to_pos], dim=-1)
-    return Coefficients(field, effective_number(to_pos), _largest([of_neg, of_pos]))
+    return Coefficients(field, _largest([of_neg, of_pos]) | _spread(to_pos, attraction))
 
 
-def _velocity(logits: Tensor, targets: Targets, settings: FieldSettings) -> Coefficients:
+def _velocity(logits: Tensor, targets: Targets, settings: FieldSettings, attraction: bool) -> Coefficients:
     """A field of the unconditional samples alone, omega - 1 times (W-Flow).
 
         V = (T_pos - T_neg) + (omega - 1) (T_pos - T_uncond)
@@ -121,7 +135,7 @@ def _velocity(logits: Tensor, targets: Targets, settings: FieldSettings) -> Coef
     )
     strength = targets.omega[:, None, None, None] - 1 if targets.unconditional else 0
     field = torch.cat([-to_neg, -strength * to_uncond, (1 + strength) * to_pos], dim=-1)
-    return Coefficients(field, effective_number(to_pos), _largest([of_neg, of_uncond, of_pos]))
+    return Coefficients(field, _largest([of_neg, of_uncond, of_pos]) | _spread(to_pos, attraction))
 
 
 def _weighted(
@@ -160,8 +174,13 @@ def _largest(statistics: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([of[name] for of in statistics if name in of]).amax(dim=0) for name in names}
 
 
-def effective_number(weights: Tensor) -> Tensor:
-    """(sum_j A_j)^2 / sum_j A_j^2, `[..., P]` -> `[...]`: 1 if one has it all, P if all are alike."""
-    largest = weights.amax(dim=-1, keepdim=True).clamp_min_(TINY)
-    relative = weights / largest  # their squares do not underflow
-    return (relative.sum(dim=-1) / torch.linalg.vector_norm(relative, dim=-1).clamp_min_(TINY)).square_()
+def _spread(to_pos: Tensor, wanted: bool) -> dict[str, Tensor]:
+    """`Attraction` of weights over positives `[B, T, N, P]`; a row of zeros has no neighbours."""
+    if not wanted:
+        return {}
+    n, positives = to_pos.shape[-2:]
+    p = to_pos / to_pos.sum(dim=-1, keepdim=True).clamp_min(SMALLEST)
+    neighbours = (p.sum(dim=-1) / torch.linalg.vector_norm(p, dim=-1).clamp_min(SMALLEST)).square()
+    entropy = -(p * p.clamp_min(SMALLEST).log()).sum(dim=-1)
+    unused = (p.sum(dim=-2) < UNUSED * n / positives).float()
+    return Attraction(*(of.mean(dim=-1) for of in (neighbours, entropy, unused)))._asdict()

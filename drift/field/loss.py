@@ -39,6 +39,7 @@ def drifting_loss(
     negatives: Tensor | None = None,
     reduce: Reduce | None = None,
     totals: Totals | None = None,
+    attraction: bool = True,
     chunk_bytes: int | None = None,
     keep_bytes: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -63,13 +64,14 @@ def drifting_loss(
             lambda then belong to all of them; the loss is the mean over this process's classes, so that
             gradients averaged over processes are those of one process with all classes.
         totals: for `normalization_scope: batch`, where these are only some of the classes of a step.
+        attraction: whether to compute the statistics of `drift.field.guidance.Attraction`, which take up to a
+            tenth of the time.
         chunk_bytes, keep_bytes: memory bounds, see `Problems`; they change the result by rounding only.
 
     Returns:
         The loss and detached statistics of these classes: `loss`; `scale`, S (the mean of several); per
-        temperature `[T]` `drift_rms`, the RMS of V_tau before normalisation; `neighbours`, the effective
-        number (sum_j A_ij)^2 / sum_j A_ij^2 of positives that attract one generated vector; and those of the
-        coupling.
+        temperature `[T]` `drift_rms`, the RMS of V_tau before normalisation; those of the coupling; and
+        `neighbours`, `row_entropy` and `unused_positives` (see `drift.field.guidance.Attraction`).
 
     Raises:
         UserError: two settings contradict each other.
@@ -79,9 +81,7 @@ def drifting_loss(
     if complaint := next(contradictions(settings, x.shape[1]), None):
         raise UserError(complaint)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        problems = Problems(
-            x, pos, uncond, omega, settings, negatives, chunk_bytes=chunk_bytes, keep_bytes=keep_bytes
-        )
+        problems = Problems(x, pos, uncond, omega, settings, negatives, attraction, chunk_bytes, keep_bytes)
         # 1. S = mean distance / sqrt(C)
         distances = totals.distances if totals else pooled(problems.distance_sums(), settings, reduce)
         scale = feature_scale(distances, problems)  # [Nc]

@@ -58,10 +58,8 @@ class Fields(NamedTuple):
 
     vectors: Tensor
     """S V_tau, `[B, T, N, C]`."""
-    neighbours: Tensor
-    """Effective number of positives, sum over all vectors, `[T]`."""
     statistics: dict[str, Tensor]
-    """Those of the coupling, sums over problems, `[T]`."""
+    """Of the coupling and, if wanted, `Attraction`; sums over problems, `[T]`."""
 
 
 class Remembered:
@@ -90,6 +88,8 @@ class Problems:
     omega: Tensor
     settings: FieldSettings
     second_batch: Tensor | None = None
+    attraction: bool = True
+    """Whether `drift` tells about `Attraction`."""
     chunk_bytes: int | None = None
     keep_bytes: int | None = None
 
@@ -194,7 +194,8 @@ class Problems:
         if settings.sinkhorn_agg_kernel:
             logits = logits.logsumexp(dim=1, keepdim=True) - math.log(len(settings.temps))
         guidance = (chunk.per_problem(values) for values in (self.targets.omega, self.targets.weight))
-        r, neighbours, statistics = coefficients(logits, Targets(*self.targets[:3], *guidance), settings)
+        targets = Targets(*self.targets[:3], *guidance)
+        r, statistics = coefficients(logits, targets, settings, self.attraction)
         if settings.drift_unit_vec:
             # V_i = sum_j R_ij (y_j - x_i) / ||y_j - x_i||, in units of S as everything; pairs at the guard's
             # distance or below have no direction
@@ -203,9 +204,7 @@ class Problems:
         vectors = (r.flatten(1, 2) @ y).unflatten(1, r.shape[1:3])  # [B, T, N, C]
         if settings.drift_unit_vec or not self.coupling.normalises:  # otherwise rows of R sum to zero
             vectors.addcmul_(r.sum(dim=-1, keepdim=True), x[:, None], value=-1)
-        return Fields(
-            vectors, neighbours.sum(dim=(0, 2)), {name: s.sum(dim=0) for name, s in statistics.items()}
-        )
+        return Fields(vectors, {name: s.sum(dim=0) for name, s in statistics.items()})
 
     def squares(self, fields: Remembered, scale: Tensor) -> Tensor:
         """Sum of V_tau^2 of each class, and below it the count of numbers: `[T + 1, Nc]`."""
@@ -227,12 +226,11 @@ class Problems:
         value, statistics = self.omega.new_zeros(()), {}
         classes, n, locations, _ = self.x.shape
         for chunk in self.chunks:
-            vectors, neighbours, sums = fields(chunk)
+            vectors, sums = fields(chunk)
             v = (chunk.per_problem(factors)[:, None] @ vectors.flatten(2)).view(-1, n, self.x.shape[-1])
             value += torch.linalg.vector_norm(v).square()
             drift[chunk.classes, :, chunk.locations] = v.unflatten(0, chunk.shape).transpose(1, 2)
-            means = {"neighbours": neighbours / n, **sums}
-            for name, total in means.items():
+            for name, total in sums.items():
                 statistics[name] = statistics.get(name, 0) + total / (classes * locations)
         temps = len(self.settings.temps)
         return drift, value / self.x.numel(), {name: s.expand(temps) for name, s in statistics.items()}

@@ -239,6 +239,9 @@ class Drift(Optimizer):
     """p(omega) is proportional to omega^-k on [omega_min, omega_max]; this is k."""
     no_guidance_fraction: Share = 0.0
     """Probability that a class is trained at omega = 1 instead."""
+    temps_start: Positive = 1.0
+    """An experiment: the first step's kernel temperatures as a multiple of `temps`, to which they fall
+    exponentially over the steps. 1 keeps them constant."""
     sampling: Literal["queue", "direct"] = "queue"
     """Real samples of a step come from the latest ones of a stream (paper A.8), or from all of the data."""
     queue_per_class: Count = 128

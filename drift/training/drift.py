@@ -20,6 +20,7 @@ from drift.data.latents import LatentReader, LatentStore, pinned
 from drift.features import Encoder
 from drift.field import couplings
 from drift.field.couplings import COUPLINGS
+from drift.field.guidance import Attraction
 from drift.field.loss import Totals
 from drift.field.settings import FieldSettings
 from drift.models.base import CONFIG_FILE
@@ -30,9 +31,9 @@ from drift.runtime.seeds import derive_seed, torch_generator
 from drift.settings import Drift
 from drift.training.compile import Compiled
 from drift.training.log import Tree
-from drift.training.loop import Measured, Run, Task, autocast, train
+from drift.training.loop import Measured, Run, Task, autocast, logs, train
 from drift.training.objective import Execution, Samples, drift_objective, step_totals
-from drift.training.schedule import draw_omega
+from drift.training.schedule import draw_omega, temperatures
 
 
 def plot_columns(field: FieldSettings) -> list[str]:
@@ -43,7 +44,7 @@ def plot_columns(field: FieldSettings) -> list[str]:
 
 def _by_temperature(field: FieldSettings) -> list[str]:
     """Statistics of `drifting_loss` with one value per temperature."""
-    return ["drift_rms", "neighbours", *COUPLINGS[field.coupling].statistics]
+    return ["drift_rms", *Attraction._fields, *COUPLINGS[field.coupling].statistics]
 
 
 def generator_config(options: Drift, store: LatentStore) -> dict[str, Any]:
@@ -95,6 +96,10 @@ class Batch(NamedTuple):
     """`[Nc, U, ...]`"""
     noise: Mapping[str, tuple[Tensor, Tensor]]
     """Of `generated` and `negatives`: noise `[Nc, N, C, H, W]` and style indices `[Nc, N, S]`."""
+    field: FieldSettings
+    """With the temperatures of the step."""
+    logged: bool
+    """Whether the log will have a line of this step."""
 
 
 Evaluate = Callable[[Generator, Mapping[str, Tensor], int], Measured]
@@ -120,6 +125,7 @@ class GeneratorTraining(Task[Batch]):
         seed, hardware, ranks, _ = run
         self.options, self.ema_decays, self._field = options, options.ema_decays, field
         self._seed, self._ranks, self.at_once = seed, ranks, hardware.classes_per_pass
+        self._hardware = hardware
         share = ranks.share(options.classes_per_step, "drift.classes_per_step")
         self._slots = range(share.start, share.stop)  # this process's class slots
         self.count = len(self._slots)
@@ -162,6 +168,8 @@ class GeneratorTraining(Task[Batch]):
             self._reader.fetch(of_class),
             self._reader.fetch(of_any),
             noise,
+            replace(self._field, temps=temperatures(step, self._field.temps, self.options)),
+            logged=logs(self, step, self._hardware),
         )
 
     def _draw(self, what: str, step: int) -> tuple[Tensor, Tensor]:
@@ -183,17 +191,17 @@ class GeneratorTraining(Task[Batch]):
         with torch.no_grad():
             samples = [self._samples(network, batch, part) for part in parts]
         with autocast(self._ranks, self.options.precision):
-            return step_totals(samples, self._encoder, self._field, self._execution)
+            return step_totals(samples, self._encoder, batch.field, self._execution)
 
     def loss(
         self, network: nn.Module, batch: Batch, part: slice, totals: Mapping[str, Totals] | None
     ) -> tuple[Tensor, Tree]:
         """The drifting loss of some classes."""
         samples = self._samples(network, batch, part)
-        execution = replace(self._execution, totals=totals)
+        execution = replace(self._execution, totals=totals, attraction=batch.logged)
         with autocast(self._ranks, self.options.precision):
             loss, statistics = drift_objective(
-                *samples[:4], self._encoder, self._field, negatives=samples.negatives, execution=execution
+                *samples[:4], self._encoder, batch.field, negatives=samples.negatives, execution=execution
             )
         for of_set in statistics.values():
             of_set["drift_rms"] = of_set["drift_rms"].square()  # squares can be averaged over parts
@@ -229,13 +237,16 @@ class GeneratorTraining(Task[Batch]):
 
         `drift_rms_<tau>` is the RMS of the raw drift before each temperature's normalisation, in units of
         S, and `drift_rms` its mean over temperatures: the number that falls while the generator learns. The
-        normalised loss stays about one per temperature and feature set by construction.
+        normalised loss stays about one per temperature and feature set by construction. Temperatures are
+        named by `temps`, also while they fall (`temps_start`).
         """
         sets = {
             name: {**of, "drift_rms": of["drift_rms"].sqrt()} for name, of in means["feature_sets"].items()
         }
         summary = {}
         for name in _by_temperature(self._field):
+            if not all(name in of_set for of_set in sets.values()):  # of a step that is not logged
+                continue
             by_temperature = torch.stack([of_set[name] for of_set in sets.values()]).mean(dim=0)  # [T]
             summary[name] = by_temperature.mean()
             each = zip(self._field.temps, by_temperature, strict=True)

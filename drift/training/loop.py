@@ -189,18 +189,18 @@ def train(task: Task, run: Run) -> list[EMA]:
         checkpoints,
         closing(batches(task.prepare, start, steps, hardware.prefetch)) as prepared,
     ):
-        if saved and ranks.from_first(_evaluates(task, start) and not log.evaluated(start - 1)):
+        if saved and ranks.from_first(evaluates(task, start) and not log.evaluated(start - 1)):
             _evaluate(task, start, learner, log)  # a kill came in between
         for step, batch in zip(range(start, steps), prepared, strict=True):
-            done, last, evaluates = step + 1, step + 1 == steps, _evaluates(task, step + 1)
+            done, last = step + 1, step + 1 == steps
             means = _gradients(task, network, batch, learner, ranks)
             shown = {"loss": means["loss"], **task.summary(means), **learner.update(step, means["loss"])}
             log.step()
-            if step % hardware.log_every == 0 or last or evaluates:
+            if logs(task, step, hardware):
                 learner.require_finite()
                 log.write(step, to_numbers(shown))
             stop, save = ranks.highest(signals.look())
-            if done % hardware.checkpoint_every == 0 or last or stop or save or evaluates:
+            if done % hardware.checkpoint_every == 0 or last or stop or save or evaluates(task, done):
                 learner.require_finite()
                 if ranks.first:
                     rest = {"scaler": learner.scaler.state_dict(), "rounding": rounding}
@@ -211,7 +211,7 @@ def train(task: Task, run: Run) -> list[EMA]:
                 name = signal.Signals(stop).name
                 line = f"{task.name}: {name} after step {done} of {steps}; saved, run it again to go on"
                 raise Stopped(line if ranks.first else "", stop)
-            if evaluates:
+            if evaluates(task, done):
                 checkpoints.wait()
                 _evaluate(task, done, learner, log)
         checkpoints.wait()
@@ -219,8 +219,14 @@ def train(task: Task, run: Run) -> list[EMA]:
     return learner.emas
 
 
-def _evaluates(task: Task, done: int) -> bool:
-    """Whether `task` is evaluated after so many steps."""
+def logs(task: Task, step: int, hardware: Hardware) -> bool:
+    """Whether a step gets a line of the log."""
+    last = step + 1 == task.options.steps
+    return step % hardware.log_every == 0 or last or evaluates(task, step + 1)
+
+
+def evaluates(task: Task, done: int) -> bool:
+    """Whether a task is evaluated after so many steps."""
     return bool(task.evaluate_every) and (done % task.evaluate_every == 0 or done == task.options.steps)
 
 

@@ -39,6 +39,8 @@ class Execution:
     """Sums over the processes that share the classes of a step, see `drifting_loss`."""
     totals: Mapping[str, Totals] | None = None
     """`step_totals`, where the step is taken in parts."""
+    attraction: bool = True
+    """Whether the statistics of `drift.field.guidance.Attraction` are wanted."""
     feature_batch: int | None = None
     """Generated samples whose activations the encoder keeps at once. If there are more, the backward pass
     computes activations again, of as many at a time. None keeps all."""
@@ -87,7 +89,12 @@ def drift_objective(
     for name, sets in _feature_sets(samples, encoder, execution):
         totals = execution.totals[name] if execution.totals is not None else None
         loss, statistics[name] = drifting_loss(
-            *sets[:4], settings, negatives=sets.negatives, reduce=execution.reduce, totals=totals
+            *sets[:4],
+            settings,
+            negatives=sets.negatives,
+            reduce=execution.reduce,
+            totals=totals,
+            attraction=execution.attraction,
         )
         losses.append(loss)
     total = torch.stack(losses).sum()
@@ -109,7 +116,7 @@ def step_totals(
         for part in parts:
             for name, sets in _feature_sets(part, encoder, execution):
                 with torch.autocast(part.generated.device.type, enabled=False):
-                    problems = Problems(*sets[:4], settings, sets.negatives, keep_bytes=0)
+                    problems = Problems(*sets[:4], settings, sets.negatives, attraction=False, keep_bytes=0)
                     sums[name] = sums.get(name, 0) + pooled(ask(name, problems), settings)
         stacked = torch.stack(list(sums.values()))
         if execution.reduce is not None:

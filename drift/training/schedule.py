@@ -1,6 +1,7 @@
-"""The learning rate over the steps, and the distribution of omega."""
+"""The learning rate and the kernel temperatures over the steps, and the distribution of omega."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -21,6 +22,17 @@ def learning_rate(step: int, options: Optimizer) -> float:
         return peak
     done = (step - warmup) / max(1, options.steps - warmup)
     return peak * (options.lr_final + (1 - options.lr_final) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def temperatures(step: int, temps: Sequence[float], options: Drift) -> tuple[float, ...]:
+    """The kernel temperatures of step 0, 1, ...; an experiment, off while `temps_start` is 1.
+
+        tau_step = tau temps_start^(1 - step / (steps - 1))
+
+    So each step multiplies all of them by the same number, and the last step has `temps` themselves.
+    """
+    factor = options.temps_start ** (1 - step / max(1, options.steps - 1))
+    return tuple(tau * factor for tau in temps)
 
 
 def draw_omega(count: int, options: Drift, generator: torch.Generator) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -213,3 +214,20 @@ def test_without_iterations_the_gradient_is_that_of_the_mmd():
     total = sum(squared_mmd(a, b, width) for ab in sets for a, b in zip(*ab, strict=True))
     (expected,) = torch.autograd.grad(total, x)
     assert relative_error(grad / grad.norm(), expected / expected.norm()) < 1e-5
+
+
+def test_fused_sums_are_not_compiled_again_for_other_temperatures(monkeypatch):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(couplings, "_fastest_log_sum", couplings._fastest_log_sum)
+    couplings.fuse(partial(torch.compile, backend=count, dynamic=None))
+    monkeypatch.setattr(couplings, "_log_sums_by_kernel", lambda logits, around: couplings._log_sums(logits))
+    compiled = []
+    for tau in (0.2, 0.1, 0.05):
+        loss_and_grad(*draw(), FieldSettings.wflow(temps=(tau,)))
+        compiled.append(len(graphs))
+    assert compiled[0] > 0 and len(set(compiled)) == 1

@@ -9,6 +9,7 @@ from field_inputs import draw, loss_and_grad, relative_error
 from processes import in_processes
 
 from drift.field import FieldSettings
+from drift.field.guidance import Attraction
 
 RANKS = 2
 CASES = {
@@ -52,7 +53,7 @@ def test_ranks_equal_one_process(shares, name_of_case):
     assert float(losses[0]) != pytest.approx(float(losses[1]), rel=1e-2)  # each its own mean
     torch.testing.assert_close(sum(losses) / RANKS, loss)
     assert relative_error(torch.cat(grads) / RANKS, grad) < 1e-5
-    for name in ("loss", "neighbours"):
+    for name in ("loss", *Attraction._fields):
         torch.testing.assert_close(sum(s[name] for s in shared) / RANKS, statistics[name])
     if CASES[name_of_case].normalization_scope == "batch":
         for of_rank in shared:

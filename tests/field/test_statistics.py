@@ -1,5 +1,6 @@
 """What the statistics of the loss tell about the field."""
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drift.field import FieldSettings
+from drift.field.couplings import COUPLINGS
 
 SINKHORN_PAPER = FieldSettings.sinkhorn()
 SINKHORN = FieldSettings.sinkhorn(coupling="sinkhorn", temps=(0.05, 0.2))
@@ -76,6 +78,53 @@ def test_neighbours_are_counted(coupling, form):
     hot, cold = statistics_of(inputs, knobs)["neighbours"].tolist()
     assert hot == pytest.approx(6, rel=1e-3)
     assert 0.999 < cold < (3 if coupling == "sinkhorn" else 1.2)  # a plan spreads a row over several columns
+
+
+VELOCITY = {"drift_form": "split", "guidance": "velocity"}
+every_form = pytest.mark.parametrize(
+    "form", [{"drift_form": "alg2_joint"}, {"drift_form": "split"}, VELOCITY]
+)
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS)
+@every_form
+def test_attraction_of_positives_that_are_all_alike(coupling, form):
+    n, p, u = 4, 5, 2
+    x, uncond, pos = torch.eye(n + u + p)[None, :, None].split([n, u, p], dim=1)  # all at one distance
+    knobs = FieldSettings(coupling=coupling, **form)
+    found = statistics_of((x, pos, uncond, torch.tensor([2.0]), None), knobs)
+    for name, value in {"neighbours": p, "row_entropy": math.log(p), "unused_positives": 0}.items():
+        assert found[name].tolist() == pytest.approx([value] * len(knobs.temps), rel=1e-5), name
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS)
+@every_form
+def test_attraction_of_one_positive_that_takes_all(coupling, form):
+    """Of a plan with marginals no positive is left out, were it ever so far and the iterations but one."""
+    _, pos, *rest = draw(p=8)
+    pos[:, 1:] += 100
+    inputs = (
+        pos[:, :1] + 0.1 * torch.randn(3, 5, 2, 7, generator=torch.Generator().manual_seed(0)),
+        pos,
+        *rest,
+    )
+    knobs = FieldSettings(coupling=coupling, temps=(0.01,), affinity_floor=0, sinkhorn_iters=1, **form)
+    found = statistics_of(inputs, knobs)
+    if coupling == "sinkhorn":
+        assert found["unused_positives"] == 0 and found["row_entropy"] > 0.5
+    else:
+        for name, value in {"neighbours": 1, "row_entropy": 0, "unused_positives": 7 / 8}.items():
+            assert found[name].tolist() == pytest.approx([value], abs=1e-3), name
+
+
+@pytest.mark.parametrize(
+    "knobs", [FieldSettings(), SINKHORN, FieldSettings.wflow()], ids=["joint", "plan", "velocity"]
+)
+def test_what_is_not_wanted_changes_nothing_else(knobs):
+    *results, statistics = loss_and_grad(*draw(), knobs)
+    *others, fewer = loss_and_grad(*draw(), knobs, attraction=False)
+    assert statistics.keys() - fewer.keys() == {"neighbours", "row_entropy", "unused_positives"}
+    torch.testing.assert_close((others, fewer), (results, {n: statistics[n] for n in fewer}), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("coupling", ["row", "partial_two_sided", "sinkhorn"])

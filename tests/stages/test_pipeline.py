@@ -104,7 +104,8 @@ def test_experiments_and_plots_can_be_shown(project):
     assert fid > 0
     project.run("dvc", "plots", "show", "--out", "shown")
     page = (project.folder / "shown" / "index.html").read_text()
-    for axis in ("fid", "kid", "inception_score", "precision, recall", "drift_rms", "neighbours", "loss"):
+    of_field = ("drift_rms", "neighbours", "row_entropy", "unused_positives", "loss")
+    for axis in ("fid", "kid", "inception_score", "precision, recall", *of_field):
         assert f'"title": "{axis}"' in page
     assert "plots_samples.png" in page
 

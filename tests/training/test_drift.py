@@ -1,6 +1,7 @@
 """Training of the generator: what is drawn for a step, how it is taken, and what is logged of it."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,8 @@ from torch._functorch.compilers import nop
 import drift.training.drift
 from drift.data.latents import LatentStore, write_latents
 from drift.features import MAEEncoder
-from drift.field import FieldSettings
+from drift.features.latent import LatentEncoder
+from drift.field import FieldSettings, drifting_loss
 from drift.models import LatentMAE
 from drift.runtime.errors import UserError
 from drift.runtime.processes import Ranks
@@ -22,7 +24,8 @@ from drift.settings import Hardware, load_settings
 from drift.training.drift import GeneratorTraining, RealSamples, plot_columns, train_generator
 from drift.training.export import export_run
 from drift.training.log import read_log, write_plot
-from drift.training.loop import Learner, Run
+from drift.training.loop import Learner, Run, parts
+from drift.training.objective import drift_objective
 
 PRESETS = Path(__file__).parents[2] / "presets"
 OPTIONS = load_settings(PRESETS / "digits.yaml").drift.model_copy(
@@ -39,6 +42,7 @@ SECOND_BATCH = FieldSettings.sinkhorn(
 )
 WFLOW = FieldSettings.wflow()
 PARTS = FieldSettings.wflow(classes_per_part=2)
+ATTRACTION = ["neighbours", "row_entropy", "unused_positives"]
 FIELDS = {"release": RELEASE, "second": SECOND_BATCH, "wflow": WFLOW}
 
 
@@ -173,7 +177,7 @@ def test_every_line_of_the_log_tells_about_the_field(store, tmp_path, field):
     train(store, tmp_path / "run", field)
     lines = read_log(tmp_path / "run" / "logs.jsonl")
     assert [line["step"] for line in lines] == [0, 1]
-    names = ["drift_rms", "neighbours"] + (["marginal_error"] if field.coupling == "sinkhorn" else [])
+    names = ["drift_rms", *ATTRACTION] + (["marginal_error"] if field.coupling == "sinkhorn" else [])
     for line in lines:
         sets = line["feature_sets"]
         assert {"conv1", "norm_x", "layer1_mean", "global"} <= sets.keys()
@@ -188,6 +192,8 @@ def test_every_line_of_the_log_tells_about_the_field(store, tmp_path, field):
         assert line["loss"] == pytest.approx(total, rel=1e-3)
         assert line["scale"] == pytest.approx(np.mean([s["scale"] for s in sets.values()]), rel=1e-3)
         assert 1 <= line["neighbours"] <= OPTIONS.positives
+        assert 0 <= line["row_entropy"] <= np.log(OPTIONS.positives) + 1e-6
+        assert 0 <= line["unused_positives"] < 1
     write_plot(tmp_path / "run" / "logs.jsonl", tmp_path / "plot.csv", plot_columns(field))
     header = (tmp_path / "plot.csv").read_text().splitlines()[0].split(",")
     assert {"loss", "scale", "lr", *names, *(f"{n}_{t:g}" for n in names for t in field.temps)} <= set(header)
@@ -212,6 +218,28 @@ def test_a_run_starts_from_another_generator(store, tmp_path):
     other = options.model_copy(update={"style_entries": 5})
     with pytest.raises(UserError, match="its style_entries is 16, and that of this run is 5"):
         GeneratorTraining(store, make_encoder(), other, RELEASE, Run(1, HARDWARE, ALONE, tmp_path))
+
+
+@pytest.mark.parametrize("field", FIELDS.values(), ids=FIELDS)
+def test_steps_without_a_line_are_the_same_steps_with_less_to_compute(store, tmp_path, monkeypatch, field):
+    asked = []
+
+    def objective(*samples, execution, **kwargs):
+        asked.append(execution.attraction)
+        return drift_objective(*samples, execution=execution, **kwargs)
+
+    monkeypatch.setattr(drift.training.drift, "drift_objective", objective)
+    options = OPTIONS.model_copy(update={"steps": 6})
+    every, some = (train(store, tmp_path / str(n), field, options=options, log_every=n) for n in (1, 3))
+    assert torch.equal(every, some)
+    assert asked == [True] * 6 + [True, False, False, True, False, True]
+    lines, kept = (read_log(tmp_path / name / "logs.jsonl") for name in "13")
+    assert [line["step"] for line in kept] == [0, 3, 5]
+    for line in kept:
+        assert {**line, "time": 0} == {**lines[line["step"]], "time": 0}
+
+
+# How a step is taken
 
 
 IDLE = {
@@ -273,11 +301,47 @@ def test_parts_that_a_process_does_not_have_whole_are_refused(store):
 def assert_equal_logs(found: Path, wanted: Path) -> None:
     lines, expected = (read_log(folder / "logs.jsonl") for folder in (found, wanted))
     for line, other in zip(lines, expected, strict=True):
-        for name in ("loss", "drift_rms", "neighbours", "scale", "grad_norm"):
+        for name in ("loss", "drift_rms", *ATTRACTION, "scale", "grad_norm"):
             assert line[name] == pytest.approx(other[name], rel=1e-4), name
 
 
 SHARED = (("release", RELEASE), ("second", SECOND_BATCH), ("wflow", PARTS))
+
+
+@pytest.mark.parametrize(
+    ("field", "at_once"), [(RELEASE, 4), (RELEASE, 1), (WFLOW, 4)], ids=["release", "in parts", "wflow"]
+)
+def test_a_step_has_the_temperatures_of_its_place(store, monkeypatch, field, at_once):
+    """Four times `temps` first, twice in the middle, `temps` at the end: loss and gradient say so."""
+    caught = []
+
+    def objective(*samples, negatives, **kwargs):
+        caught.append([*samples[:4], negatives])
+        return drift_objective(*samples, negatives=negatives, **kwargs)
+
+    monkeypatch.setattr(drift.training.drift, "drift_objective", objective)
+    monkeypatch.setattr(torch.nn.init, "zeros_", lambda tensor: torch.nn.init.constant_(tensor, 0.01))
+    options = OPTIONS.model_copy(update={"temps_start": 4.0, "steps": 3})
+    training = GeneratorTraining(store, LatentEncoder(), options, field, Run(0, HARDWARE, ALONE, Path()))
+    for step, factor in ((0, 4), (1, 2), (2, 1)):
+        caught.clear()
+        batch, slices = training.prepare(step), parts(4, at_once)
+        totals = training.totals(training.model, batch, slices)
+        losses = [training.loss(training.model, batch, part, totals)[0] for part in slices]
+        *sets, omega, negatives = zip(*caught, strict=True)
+        grad = torch.cat(torch.autograd.grad(sum(losses) / len(losses), sets[0])).flatten(2)
+
+        # One feature set, the whole latent: [Nc, *, 1, C*H*W]
+        vectors = [torch.cat(t).detach().flatten(2)[:, :, None] for t in sets]
+        second = negatives[0].flatten(2)[:, :, None] if negatives[0] is not None else None
+        x = vectors.pop(0).requires_grad_()
+        at = replace(field, temps=tuple(factor * tau for tau in field.temps))
+        expected, _ = drifting_loss(x, *vectors, torch.cat(omega), at, negatives=second)
+        assert float(sum(losses) / len(losses)) == pytest.approx(float(expected), rel=1e-5)
+        assert relative(grad, torch.autograd.grad(expected, x)[0][:, :, 0]) < 1e-5
+
+
+SHARED = (("release", RELEASE), ("second", SECOND_BATCH))
 
 
 def share_the_steps(ranks, folder):

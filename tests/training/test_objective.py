@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from golden_weights import golden_config, golden_params
+from oracle import naive_drifting_loss
 from torch import Tensor
 
 from drift.field import FieldSettings, drifting_loss
@@ -87,6 +88,53 @@ def test_release_numbers(example, constant, loss_tolerance, grad_tolerance):
     total = loss - sum(statistics[key]["loss"] for key in constant)
     assert relative_error(total, golden["loss"] - sum(expected[key] for key in constant)) < 1e-4
     assert relative_error(generated.grad, golden["grad"]) < grad_tolerance
+
+
+CONVENTIONS = {
+    "release": RELEASE,
+    "sinkhorn": FieldSettings.sinkhorn(coupling="sinkhorn", drift_form="split"),
+    "wflow": FieldSettings.wflow(),
+}
+
+
+def test_a_step_by_the_conventions_of_each_code_is_that_of_the_naive_loop():
+    """Three feature sets, two classes, unconditional samples, omega above 1; with -s, a table."""
+    generated, positives, unconditional, _ = draw(u=3)
+    omega = torch.tensor([1.5, 2.5])
+    second = torch.randn(2, 4, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    print(f"\n{'':8} {'loss':>10} {'naive':>10} {'error':>8}  {'|gradient|':>10} {'naive':>10} {'error':>8}")
+    for name, settings in CONVENTIONS.items():
+        samples = [generated, positives, unconditional, second]
+        negatives = second if settings.negatives == "second_batch" else None
+        loss, _ = drift_objective(
+            *samples[:3], omega, Encoder(pixels_and_mean), settings, negatives=negatives
+        )
+        (grad,) = torch.autograd.grad(loss, generated)
+        expected, expected_grad = naive_objective(samples, omega, settings)
+        errors = relative_error(loss, expected), relative_error(grad, expected_grad)
+        print(
+            f"{name:8} {loss.detach():10.6f} {expected:10.6f} {errors[0]:8.0e}  "
+            f"{grad.norm():10.6f} {expected_grad.norm():10.6f} {errors[1]:8.0e}"
+        )
+        assert max(errors) < 1e-5
+
+
+def naive_objective(samples: list[Tensor], omega: Tensor, settings: FieldSettings) -> tuple[Tensor, Tensor]:
+    """Value and gradient in the generated latents, in float64."""
+    generated, *others = (t.detach().double() for t in samples)
+    latents = [generated.requires_grad_(), *others]
+    losses, grads = [], []
+    for name in ("pixels", "mean", "global"):
+        x, pos, uncond, second = (
+            torch.stack([(pixels_and_mean(c) | {"global": c.flatten(1)[:, None]})[name] for c in t])
+            for t in latents
+        )
+        negatives = second if settings.negatives == "second_batch" else None
+        naive = naive_drifting_loss(x, pos, uncond, omega, settings, negatives)
+        losses.append(naive.loss)
+        grads.append(torch.autograd.grad(x, generated, naive.grad)[0])
+    sets = len(losses) if settings.feature_sets == "mean" else 1
+    return sum(losses) / sets, sum(grads) / sets
 
 
 @pytest.mark.parametrize("unconditional", [2, 0])

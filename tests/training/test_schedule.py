@@ -1,5 +1,6 @@
 """Learning rates at their corners, and omega's distribution against its numerical integral."""
 
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from scipy.integrate import quad
 
 from drift.settings import Drift
-from drift.training.schedule import draw_omega, learning_rate
+from drift.training.schedule import draw_omega, learning_rate, temperatures
 
 
 def rates(**changes):
@@ -24,6 +25,19 @@ def test_learning_rates_at_their_corners():
     assert all(before >= after for before, after in pairwise(cosine[10:]))
     assert set(rates(lr_schedule="constant")[10:]) == {2.0}
     assert rates(warmup_steps=0)[0] == 2.0
+
+
+def test_temperatures_fall_by_the_same_factor_at_every_step():
+    temps, options = (0.02, 0.3), Drift(steps=101, warmup_steps=0, temps_start=16.0)
+    naive = [16.0 * tau for tau in temps]
+    for step in range(101):
+        assert temperatures(step, temps, options) == pytest.approx(naive, rel=1e-9)
+        naive = [tau * math.exp(-math.log(16.0) / 100) for tau in naive]
+    assert temperatures(50, temps, options) == pytest.approx([0.08, 1.2])
+    assert temperatures(100, temps, options) == temps
+    constant = Drift(steps=101, warmup_steps=0)
+    assert {temperatures(step, temps, constant) for step in range(101)} == {temps}
+    assert temperatures(0, temps, Drift(steps=1, warmup_steps=0, temps_start=2.0)) == (0.04, 0.6)
 
 
 def omegas(count, **options):
