@@ -248,11 +248,15 @@ IDLE = {
         {
             "lr_final": 0.5, "warmup_start_lr": 0.1, "style_entries": 3, "queue_per_class": 1,
             "queue_global": 1, "push_per_step": 1, "omega_min": 1.5, "omega_max": 9.0, "omega_exponent": 1.0,
+            "evaluate_images": 1, "evaluate_omegas": (4.0,),
         },
     ),
     "one_omega": (
         {"omega_min": 2.0, "omega_max": 2.0, "unconditional": 0},
-        {"omega_exponent": 1.0, "queue_global": 1, "warmup_start_lr": 0.1},
+        {
+            "omega_exponent": 1.0, "queue_global": 1, "warmup_start_lr": 0.1, "evaluate_images": 1,
+            "evaluate_omegas": (4.0,),
+        },
     ),
 }  # fmt: skip
 
