@@ -13,7 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from drift.autoencoders.base import DiffusersAutoencoder, Latents
 from drift.autoencoders.kl import VAE
+
+__all__ = ["AUTOENCODERS", "VAE", "Autoencoder", "DiffusersAutoencoder", "Latents"]
 
 
 class Autoencoder(Protocol):
@@ -28,6 +31,16 @@ class Autoencoder(Protocol):
     """How latents are stored."""
     scaling_factor: float
     """Of its latents, as files of latents state it."""
+    has_posterior: bool
+    """Whether `noise` has an effect on `encode`."""
+
+    @classmethod
+    def known(cls, source: str, revision: str | None, image_size: int) -> Latents | None:
+        """What is known of the latents of square images without loading weights; None if nothing is.
+
+        Raises `UserError` if what is known makes no sense, or the images' side does not fit.
+        """
+        ...
 
     @classmethod
     def from_pretrained(
@@ -54,7 +67,10 @@ class Autoencoder(Protocol):
         ...
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """uint8 images `[B, H, W, 3]` -> latents `[B, C, h, w]`; standard normal `noise` gives a sample."""
+        """uint8 images `[B, H, W, 3]` -> latents `[B, C, h, w]`; standard normal `noise` gives a sample.
+
+        Without a posterior, it changes nothing.
+        """
         ...
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, GetPydanticSchema, model_validator
 from pydantic_core import core_schema
 
-from drift.autoencoders import AUTOENCODERS, Autoencoder
+from drift.autoencoders import AUTOENCODERS, Autoencoder, Latents
 from drift.data.datasets import DATASETS
 from drift.field.settings import unused
 from drift.runtime.yaml_files import show
@@ -102,6 +102,10 @@ class AutoencoderSource(Section):
         """Raises `UserError` if it is not there or not whole."""
         return AUTOENCODERS[self.kind].from_pretrained(self.source, self.revision, device, precision)
 
+    def known(self, image_size: int) -> Latents | None:
+        """What is known of the latents without loading it; raises `UserError` for what cannot be."""
+        return AUTOENCODERS[self.kind].known(self.source, self.revision, image_size)
+
 
 class Encode(Section):
     autoencoder: AutoencoderSource = AutoencoderSource(source="stabilityai/sd-vae-ft-mse")
@@ -125,6 +129,15 @@ class Encode(Section):
     precision: Literal["float32", "bfloat16"] = "float32"
     """Autocast precision of the autoencoder. bfloat16 is faster and gives slightly different latents; what is
     not finite is recomputed in float32. On a GPU, PyTorch's float32 convolutions round inputs to TF32."""
+
+    @property
+    def posterior_used(self) -> Literal["mean", "sample"]:
+        """`posterior`, or mean where the autoencoder has one latent for an image."""
+        return self.posterior if AUTOENCODERS[self.autoencoder.kind].has_posterior else "mean"
+
+    def without_effect(self) -> dict[str, str]:
+        kind = self.autoencoder.kind
+        return unused((not AUTOENCODERS[kind].has_posterior, f"autoencoder is {kind}", "posterior"))
 
 
 class Optimizer(Section):

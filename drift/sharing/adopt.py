@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import yaml
 
-from drift.autoencoders.kl import known_config, known_scaling_factor
 from drift.data.latents import LatentStore, check_meta, file_facts, latent_files
 from drift.data.views import VIEW_OPTIONS
 from drift.interop import import_sinkhorn_mae
@@ -192,12 +191,12 @@ def _check_split(
 def _expected(view: str, settings: Settings) -> dict[str, Any]:
     """Keys of a meta file that follow from the settings; `drift.training.encode` writes the same ones."""
     data, encode = settings.data, settings.encode
-    keys = ("posterior", *VIEW_OPTIONS[one_of("view", view, *VIEW_OPTIONS)])
+    keys = VIEW_OPTIONS[one_of("view", view, *VIEW_OPTIONS)]
     expected = {"view": view, "image_size": data.image_size, "num_classes": data.classes}
-    expected["vae"] = encode.autoencoder.source
+    expected |= {"vae": encode.autoencoder.source, "posterior": encode.posterior_used}
     expected |= {key: getattr(encode, key) for key in keys}
-    scale = known_scaling_factor(encode.autoencoder.source, encode.autoencoder.revision)
-    return expected if scale is None else {**expected, "scaling_factor": scale}
+    known = encode.autoencoder.known(data.image_size)
+    return expected if known is None else {**expected, "scaling_factor": known.scaling_factor}
 
 
 def _check_arrays(store: LatentStore, facts: dict[str, Any], settings: Settings) -> float:
@@ -209,9 +208,11 @@ def _check_arrays(store: LatentStore, facts: dict[str, Any], settings: Settings)
     classes, largest = settings.data.classes, int(store.labels.max())
     if largest >= classes:
         raise UserError(f"{labels_path}: label {largest} is not below data.classes = {classes}")
-    shape = _latent_shape(settings)
-    if shape not in (None, store.shape[1:]):
-        raise UserError(f"{latents_path}: holds latents {store.shape[1:]}, but the autoencoder makes {shape}")
+    known = settings.encode.autoencoder.known(settings.data.image_size)
+    if known is not None and known.shape != store.shape[1:]:
+        raise UserError(
+            f"{latents_path}: holds latents {store.shape[1:]}, but the autoencoder makes {known.shape}"
+        )
     total, squares = 0.0, 0.0
     for start in range(0, len(store), _ROWS):
         block = store.read(np.arange(start, min(start + _ROWS, len(store)))).double().flatten(1)
@@ -221,13 +222,3 @@ def _check_arrays(store: LatentStore, facts: dict[str, Any], settings: Settings)
         squares += block.square().sum().item()
     count = math.prod(store.shape)
     return math.sqrt(max(0.0, squares / count - (total / count) ** 2))
-
-
-def _latent_shape(settings: Settings) -> tuple[int, int, int] | None:
-    """(C, H, W) by the VAE's config; None if that is not on this machine."""
-    autoencoder = settings.encode.autoencoder
-    config = known_config(autoencoder.source, autoencoder.revision)
-    if config is None or "block_out_channels" not in config:
-        return None
-    side = settings.data.image_size // 2 ** (len(config["block_out_channels"]) - 1)
-    return config["latent_channels"], side, side
