@@ -15,8 +15,9 @@ from torch import Tensor
 
 from drift.autoencoders.base import DiffusersAutoencoder, Latents
 from drift.autoencoders.kl import VAE
+from drift.autoencoders.rae import RAE
 
-__all__ = ["AUTOENCODERS", "VAE", "Autoencoder", "DiffusersAutoencoder", "Latents"]
+__all__ = ["AUTOENCODERS", "RAE", "VAE", "Autoencoder", "DiffusersAutoencoder", "Latents"]
 
 
 class Autoencoder(Protocol):
@@ -85,5 +86,5 @@ class Autoencoder(Protocol):
         """Print how many batches `in_float32` was asked for, if any."""
 
 
-AUTOENCODERS: dict[str, type[Autoencoder]] = {"kl": VAE}
+AUTOENCODERS: dict[str, type[Autoencoder]] = {"kl": VAE, "rae": RAE}
 """`encode.autoencoder.kind` -> its class."""

@@ -8,7 +8,7 @@ import inspect
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -131,19 +131,34 @@ def model_files(folder: Path, variant: str | None = None) -> list[Path]:
     return [folder / CONFIG_FILE, *copies[name]]
 
 
-def load_model(build: Callable[[], Model], folder: Path, variant: str | None = None) -> Model:
+def load_model(
+    build: Callable[[], Model],
+    folder: Path,
+    variant: str | None = None,
+    *,
+    renamed: Mapping[str, str | None] | None = None,
+    on_meta: bool = True,
+) -> Model:
     """The model that `build` makes, with the weights in `folder`, on the CPU and in evaluation mode.
+
+    `renamed` has other beginnings for names of weights, or None for what is left out. `on_meta` spares the
+    initialisation, for a model that keeps none of it.
 
     Raises `UserError` if they are missing or damaged, or are not exactly those of the model.
     """
     config, *files = model_files(folder, variant)
     where, what = config, "damaged"
     try:
-        model = uninitialized(build)
+        model = uninitialized(build) if on_meta else build()
         where = files[0]
         weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
         what = f"does not fit {CONFIG_FILE}"
         weights = OrderedDict(without_wrappers(weights))
+        for old, new in (renamed or {}).items():
+            for name in [name for name in weights if name.startswith(old)]:
+                tensor = weights.pop(name)
+                if new is not None:
+                    weights[new + name.removeprefix(old)] = tensor
         model._fix_state_dict_keys_on_load(weights)  # names of older versions of diffusers
         model.load_state_dict(weights)
     except _DAMAGED as error:

@@ -85,7 +85,7 @@ class AutoencoderSource(Section):
     """Which autoencoder, and where it is. A string alone is the `source` of kind `kl`, or names a kind."""
 
     kind: Annotated[str, name_in(AUTOENCODERS)] = "kl"
-    """`kl`: an AutoencoderKL of diffusers."""
+    """`kl`: an AutoencoderKL of diffusers. `rae`: its AutoencoderRAE, whose encoders are in transformers."""
     source: Text
     """A local folder or a hub id."""
     revision: Text | None = None
