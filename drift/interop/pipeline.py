@@ -62,7 +62,7 @@ class DriftPipeline(DiffusionPipeline):
     ):
         super().__init__()
         if vae is not None:
-            _kind(vae).scale_of(vae.config, "of the pipeline")  # complains before any work
+            autoencoder_kind(vae).scale_of(vae.config, "of the pipeline")  # complains before any work
         self.register_modules(generator=generator, vae=vae)
         self.id2label = {int(label): name for label, name in (id2label or {}).items()}
         self.vae_reference = vae_reference
@@ -172,7 +172,7 @@ class DriftPipeline(DiffusionPipeline):
     def _decode(
         self, latents: Tensor, output_type: str, rounding: Rounding
     ) -> list[Image.Image] | np.ndarray | Tensor:
-        decode = _kind(self.vae).decode_by
+        decode = autoencoder_kind(self.vae).decode_by
         decoded = in_batches(lambda part: decode(self.vae, part), latents)
         if not decoded.isfinite().all():  # rounding would hide it
             raise UserError(
@@ -256,7 +256,7 @@ class DriftPipeline(DiffusionPipeline):
         return cls(generator, loaded.model, names, reference)
 
 
-def _kind(vae: ModelMixin) -> type[DiffusersAutoencoder]:
+def autoencoder_kind(vae: ModelMixin) -> type[DiffusersAutoencoder]:
     """What knows the conventions of an autoencoder; raises `UserError` if nothing does."""
     return DiffusersAutoencoder.kind_named(type(vae).__name__)
 
