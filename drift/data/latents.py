@@ -11,7 +11,6 @@ import math
 import os
 import weakref
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import cached_property, partial
@@ -168,11 +167,10 @@ class LatentStore:
         rows[again] = rows[source[again]]
         return rows.view(*indices.shape, *self.shape[1:])
 
-    def blocks(self) -> Iterator[np.ndarray]:
+    def blocks(self) -> list[np.ndarray]:
         """The indices of all rows in order, so many at a time as take 64 MiB."""
         step = max(1, _BLOCK_BYTES // self.latents.strides[0])
-        for start in range(0, len(self), step):
-            yield np.arange(start, min(start + step, len(self)))
+        return [np.arange(start, min(start + step, len(self))) for start in range(0, len(self), step)]
 
     def rows(self, indices: np.ndarray | torch.Tensor) -> torch.Tensor:
         """`read`, as float32 `[*indices.shape, C, H, W]`."""
