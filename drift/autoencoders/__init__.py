@@ -1,7 +1,8 @@
 """Between images and latents: one interface, one registry.
 
 To add an autoencoder, write a class with the members of `Autoencoder` in a file of its own and enter it in
-`AUTOENCODERS`. Such a file imports PyTorch at most; libraries such as diffusers are imported when it loads.
+`AUTOENCODERS`; for one of diffusers, `DiffusersAutoencoder` has most of them. Such a file imports PyTorch at
+most; libraries such as diffusers are imported when it loads.
 """
 
 from collections.abc import Callable
