@@ -117,6 +117,11 @@ class DiffusersAutoencoder(nn.Module, ABC):
     def _decides(self) -> str:
         """What latents and images depend on besides the weights."""
 
+    @staticmethod
+    def _canonical(name: str) -> str:
+        """A weight's name, the same for all versions of the libraries."""
+        return name
+
     @classmethod
     def known(cls, source: str | Path, revision: str | None, image_size: int) -> Latents | None:
         """What a config in a folder or the hub's cache says; None if there is none that can be read.
@@ -215,7 +220,8 @@ class DiffusersAutoencoder(nn.Module, ABC):
     def digest(self) -> str:
         """SHA-256 of settings and weights in hexadecimal: the same wherever and in whatever file they lie."""
         digest = hashlib.sha256(self._decides().encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
+        tensors = {self._canonical(name): tensor for name, tensor in self.model.state_dict().items()}
+        for name, tensor in sorted(tensors.items()):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.cpu().contiguous().numpy().data)
         return digest.hexdigest()

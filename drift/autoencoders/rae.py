@@ -5,6 +5,7 @@ mean and standard deviation that its checkpoint holds, so nothing is scaled here
 there is no posterior.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,18 @@ from torch import Tensor
 from drift.autoencoders.base import DiffusersAutoencoder
 from drift.runtime.errors import UserError
 
+# Names of an encoder's weights, as transformers has had them, and as it has them from 5.x on
+_RENAMED = [
+    (re.compile(old), new)
+    for old, new in (
+        (r"^encoder\.vision_model\.", "encoder."),  # SigLIP2
+        (r"^encoder\.encoder\.layer\.", "encoder.layers."),  # MAE; so DINOv2 still
+        (r"\.attention\.attention\.(q|k|v)(?:uery|ey|alue)\.", r".attention.\1_proj."),
+        (r"\.attention\.output\.dense\.", ".attention.o_proj."),
+        (r"\.intermediate\.dense\.", ".mlp.fc1."),
+        (r"(\.layers\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+    )
+]
 # What latents and images depend on, besides the weights and what their shapes tell
 _KEYS = ("encoder_type", "encoder_input_size", "decoder_num_attention_heads", "scaling_factor")
 
@@ -37,7 +50,10 @@ class RAE(DiffusersAutoencoder):
         side = config["encoder_input_size"] // config["encoder_patch_size"]
         pixels = config.get("image_size") or side * config["patch_size"]
         if image_size != pixels:
-            raise UserError(f"image_size = {image_size}: RAE {source} makes images of {pixels} pixels")
+            raise UserError(
+                f"image_size = {image_size}: RAE {source} makes images of {pixels} pixels; "
+                f"set data.image_size to that, or name another RAE"
+            )
         if not config.get("reshape_to_2d", True):
             raise UserError(f"RAE {source}: reshape_to_2d is false; latents must be maps")
         return config["encoder_hidden_size"], side, side
@@ -82,19 +98,23 @@ class RAE(DiffusersAutoencoder):
         from drift.models.base import load_model
 
         network: Any = AutoencoderRAE
-        renamed: dict[str, str | None] = {"decoder.decoder_pos_embed": None}  # of some files; it is computed
-        with siglip_nested() as flat:
-            if flat:
-                renamed["encoder.vision_model."] = "encoder."
+        with siglip_nested():
             build = lambda: network.from_config(config)  # noqa: E731
-            return load_model(build, folder, variant, renamed=renamed, on_meta=False)
+            return load_model(build, folder, variant, canonical=cls._canonical, on_meta=False)
+
+    @staticmethod
+    def _canonical(name: str) -> str:
+        if name.startswith("encoder."):
+            for old, new in _RENAMED:
+                name = old.sub(new, name)
+        return name
 
 
 @contextmanager
-def siglip_nested() -> Iterator[bool]:
-    """Let diffusers (0.42) build its SigLIP2 encoder; yields whether transformers no longer nests its layers.
+def siglip_nested() -> Iterator[None]:
+    """Let diffusers (0.42) build its SigLIP2 encoder from any version of transformers.
 
-    diffusers looks for them in `SiglipVisionModel.vision_model`, where transformers had them at first.
+    It looks for the layers in `SiglipVisionModel.vision_model`, where transformers had them before 5.x.
     """
     from transformers import SiglipVisionModel
     from transformers.models.siglip import modeling_siglip
@@ -103,7 +123,7 @@ def siglip_nested() -> Iterator[bool]:
     if flat:
         SiglipVisionModel.vision_model = property(lambda self: self)  # pyright: ignore
     try:
-        yield flat
+        yield
     finally:
         if flat:
             del SiglipVisionModel.vision_model  # pyright: ignore

@@ -8,7 +8,7 @@ import inspect
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -136,13 +136,13 @@ def load_model(
     folder: Path,
     variant: str | None = None,
     *,
-    renamed: Mapping[str, str | None] | None = None,
+    canonical: Callable[[str], str] = str,
     on_meta: bool = True,
 ) -> Model:
     """The model that `build` makes, with the weights in `folder`, on the CPU and in evaluation mode.
 
-    `renamed` has other beginnings for names of weights, or None for what is left out. `on_meta` spares the
-    initialisation, for a model that keeps none of it.
+    Names of weights that `canonical` maps to the same are the same. `on_meta` spares the initialisation, for
+    a model that keeps none of it.
 
     Raises `UserError` if they are missing or damaged, or are not exactly those of the model.
     """
@@ -153,12 +153,13 @@ def load_model(
         where = files[0]
         weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
         what = f"does not fit {CONFIG_FILE}"
-        weights = OrderedDict(without_wrappers(weights))
-        for old, new in (renamed or {}).items():
-            for name in [name for name in weights if name.startswith(old)]:
-                tensor = weights.pop(name)
-                if new is not None:
-                    weights[new + name.removeprefix(old)] = tensor
+        own = {canonical(name): name for name in model.state_dict()}
+        ignored = model._keys_to_ignore_on_load_unexpected or []
+        weights = OrderedDict(
+            (own.get(canonical(name), name), tensor)
+            for name, tensor in without_wrappers(weights).items()
+            if not any(re.search(pattern, name) for pattern in ignored)
+        )
         model._fix_state_dict_keys_on_load(weights)  # names of older versions of diffusers
         model.load_state_dict(weights)
     except _DAMAGED as error:

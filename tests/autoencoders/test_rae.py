@@ -1,5 +1,4 @@
 import json
-import re
 import sys
 
 import huggingface_hub
@@ -87,17 +86,43 @@ def test_bfloat16_is_near_float32(saved, images):
     assert exact.digest == rough.digest
 
 
-def test_a_position_embedding_in_the_file_and_nested_layers_of_siglip_are_read(tmp_path, images):
-    """As files have them that other versions of diffusers and transformers wrote."""
-    folder = save(small_rae("siglip2"), tmp_path / "rae")
+# Names as transformers 4.57 wrote them, and the middle of those that the installed version may have
+FORMER = {
+    "dinov2": {
+        "encoder.encoder.layer.0.attention.attention.query.weight": ".attention.q_proj.weight",
+        "encoder.encoder.layer.0.attention.attention.key.bias": ".attention.k_proj.bias",
+        "encoder.encoder.layer.0.attention.attention.value.weight": ".attention.v_proj.weight",
+        "encoder.encoder.layer.0.attention.output.dense.weight": ".attention.o_proj.weight",
+    },
+    "mae": {
+        "encoder.encoder.layer.0.attention.attention.query.weight": ".attention.q_proj.weight",
+        "encoder.encoder.layer.0.attention.output.dense.bias": ".attention.o_proj.bias",
+        "encoder.encoder.layer.0.intermediate.dense.weight": ".mlp.fc1.weight",
+        "encoder.encoder.layer.0.output.dense.weight": ".mlp.fc2.weight",
+        "encoder.encoder.layer.0.layernorm_before.weight": ".layernorm_before.weight",
+    },
+    "siglip2": {
+        "encoder.vision_model.embeddings.patch_embedding.weight": "embeddings.patch_embedding.weight",
+        "encoder.vision_model.encoder.layers.0.self_attn.q_proj.weight": ".self_attn.q_proj.weight",
+        "encoder.vision_model.head.mlp.fc1.weight": "head.mlp.fc1.weight",
+    },
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("encoder", FORMER)
+def test_files_of_earlier_versions_are_read(tmp_path, images, encoder):
+    """Also with the decoder's position embedding, which is computed now."""
+    folder = save(small_rae(encoder), tmp_path / "rae")
     rae = RAE.from_pretrained(folder)
 
-    def nested(weights):
-        inner = re.compile(r"^encoder\.(?!vision_model)")
-        old = {inner.sub("encoder.vision_model.", name): tensor for name, tensor in weights.items()}
-        return old | {"decoder.decoder_pos_embed": torch.zeros(1, 5, 16)}
+    def former(weights):
+        for old, new in FORMER[encoder].items():
+            (name,) = (n for n in weights if n.endswith(new) and n.startswith("encoder."))
+            weights[old] = weights.pop(name)
+        return weights | {"decoder.decoder_pos_embed": torch.zeros(1, 5, 16)}
 
-    edit_weights(folder, nested)
+    edit_weights(folder, former)
     other = RAE.from_pretrained(folder)
     assert other.digest == rae.digest and torch.equal(other.encode(images), rae.encode(images))
     assert torch.equal(other.decode(other.encode(images)), rae.decode(rae.encode(images)))
