@@ -206,7 +206,8 @@ class LatentReader:
         """
         if self._held is not None:
             return pinned(torch.from_numpy(indices), self._device)
-        return self._store.read(indices, pin=self._device.type == "cuda")
+        rows = self._store.read(indices, pin=self._device.type == "cuda")
+        return pinned(rows, self._device)  # no copy
 
     def place(self, fetched: torch.Tensor) -> torch.Tensor:
         """Latents of what was fetched on the device: float32 `[*indices.shape, C, H, W]`."""
