@@ -29,7 +29,8 @@ import drift.training.objective
 from benchmarks import timing
 from benchmarks.timing import Split
 from drift.data.latents import LatentReader, LatentStore, write_latents
-from drift.features import MAEEncoder
+from drift.features import Encoder, FeatureEncoder, MAEEncoder
+from drift.features.base import Joined
 from drift.models import Generator, LatentMAE
 from drift.models.ema import EMA
 from drift.runtime.processes import Ranks
@@ -40,7 +41,8 @@ from drift.training.loop import Run
 from drift.training.mae import mae_config, train_mae
 
 WARM_UP = 3  # steps before those that count
-CHANNELS, REDUCTION = 4, 8  # of the SD-VAE
+LATENTS = {"kl": (4, 8), "rae": (768, 16)}
+"""Channels, and pixels along a place, of the SD-VAE's and of DINOv2-B's latents."""
 
 
 class Enough(Exception):
@@ -72,12 +74,17 @@ def run(settings: Settings, stage: str, device: torch.device, split: Split, on_s
             train_mae(store, settings.mae.model_copy(update=changes), run)
         else:
             torch.manual_seed(0)
-            encoder = MAEEncoder(
-                LatentMAE(**mae_config(settings.mae, store)), drop_duplicates=settings.drops_duplicates
-            )
+            encoder = Joined([_encoder(one, settings, store) for one in settings.features])
             encoder.eval().requires_grad_(False)
             options = settings.drift.model_copy(update=changes)
             train_generator(store, encoder, options, settings.field_settings(), run)
+
+
+def _encoder(features: FeatureEncoder, settings: Settings, store: LatentStore) -> Encoder:
+    """An encoder of the settings, the MAE with random weights."""
+    if not features.needs_mae:
+        return features.load()
+    return MAEEncoder(LatentMAE(**mae_config(settings.mae, store)), drop_duplicates=settings.drops_duplicates)
 
 
 def latents(settings: Settings, stage: str, folder: Path) -> LatentStore:
@@ -85,8 +92,9 @@ def latents(settings: Settings, stage: str, folder: Path) -> LatentStore:
     of_drift = settings.drift
     classes = of_drift.classes_per_step if stage == "drift" else settings.data.classes
     count = classes * max(128, of_drift.positives) if stage == "drift" else 2 * settings.mae.batch_size
-    side, labels = settings.data.image_size // REDUCTION, np.arange(count) % classes
-    numbers = np.random.default_rng(0).standard_normal((count, CHANNELS, side, side), np.float32)
+    channels, reduction = LATENTS[settings.encode.autoencoder.kind]
+    side, labels = settings.data.image_size // reduction, np.arange(count) % classes
+    numbers = np.random.default_rng(0).standard_normal((count, channels, side, side), np.float32)
     write_latents(folder, "train", numbers.astype(np.float16), labels, {"num_classes": classes})
     return LatentStore.open(folder)
 

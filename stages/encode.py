@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "vae": vae.digest,
     }
     view, remarks = make_view(args.view, encode), settings.remarks("encode")
-    chosen = {"image_size": data.image_size, "posterior": encode.posterior, "seed": settings.seed}
+    chosen = {"image_size": data.image_size, "posterior": encode.posterior_used, "seed": settings.seed}
     options = EncodeOptions(view=view, on_bad_image=encode.on_bad_image, **chosen)
     with (
         join(hardware.time_limit, deterministic=hardware.deterministic) as ranks,

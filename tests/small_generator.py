@@ -16,10 +16,10 @@ SIZES = {
 NAMES = ["tench, Tinca tinca", "cat", "7"]
 
 
-def write_generator(folder, seed=0, names=NAMES, vae=VAE_FOLDER):
+def write_generator(folder, seed=0, names=NAMES, vae=VAE_FOLDER, **sizes):
     """A folder as the drift stage writes it."""
     torch.manual_seed(seed)
-    model = Generator(**SIZES).eval()
+    model = Generator(**{**SIZES, **sizes}).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # the last layer starts at zero
             parameter.normal_(0, 0.2)

@@ -44,7 +44,7 @@ def test_step(tmp_path, stage, network, parts):
 
 
 def test_encode(tmp_path):
-    how = ("--count", "4", "--workers", "0", "1", "--set", "encode.vae=pretrained/digits_vae")
+    how = ("--count", "4", "--workers", "0", "1", "--set", "encode.autoencoder=pretrained/digits_vae")
     found = figures(benchmarks.encode.main, tmp_path, *how, "data.image_size=32", "hardware.encode_batch=2")
     assert [row["workers"] for row in found["rows"]] == [0, 1]
 

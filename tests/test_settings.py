@@ -417,6 +417,32 @@ def test_sinkhorn_presets_have_that_papers_field_in_the_ablation_setting():
         assert settings.fid.reference == "val"
 
 
+def test_presets_in_other_latents_change_nothing_else():
+    published, ablation, *in_rae, b2 = (
+        load_settings(ROOT / "presets" / f"{name}.yaml")
+        for name in (
+            "sinkhorn_paper",
+            "imagenet256_ablation",
+            "rae_latent",
+            "imagenet512_rae",
+            "imagenet512_b2",
+        )
+    )
+    for settings, size in zip(in_rae, (256, 512), strict=True):
+        assert not settings.needs_mae and settings.views == ("center",) and settings.data.image_size == size
+        assert settings.field_settings() == published.field_settings()
+        assert settings.drift == published.drift.model_copy(update={"steps": 25_022})
+        assert settings.fid == published.fid
+        assert settings.encode.autoencoder.kind == "rae" and settings.encode.posterior_used == "mean"
+    assert b2.data == ablation.data.model_copy(update={"image_size": 512})
+    assert (b2.encode, b2.mae, b2.drift, b2.fid) == (
+        ablation.encode,
+        ablation.mae,
+        ablation.drift,
+        ablation.fid,
+    )
+
+
 SINGLE_VIEW = {"views": ["center"], "mae__view": "center"}
 
 

@@ -7,17 +7,31 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pytest
 import torch
 from imports import ROOT
+from small_rae import small_rae
 
+from drift.autoencoders import AUTOENCODERS
+from drift.data.latents import LatentStore, write_latents
+from drift.evaluation.networks import load_feature_network
+from drift.evaluation.pictures import draw_images
+from drift.evaluation.sample import ImageDecoder
+from drift.features import load_encoders
 from drift.field import FieldSettings
 from drift.models import Generator, LatentMAE
-from drift.settings import load_settings
+from drift.models.generator import sincos_positions
+from drift.runtime.processes import Ranks
+from drift.settings import Hardware, load_settings
 from drift.training import drift_objective
-from drift.training.drift import generator_config
+from drift.training.drift import generator_config, train_generator
+from drift.training.log import read_log
+from drift.training.loop import Run
 from drift.training.mae import mae_config
+
+from diffusers import AutoencoderKL  # isort: skip
 
 COPIES = 5  # weights, gradient, two moments, weights before
 BYTES = 4
@@ -105,6 +119,63 @@ def test_one_step_of_the_published_sizes(kind, preset):
     else:
         assert len(result["moved"]) > 0.9 * len(list(build(kind, preset).parameters()))
     print(f"\nloss {result['loss']:.4g}, peak memory {result['gib']:.1f} GiB")
+
+
+NARROW = {
+    "hidden": 32, "depth": 1, "heads": 2, "style_codebooks": 2, "classes_per_step": 2, "generated": 3,
+    "positives": 3, "unconditional": 2, "queue_per_class": 4, "queue_global": 4, "push_per_step": 4,
+    "steps": 1, "warmup_steps": 0,
+}  # fmt: skip
+LATENTS = {"rae_latent": (768, 16, 16), "imagenet512_b2": (4, 64, 64), "imagenet512_rae": (768, 32, 32)}
+
+
+def narrow_autoencoder(kind, pixels, shape, folder):
+    """It decodes latents of the real size."""
+    if kind == "rae":
+        small_rae(pixels=pixels, side=shape[1], channels=shape[0]).save_pretrained(folder)
+    else:
+        blocks = {
+            "down_block_types": ("DownEncoderBlock2D",) * 4,
+            "up_block_types": ("UpDecoderBlock2D",) * 4,
+        }
+        widths = {"block_out_channels": (4,) * 4, "norm_num_groups": 2, "layers_per_block": 1}
+        AutoencoderKL(**blocks, **widths, mid_block_add_attention=False).save_pretrained(folder)
+    return AUTOENCODERS[kind].from_pretrained(folder)
+
+
+@pytest.mark.parametrize("preset", LATENTS)
+def test_a_narrow_generator_learns_whole_latents_and_is_measured(tmp_path, preset):
+    """One step of the stage's own loop in all feature sets of the preset; an image has the preset's side."""
+    settings, shape = load_settings(ROOT / "presets" / f"{preset}.yaml"), LATENTS[preset]
+    rng = np.random.default_rng(0)
+    write_latents(tmp_path, "train", rng.standard_normal((8, *shape), np.float32), np.arange(8) % 2, {})
+    store = LatentStore.open(tmp_path)
+    LatentMAE(**mae_config(settings.mae.model_copy(update={"width": 32}), store)).save_pretrained(
+        tmp_path / "mae"
+    )
+    encoder = load_encoders(settings.features, mae=tmp_path / "mae")
+    options = settings.drift.model_copy(update=NARROW | {"precision": "float32"})
+    run = Run(0, Hardware(log_every=1), Ranks(0, 1, torch.device("cpu")), tmp_path)
+    generator, _ = train_generator(store, encoder, options, settings.field_settings(), run)
+    (line,) = read_log(tmp_path / "logs.jsonl")
+    assert line["loss"] > 0 and line["grad_norm"] > 0
+    places = {name: values["scale"] for name, values in line["feature_sets"].items()}
+    assert places.keys() == {"global"} if not settings.needs_mae else len(places) > 80
+    assert generator.final.output.weight.abs().max() > 0  # which begins at zero
+    side = shape[1] // options.patch
+    assert torch.equal(
+        Generator(**generator_config(options, store)).position_embedding[0],
+        sincos_positions(side, 32).float(),
+    )
+    pixels = settings.data.image_size
+    vae = narrow_autoencoder(settings.encode.autoencoder.kind, pixels, shape, tmp_path / "vae")
+    assert vae.latent_shape(pixels) == shape
+    images = draw_images(generator.eval(), ImageDecoder(vae, 1), [(0, 0, 1.5)], 0, 1)
+    assert images.shape == (1, pixels, pixels, 3)
+    network = load_feature_network(
+        settings.fid.model_copy(update={"features": str(ROOT / "pretrained/mnist_classifier")})
+    )
+    assert network(images).isfinite().all()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Between images and latents: one interface, one registry.
 
 To add an autoencoder, write a class with the members of `Autoencoder` in a file of its own and enter it in
-`AUTOENCODERS`. Such a file imports PyTorch at most; libraries such as diffusers are imported when it loads.
+`AUTOENCODERS`; for one of diffusers, `DiffusersAutoencoder` has most of them. Such a file imports PyTorch at
+most; libraries such as diffusers are imported when it loads.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from drift.autoencoders.base import DiffusersAutoencoder, Latents
 from drift.autoencoders.kl import VAE
+from drift.autoencoders.rae import RAE
+
+__all__ = ["AUTOENCODERS", "RAE", "VAE", "Autoencoder", "DiffusersAutoencoder", "Latents"]
 
 
 class Autoencoder(Protocol):
@@ -28,6 +33,16 @@ class Autoencoder(Protocol):
     """How latents are stored."""
     scaling_factor: float
     """Of its latents, as files of latents state it."""
+    has_posterior: bool
+    """Whether `noise` has an effect on `encode`."""
+
+    @classmethod
+    def known(cls, source: str, revision: str | None, image_size: int) -> Latents | None:
+        """What is known of the latents of square images without loading weights; None if nothing is.
+
+        Raises `UserError` if what is known makes no sense, or the images' side does not fit.
+        """
+        ...
 
     @classmethod
     def from_pretrained(
@@ -54,7 +69,10 @@ class Autoencoder(Protocol):
         ...
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """uint8 images `[B, H, W, 3]` -> latents `[B, C, h, w]`; standard normal `noise` gives a sample."""
+        """uint8 images `[B, H, W, 3]` -> latents `[B, C, h, w]`; standard normal `noise` gives a sample.
+
+        Without a posterior, it changes nothing.
+        """
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -69,5 +87,5 @@ class Autoencoder(Protocol):
         """Print how many batches `in_float32` was asked for, if any."""
 
 
-AUTOENCODERS: dict[str, type[Autoencoder]] = {"kl": VAE}
+AUTOENCODERS: dict[str, type[Autoencoder]] = {"kl": VAE, "rae": RAE}
 """`encode.autoencoder.kind` -> its class."""

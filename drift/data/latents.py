@@ -10,8 +10,11 @@ import json
 import math
 import os
 import weakref
-from functools import cached_property
-from itertools import pairwise
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import cached_property, partial
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,9 @@ import torch
 from drift.runtime.errors import UserError
 from drift.runtime.files import atomic_write, sha256, write_json
 
-_LOADED_AT_ONCE = 4096  # rows
+_BLOCK_BYTES = 2**26  # that are read at once where all rows are read
+_LARGE_ROW, _READERS = 2**16, 4  # bytes from which a row is worth a thread; threads
+_BUFFERS = 1024  # of one `preadv`, at most
 _WAY_OUT = "rerun encode (dvc repro) or fetch it (dvc pull)"
 _SETTINGS = {
     "image_size": "data.image_size",
@@ -123,35 +128,49 @@ class LatentStore:
             raise UserError(f"{path}: the labels of the {per_image} rows of an image differ; {_WAY_OUT}")
         return per_image
 
-    def read(self, indices: np.ndarray | torch.Tensor) -> torch.Tensor:
+    def read(self, indices: np.ndarray | torch.Tensor, *, pin: bool = False) -> torch.Tensor:
         """Latents of row indices of any shape, as they are stored: float16 `[*indices.shape, C, H, W]`.
 
-        Reads each row once and in the order of the file, neighbours together. Any number of threads may read
-        at once. Raises `UserError` if the file cannot be read any more.
+        Reads each row once and in the order of the file, neighbours together, straight to its place; with
+        `pin`, in pinned memory. Any number of threads may read at once. Raises `UserError` if the file cannot
+        be read any more.
         """
         indices = np.asarray(indices)
-        distinct, where = np.unique(indices, return_inverse=True)
+        wanted, size = indices.reshape(-1), self.latents.strides[0]
+        distinct, first = np.unique(wanted, return_index=True)  # rows, and where each is wanted first
         assert not len(distinct) or 0 <= distinct[0] <= distinct[-1] < len(self), (distinct, len(self))
-        rows = np.empty((len(distinct), *self.shape[1:]), np.float16)
-        buffer, size = rows.reshape(-1).view(np.uint8), self.latents.strides[0]
+        shape = (len(wanted), *self.shape[1:])
+        if pin:
+            rows = torch.empty(shape, dtype=torch.float16, pin_memory=True)
+        else:  # NumPy asks for huge pages
+            rows = torch.from_numpy(np.empty(shape, np.float16))
+        places = rows.numpy().reshape(-1).view(np.uint8).reshape(len(wanted), size)
         first_of_run = np.flatnonzero(np.diff(distinct, prepend=-2) != 1)
         runs = [
-            (self.latents.offset + int(distinct[start]) * size, buffer[start * size : end * size])
+            (self.latents.offset + int(distinct[start]) * size, [places[i].data for i in first[start:end]])
             for start, end in pairwise([*first_of_run.tolist(), len(distinct)])
         ]
         try:
             if hasattr(os, "posix_fadvise"):  # not on macOS
                 # The disk works on all of them at once: a third of the time where nothing is cached
-                for position, part in runs:
-                    os.posix_fadvise(self._file, position, len(part), os.POSIX_FADV_WILLNEED)
-            for position, part in runs:
-                _read_at(self._file, position, part)
+                for position, buffers in runs:
+                    os.posix_fadvise(self._file, position, size * len(buffers), os.POSIX_FADV_WILLNEED)
+            with ThreadPoolExecutor(_READERS) if size >= _LARGE_ROW else nullcontext() as pool:
+                deque((pool.map if pool else map)(partial(_read_at, self._file), runs), maxlen=0)
         except OSError as error:
             raise UserError(
                 f"{self._path}: cannot be read ({error.strerror}), the data folder is gone or was changed; "
                 "run again once it is back: training goes on from its last checkpoint"
             ) from None
-        return torch.from_numpy(rows[where.reshape(indices.shape)])
+        source = first[np.searchsorted(distinct, wanted)]
+        again = np.flatnonzero(source != np.arange(len(wanted)))
+        rows[again] = rows[source[again]]
+        return rows.view(*indices.shape, *self.shape[1:])
+
+    def blocks(self) -> list[np.ndarray]:
+        """The indices of all rows in order, so many at a time as take 64 MiB."""
+        step = max(1, _BLOCK_BYTES // self.latents.strides[0])
+        return [np.arange(start, min(start + step, len(self))) for start in range(0, len(self), step)]
 
     def rows(self, indices: np.ndarray | torch.Tensor) -> torch.Tensor:
         """`read`, as float32 `[*indices.shape, C, H, W]`."""
@@ -176,9 +195,8 @@ class LatentReader:
                     f"hardware.latents_on_device = true: {2 * math.prod(store.shape) / 2**30:.1f} GiB of "
                     f"latents do not fit into the memory of {device}; set it to false"
                 ) from None
-            for start in range(0, len(store), _LOADED_AT_ONCE):
-                rows = np.arange(start, min(start + _LOADED_AT_ONCE, len(store)))
-                self._held[start : start + len(rows)] = store.read(rows)
+            for rows in store.blocks():
+                self._held[rows[0] : rows[-1] + 1] = store.read(rows)
 
     def fetch(self, indices: np.ndarray) -> torch.Tensor:
         """What `place` needs for int64 `indices`, in any thread; for a CUDA device in pinned memory.
@@ -186,8 +204,10 @@ class LatentReader:
         The float16 rows `[*indices.shape, C, H, W]`, or the indices alone where the device holds all rows.
         Raises `UserError` as `LatentStore.read` does.
         """
-        fetched = torch.from_numpy(indices) if self._held is not None else self._store.read(indices)
-        return pinned(fetched, self._device)
+        if self._held is not None:
+            return pinned(torch.from_numpy(indices), self._device)
+        rows = self._store.read(indices, pin=self._device.type == "cuda")
+        return pinned(rows, self._device)  # no copy
 
     def place(self, fetched: torch.Tensor) -> torch.Tensor:
         """Latents of what was fetched on the device: float32 `[*indices.shape, C, H, W]`."""
@@ -254,13 +274,18 @@ def check_meta(store: LatentStore, **expected: Any) -> None:
             )
 
 
-def _read_at(file: int, position: int, buffer: np.ndarray) -> None:
-    """Fill `buffer`, uint8, with a file's bytes from `position` on; raises OSError if it has not as many."""
-    while len(buffer):  # one call reads at most 2 GiB
-        count = os.preadv(file, [buffer.data], position)
+def _read_at(file: int, run: tuple[int, list[memoryview]]) -> None:
+    """Fill buffers with a file's bytes from a position on; raises OSError if it has not as many."""
+    position, waiting = run[0], deque(run[1])
+    while waiting:  # one call reads at most 2 GiB
+        count = os.preadv(file, list(islice(waiting, _BUFFERS)), position)
         if not count:
             raise OSError(errno.ENODATA, "it has been cut short")
-        buffer, position = buffer[count:], position + count
+        position += count
+        while waiting and count >= len(waiting[0]):
+            count -= len(waiting.popleft())
+        if count:
+            waiting[0] = waiting[0][count:]
 
 
 def _map_array(path: Path, dtype: type, ndim: int) -> np.memmap:

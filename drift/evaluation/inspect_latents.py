@@ -25,7 +25,8 @@ MEAN_LIMIT = 2.0
 CHANNEL_STD_LIMIT = 0.01
 """Below this a channel carries no information; the smallest at hand is 0.19, of the VAE of the digits."""
 _NAMED = 5  # things that a warning names
-_BLOCK = 2**22  # numbers held at once while the statistics are made
+_SHOWN = 16  # channels that are all shown; of more, the extreme ones
+_BLOCK = 2**22  # numbers held at once, of 64 channels or fewer, while the statistics are made
 _VALUES = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float64)  # of each bit pattern
 
 
@@ -56,7 +57,9 @@ def density(counts: np.ndarray, edges: np.ndarray) -> np.ndarray:
 
 
 def measure_latents(store: LatentStore, classes: int) -> tuple[dict[str, Any], np.ndarray]:
-    """Statistics of all latents in one pass, with some tens of megabytes of memory however many there are.
+    """Statistics of all latents in one pass, however many there are.
+
+    It takes some tens of megabytes of memory for 4 channels, and 0.7 GB for 768.
 
     The numbers as `meta.json` has them: `distribution` of `all` and of each of the `channels`; how many rows
     are not finite, or have one and the same number everywhere, and the first of them; rows of each class. And
@@ -64,7 +67,7 @@ def measure_latents(store: LatentStore, classes: int) -> tuple[dict[str, Any], n
     """
     counts = np.zeros((store.shape[1], 2**16), np.int64)
     rows: dict[str, list[int]] = {"not_finite_rows": [], "constant_rows": []}
-    step = max(1, _BLOCK // math.prod(store.shape[1:]))
+    step = max(1, _BLOCK * max(1, len(counts) // 64) // math.prod(store.shape[1:]))
     for start in tqdm(range(0, len(store), step), desc="latents", unit="block", disable=None):
         block = store.read(np.arange(start, min(start + step, len(store)))).numpy()  # [b, C, H, W]
         bits = block.view(np.uint16)
@@ -104,13 +107,7 @@ def latent_warnings(
         warnings.append(
             f"the standard deviation of all latents is {std:.3g}, expected {low:g} to {high:g}{known}"
         )
-    for index, channel in enumerate(numbers["channels"]):
-        mean, std = channel["mean"], channel["std"]
-        if abs(mean) > MEAN_LIMIT:
-            limits = f"{-MEAN_LIMIT:g} to {MEAN_LIMIT:g}"
-            warnings.append(f"the mean of channel {index} is {mean:.3g}, expected {limits}")
-        if std < CHANNEL_STD_LIMIT:
-            warnings.append(f"channel {index} is nearly constant: its standard deviation is {std:.3g}")
+    warnings += _channel_warnings(numbers["channels"])
     if numbers["constant_rows"]["count"]:
         rows = _listed(**numbers["constant_rows"])
         warnings.append(f"{rows} with one and the same number everywhere: never written?")
@@ -121,6 +118,28 @@ def latent_warnings(
         named = [names[label] if label < len(names) else str(label) for label in missing[:_NAMED]]
         warnings.append(f"no latents of {_listed(len(missing), named, 'class', 'classes')}")
     return warnings
+
+
+def _channel_warnings(channels: Sequence[Mapping[str, float]]) -> list[str]:
+    shifted, constant, limits = [], [], f"{-MEAN_LIMIT:g} to {MEAN_LIMIT:g}"
+    for index, channel in enumerate(channels):
+        mean, std = channel["mean"], channel["std"]
+        if abs(mean) > MEAN_LIMIT:
+            shifted.append(f"the mean of channel {index} is {mean:.3g}, expected {limits}")
+        if std < CHANNEL_STD_LIMIT:
+            constant.append(f"channel {index} is nearly constant: its standard deviation is {std:.3g}")
+    for found in (shifted, constant):
+        if (more := len(found) - _NAMED) > 0:
+            found[_NAMED:] = [f"and so for {more} more channels"]
+    return shifted + constant
+
+
+def shown_channels(channels: Sequence[Mapping[str, float]]) -> list[int]:
+    """All channels, or where there are too many, those of the smallest and largest mean and deviation."""
+    if len(channels) <= _SHOWN:
+        return list(range(len(channels)))
+    columns = np.array([[channel["mean"], channel["std"]] for channel in channels])  # [C, 2]
+    return sorted({*columns.argmin(0).tolist(), *columns.argmax(0).tolist()})
 
 
 def _listed(count: int, first: Sequence[Any], one: str = "row", many: str = "rows") -> str:
@@ -139,15 +158,20 @@ def histogram_picture(numbers: Mapping[str, Any], counts: np.ndarray) -> Image.I
     from matplotlib.figure import Figure
 
     channels = numbers["channels"]
+    shown = shown_channels(channels)
     reach = [abs(c["mean"]) + 4 * c["std"] for c in channels if not math.isnan(c["std"])]
     spread = max([4.0, *reach])
     edges = np.linspace(-spread, spread, 161)
     middles = (edges[1:] + edges[:-1]) / 2
     figure = Figure(figsize=(8, 4.5), dpi=100, layout="constrained")
     canvas, axes = FigureCanvasAgg(figure), figure.add_subplot()
-    for index, (channel, count) in enumerate(zip(channels, counts, strict=True)):
-        label = f"channel {index}: mean {channel['mean']:.2f}, std {channel['std']:.2f}"
-        axes.plot(middles, density(count, edges), linewidth=1.5, label=label)
+    if len(shown) < len(channels):
+        axes.plot(
+            middles, density(counts.sum(0), edges), "k", linewidth=1.5, label=f"{len(channels)} channels"
+        )
+    for index in shown:
+        label = "channel {}: mean {mean:.2f}, std {std:.2f}".format(index, **channels[index])
+        axes.plot(middles, density(counts[index], edges), linewidth=1.5, label=label)
     normal = np.exp(-(middles**2) / 2) / math.sqrt(2 * math.pi)
     axes.plot(middles, normal, color="0.4", linestyle="--", linewidth=1.2, label="unit normal")
     # By the root, so that a channel with a narrow peak leaves the others visible
@@ -155,7 +179,7 @@ def histogram_picture(numbers: Mapping[str, Any], counts: np.ndarray) -> Image.I
     axes.set(xlim=(-spread, spread), xlabel="latent value", ylabel="density (square-root axis)")
     axes.set(ylim=(0, None), title=f"all: {_told(numbers['all'])}")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, ncols=1 + len(channels) // 9)
+    axes.legend(frameon=False, ncols=1 + len(shown) // 9)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
 
@@ -184,7 +208,10 @@ def inspect_latents(
         f"latents:     {store.folder}, {len(store)} of {'x'.join(map(str, store.shape[1:]))}, "
         f"view {store.meta.get('view', 'unknown')}",
         f"all:         {_told(numbers['all'])}",
-        *(f"channel {index}:   {_told(channel)}" for index, channel in enumerate(numbers["channels"])),
+        *(
+            f"channel {index}:   {_told(numbers['channels'][index])}"
+            for index in shown_channels(numbers["channels"])
+        ),
         f"classes:     {len(per_class)} with {min(per_class)} to {max(per_class)} rows, "
         f"median {np.median(per_class):g}",
     ]

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import drift
 from drift.evaluation.report import format_report
-from drift.interop.pipeline import INDEX_FILE, DriftPipeline, made_from
+from drift.interop.pipeline import INDEX_FILE, DriftPipeline, autoencoder_kind, made_from
 from drift.models.base import model_files
 from drift.runtime.errors import UserError
 from drift.runtime.files import check_output, replace_folder, sha256
@@ -100,6 +100,7 @@ def _write_card(
         model_name=card.name,
     )
     vae = (pipeline.vae_reference or {}).get("id", "not named")
+    kind = "VAE" if pipeline.vae is None else autoencoder_kind(pipeline.vae).called
     million = sum(parameter.numel() for parameter in pipeline.generator.parameters()) / 1e6
     config = {key: value for key, value in pipeline.generator.config.items() if not key.startswith("_")}
     settings = _flat(made_from(folder))
@@ -110,7 +111,7 @@ def _write_card(
         version=drift.__version__,
         picture=PICTURE_FILE if (folder / PICTURE_FILE).exists() else None,
         omega=f"{best.get('omega', 1):g}",
-        model=_table({"parameters": f"{million:.1f} million", "weights": weights, "VAE": vae, **config}),
+        model=_table({"parameters": f"{million:.1f} million", "weights": weights, kind: vae, **config}),
         report=format_report(measured) if measured else "None are given.",
         protocol=_table(measured["protocol"]) if measured else "",
         settings=_table(settings) if settings else "Not recorded.",

@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from drift.autoencoders.kl import VAE, Rounding, decode_latents, latent_scale, to_uint8
+from drift.autoencoders import DiffusersAutoencoder
+from drift.autoencoders.base import Rounding, to_uint8
 from drift.evaluation.batches import in_batches
 from drift.evaluation.sample import draw_sample, sample_generator, sample_latents
 from drift.models.base import CONFIG_FILE, weights_files
@@ -31,7 +32,7 @@ from drift.runtime.yaml_files import read_yaml
 
 ensure_torchvision()
 
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL  # noqa: E402
+from diffusers.models.modeling_utils import ModelMixin  # noqa: E402
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput  # noqa: E402
 
 INDEX_FILE = "model_index.json"
@@ -44,7 +45,7 @@ class DriftPipeline(DiffusionPipeline):
 
     Args:
         generator: the network that turns noise into latents.
-        vae: decodes latents into images; None if only latents are wanted.
+        vae: an autoencoder of diffusers, which decodes latents into images; None if only latents are wanted.
         id2label: name of each class by its number; a name may have several words, separated by commas.
         vae_reference: where the VAE came from: `id`, a hub id or a folder, and `revision`, which may be None.
     """
@@ -55,13 +56,13 @@ class DriftPipeline(DiffusionPipeline):
     def __init__(
         self,
         generator: Generator,
-        vae: AutoencoderKL | None,
+        vae: ModelMixin | None,
         id2label: dict[int, str] | None = None,
         vae_reference: dict[str, Any] | None = None,
     ):
         super().__init__()
         if vae is not None:
-            latent_scale(vae.config, "of the pipeline")  # before any work
+            autoencoder_kind(vae).scale_of(vae.config, "of the pipeline")  # complains before any work
         self.register_modules(generator=generator, vae=vae)
         self.id2label = {int(label): name for label, name in (id2label or {}).items()}
         self.vae_reference = vae_reference
@@ -171,7 +172,8 @@ class DriftPipeline(DiffusionPipeline):
     def _decode(
         self, latents: Tensor, output_type: str, rounding: Rounding
     ) -> list[Image.Image] | np.ndarray | Tensor:
-        decoded = in_batches(lambda part: decode_latents(self.vae, part), latents)
+        decode = autoencoder_kind(self.vae).decode_by
+        decoded = in_batches(lambda part: decode(self.vae, part), latents)
         if not decoded.isfinite().all():  # rounding would hide it
             raise UserError(
                 f"the VAE's images are not finite in {self.vae.dtype}: pipe.vae.to(torch.float32) may help, "
@@ -206,7 +208,7 @@ class DriftPipeline(DiffusionPipeline):
         cls,
         source: str | Path,
         *,
-        vae: AutoencoderKL | str | Path | None = None,
+        vae: ModelMixin | str | Path | None = None,
         load_vae: bool = True,
         variant: str | None = None,
         revision: str | None = None,
@@ -219,7 +221,8 @@ class DriftPipeline(DiffusionPipeline):
 
         Args:
             source: a folder that `save_pretrained` or the drift stage has written, or a hub id of the former.
-            vae: an AutoencoderKL, or a folder or hub id of one, instead of the folder's or the one it names.
+            vae: an AutoencoderKL or AutoencoderRAE, or a folder or hub id of one, instead of the folder's or
+                the one it names.
             load_vae: without it, the pipeline gives latents only.
             variant: another copy of the weights, such as `ema_09999` or fp16; the VAE may have none of it.
             revision: branch, tag or commit on the hub.
@@ -234,21 +237,28 @@ class DriftPipeline(DiffusionPipeline):
             raise TypeError(f"from_pretrained takes no {', '.join(unknown)}")
         folder, vae_folder, reference, names = _read_folder(str(source), revision, options)
         generator = Generator.from_pretrained(folder, variant=variant, torch_dtype=torch_dtype)
-        if isinstance(vae, AutoencoderKL):
+        if isinstance(vae, ModelMixin):
             return cls(generator, vae, names)
         if not load_vae:
             return cls(generator, None, names, reference)
         if vae is None and vae_folder is not None:
             has_variant = (variant or "").replace(".", "") in weights_files(vae_folder)
-            loaded = VAE.from_pretrained(vae_folder, variant=variant if has_variant else None)
+            loaded = DiffusersAutoencoder.from_pretrained(
+                vae_folder, variant=variant if has_variant else None
+            )
         else:
             wanted = reference if vae is None else {"id": str(vae), "revision": None}
             if wanted is None:
                 raise UserError(f"{source}: does not say which VAE it needs; name it (vae=..., or --vae)")
-            loaded = VAE.from_pretrained(wanted["id"], wanted["revision"], **options)
+            loaded = DiffusersAutoencoder.from_pretrained(wanted["id"], wanted["revision"], **options)
             reference = {"id": loaded.id, "revision": loaded.revision}
         torch.nn.Module.to(loaded.model, torch_dtype)  # diffusers' own `to` warns of every cast
         return cls(generator, loaded.model, names, reference)
+
+
+def autoencoder_kind(vae: ModelMixin) -> type[DiffusersAutoencoder]:
+    """What knows the conventions of an autoencoder; raises `UserError` if nothing does."""
+    return DiffusersAutoencoder.kind_named(type(vae).__name__)
 
 
 def _read_folder(

@@ -131,19 +131,35 @@ def model_files(folder: Path, variant: str | None = None) -> list[Path]:
     return [folder / CONFIG_FILE, *copies[name]]
 
 
-def load_model(build: Callable[[], Model], folder: Path, variant: str | None = None) -> Model:
+def load_model(
+    build: Callable[[], Model],
+    folder: Path,
+    variant: str | None = None,
+    *,
+    canonical: Callable[[str], str] = str,
+    on_meta: bool = True,
+) -> Model:
     """The model that `build` makes, with the weights in `folder`, on the CPU and in evaluation mode.
+
+    Names of weights that `canonical` maps to the same are the same. `on_meta` spares the initialisation, for
+    a model that keeps none of it.
 
     Raises `UserError` if they are missing or damaged, or are not exactly those of the model.
     """
     config, *files = model_files(folder, variant)
     where, what = config, "damaged"
     try:
-        model = uninitialized(build)
+        model = uninitialized(build) if on_meta else build()
         where = files[0]
         weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
         what = f"does not fit {CONFIG_FILE}"
-        weights = OrderedDict(without_wrappers(weights))
+        own = {canonical(name): name for name in model.state_dict()}
+        ignored = model._keys_to_ignore_on_load_unexpected or []
+        weights = OrderedDict(
+            (own.get(canonical(name), name), tensor)
+            for name, tensor in without_wrappers(weights).items()
+            if not any(re.search(pattern, name) for pattern in ignored)
+        )
         model._fix_state_dict_keys_on_load(weights)  # names of older versions of diffusers
         model.load_state_dict(weights)
     except _DAMAGED as error:

@@ -34,6 +34,13 @@ def torch_generator(*what: int | str) -> torch.Generator:
     return generator.set_state(state)
 
 
+def device_generator(device: torch.device, *what: int | str) -> torch.Generator:
+    """`torch_generator` on a device; a GPU draws other numbers than a CPU, from a seed of 63 bits."""
+    if device.type == "cpu":
+        return torch_generator(*what)
+    return torch.Generator(device).manual_seed(derive_seed(*what))
+
+
 def numpy_generator(*what: int | str) -> np.random.Generator:
     """A fresh NumPy generator for one thing that is drawn, such as `(seed, "encode/crop", index)`."""
     return np.random.default_rng(int.from_bytes(_digest(what, 16), "little"))

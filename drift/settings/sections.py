@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, model_validator
 
-from drift.autoencoders import AUTOENCODERS, Autoencoder
+from drift.autoencoders import AUTOENCODERS, Autoencoder, Latents
 from drift.data.datasets import DATASETS
 from drift.field.settings import unused
 from drift.settings.base import (
@@ -50,7 +50,7 @@ class AutoencoderSource(Section):
     """Which autoencoder, and where it is. A string alone is the `source` of kind `kl`, or names a kind."""
 
     kind: Annotated[str, name_in(AUTOENCODERS)] = "kl"
-    """`kl`: an AutoencoderKL of diffusers."""
+    """`kl`: an AutoencoderKL of diffusers. `rae`: its AutoencoderRAE, whose encoders are in transformers."""
     source: Text
     """A local folder or a hub id."""
     revision: Text | None = None
@@ -66,6 +66,10 @@ class AutoencoderSource(Section):
     def load(self, precision: str = "float32", device: str | torch.device = "cpu") -> Autoencoder:
         """Raises `UserError` if it is not there or not whole."""
         return AUTOENCODERS[self.kind].from_pretrained(self.source, self.revision, device, precision)
+
+    def known(self, image_size: int) -> Latents | None:
+        """What is known of the latents without loading it; raises `UserError` for what cannot be."""
+        return AUTOENCODERS[self.kind].known(self.source, self.revision, image_size)
 
 
 class Encode(Section):
@@ -90,6 +94,15 @@ class Encode(Section):
     precision: Literal["float32", "bfloat16"] = "float32"
     """Autocast precision of the autoencoder. bfloat16 is faster and gives slightly different latents; what is
     not finite is recomputed in float32. On a GPU, PyTorch's float32 convolutions round inputs to TF32."""
+
+    @property
+    def posterior_used(self) -> Literal["mean", "sample"]:
+        """`posterior`, or mean where the autoencoder has one latent for an image."""
+        return self.posterior if AUTOENCODERS[self.autoencoder.kind].has_posterior else "mean"
+
+    def without_effect(self) -> dict[str, str]:
+        kind = self.autoencoder.kind
+        return unused((not AUTOENCODERS[kind].has_posterior, f"autoencoder is {kind}", "posterior"))
 
 
 class Optimizer(Section):

@@ -1,7 +1,8 @@
 """Latents and encoders that were handed on as plain files: checked, and put where a stage's output belongs.
 
-The Sinkhorn paper's code has them as `<split>_latents.npy`, `<split>_labels.npy`, `<split>_meta.json`, and as
-`ckpt_final.pt`. They come from a folder of this machine, or from one of rclone's as NAME:PATH.
+The Sinkhorn paper's code has them as `<split>_latents.npy`, `<split>_labels.npy`, `<split>_meta.json`, or as
+a file per sample, and as `ckpt_final.pt`. They come from a folder of this machine, or from one of rclone's as
+NAME:PATH.
 """
 
 import hashlib
@@ -16,10 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
+from tqdm import tqdm
 
-from drift.autoencoders.kl import known_config, known_scaling_factor
+from drift.data.datasets import open_images
 from drift.data.latents import LatentStore, check_meta, file_facts, latent_files
 from drift.data.views import VIEW_OPTIONS
 from drift.interop import import_sinkhorn_mae
@@ -30,31 +31,46 @@ from drift.runtime.signals import when_parent_ends
 from drift.runtime.work import SETTINGS_FILE, work_root
 from drift.settings import Settings, load_settings, output_around
 from drift.sharing.remotes import find_rclone
+from drift.sharing.samples import gather_samples, has_samples
 from drift.training.inputs import check_latents
 
 CHECKPOINT = "ckpt_final.pt"
-_ROWS = 1024  # that are read at once
 _STD_RANGE = (0.5, 1.5)  # latents are scaled to a standard deviation near 1
 # What a meta file may leave out and the arrays do not show: taken from the settings
 _ASSUMED = ("view", "image_size", "vae", "scaling_factor", "num_classes")
 
 
 def adopt_latents(
-    source: str, view: str, settings: Settings, out: str | Path, *, force: bool = False
+    source: str,
+    view: str,
+    settings: Settings,
+    out: str | Path,
+    *,
+    images: str | None = None,
+    force: bool = False,
 ) -> list[str]:
     """Check the latents of a `view` in the folder `source` and put them at `out`; returns lines to print.
 
-    The folder holds the split train and any others. Meta files are completed from `settings` and the arrays.
-    With `force`, an `out` that exists is replaced; it is whole at any time. Raises `UserError`, naming the
-    file, if one is missing, damaged, not finite or of another shape, or contradicts the settings.
+    The folder holds the split train and any others, or a file for each training image, of which `images` is
+    the root (`data.root` by default). Meta files are completed from `settings` and the arrays. With `force`,
+    an `out` that exists is replaced; it is whole at any time. Raises `UserError`, naming the file, if one is
+    missing, damaged, not finite or of another shape, or contradicts the settings.
     """
     out = Path(out)
     _check_destination(out, force)
     files = "/*_{latents.npy,labels.npy,meta.json}"
     with _fetched(source, files) as (folder, transfer), _draft(out) as draft:
+        if has_samples(folder):
+            data, known = settings.data, settings.encode.autoencoder.known(settings.data.image_size)
+            training = open_images(data.dataset, images or data.root, "train", data.classes)
+            gather_samples(folder, training, draft, known and known.shape)
+            folder, transfer = draft, lambda *_: None
         splits = sorted(path.name.removesuffix("_latents.npy") for path in folder.glob("*_latents.npy"))
         if "train" not in splits:
-            raise UserError(f"{folder}: holds no train_latents.npy; name the folder of the latents")
+            raise UserError(
+                f"{folder}: holds no train_latents.npy, and no 000000.npy either, nor in folders like 00000; "
+                "name the folder of the latents"
+            )
         found = {split: _check_split(folder, split, view, settings) for split in splits}
         for split, (_, meta, _) in found.items():
             write_json(latent_files(draft, split)[2], meta)
@@ -192,12 +208,12 @@ def _check_split(
 def _expected(view: str, settings: Settings) -> dict[str, Any]:
     """Keys of a meta file that follow from the settings; `drift.training.encode` writes the same ones."""
     data, encode = settings.data, settings.encode
-    keys = ("posterior", *VIEW_OPTIONS[one_of("view", view, *VIEW_OPTIONS)])
+    keys = VIEW_OPTIONS[one_of("view", view, *VIEW_OPTIONS)]
     expected = {"view": view, "image_size": data.image_size, "num_classes": data.classes}
-    expected["vae"] = encode.autoencoder.source
+    expected |= {"vae": encode.autoencoder.source, "posterior": encode.posterior_used}
     expected |= {key: getattr(encode, key) for key in keys}
-    scale = known_scaling_factor(encode.autoencoder.source, encode.autoencoder.revision)
-    return expected if scale is None else {**expected, "scaling_factor": scale}
+    known = encode.autoencoder.known(data.image_size)
+    return expected if known is None else {**expected, "scaling_factor": known.scaling_factor}
 
 
 def _check_arrays(store: LatentStore, facts: dict[str, Any], settings: Settings) -> float:
@@ -209,25 +225,17 @@ def _check_arrays(store: LatentStore, facts: dict[str, Any], settings: Settings)
     classes, largest = settings.data.classes, int(store.labels.max())
     if largest >= classes:
         raise UserError(f"{labels_path}: label {largest} is not below data.classes = {classes}")
-    shape = _latent_shape(settings)
-    if shape not in (None, store.shape[1:]):
-        raise UserError(f"{latents_path}: holds latents {store.shape[1:]}, but the autoencoder makes {shape}")
+    known = settings.encode.autoencoder.known(settings.data.image_size)
+    if known is not None and known.shape != store.shape[1:]:
+        raise UserError(
+            f"{latents_path}: holds latents {store.shape[1:]}, but the autoencoder makes {known.shape}"
+        )
     total, squares = 0.0, 0.0
-    for start in range(0, len(store), _ROWS):
-        block = store.read(np.arange(start, min(start + _ROWS, len(store)))).double().flatten(1)
+    for rows in tqdm(store.blocks(), desc="checking", unit="block", disable=None):
+        block = store.read(rows).double().flatten(1)
         if len(bad := (~block.isfinite().all(1)).nonzero()):
-            raise UserError(f"{latents_path}: row {start + int(bad[0])} holds a value that is not finite")
+            raise UserError(f"{latents_path}: row {rows[int(bad[0])]} holds a value that is not finite")
         total += block.sum().item()
         squares += block.square().sum().item()
     count = math.prod(store.shape)
     return math.sqrt(max(0.0, squares / count - (total / count) ** 2))
-
-
-def _latent_shape(settings: Settings) -> tuple[int, int, int] | None:
-    """(C, H, W) by the VAE's config; None if that is not on this machine."""
-    autoencoder = settings.encode.autoencoder
-    config = known_config(autoencoder.source, autoencoder.revision)
-    if config is None or "block_out_channels" not in config:
-        return None
-    side = settings.data.image_size // 2 ** (len(config["block_out_channels"]) - 1)
-    return config["latent_channels"], side, side

@@ -5,6 +5,7 @@ generates N samples; the drifting loss in the encoder's features gives the gradi
 second_batch`, another N samples repel the first.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -27,13 +28,19 @@ from drift.models.base import CONFIG_FILE
 from drift.models.ema import EMA
 from drift.models.generator import Generator
 from drift.runtime.errors import UserError, one_of
-from drift.runtime.seeds import derive_seed, torch_generator
+from drift.runtime.seeds import derive_seed, device_generator, torch_generator
 from drift.settings import Drift
 from drift.training.compile import Compiled
 from drift.training.log import Tree
 from drift.training.loop import Measured, Run, Task, autocast, logs, train
 from drift.training.objective import Execution, Samples, drift_objective, step_totals
 from drift.training.schedule import draw_omega, temperatures
+
+NOISE = {"generated": "noise", "negatives": "negatives"}
+"""What needs noise, and the word for it in the paths of seeds."""
+DRAWN_BY_HOST = 2**20
+"""Numbers of noise for a class: more are drawn on the device, at once with the step. A core of a CPU draws
+1e8 a second, and a step on latents of 768x16x16 takes 8e8."""
 
 
 def plot_columns(field: FieldSettings) -> list[str]:
@@ -94,12 +101,10 @@ class Batch(NamedTuple):
     """`[Nc, P, ...]`"""
     unconditional: Tensor
     """`[Nc, U, ...]`"""
-    noise: Mapping[str, tuple[Tensor, Tensor]]
-    """Of `generated` and `negatives`: noise `[Nc, N, C, H, W]` and style indices `[Nc, N, S]`."""
-    field: FieldSettings
-    """With the temperatures of the step."""
-    logged: bool
-    """Whether the log will have a line of this step."""
+    noise: Mapping[str, tuple[Tensor | None, Tensor]]
+    """Of `generated` and `negatives`: noise `[Nc, N, C, H, W]`, unless `_noise_on_device` draws it later, and
+    style indices `[Nc, N, S]`."""
+    step: int
 
 
 Evaluate = Callable[[Generator, Mapping[str, Tensor], int], Measured]
@@ -158,9 +163,8 @@ class GeneratorTraining(Task[Batch]):
         count, device = self.options.classes_per_step, self._ranks.device
         classes, of_class, of_any = self._real.draw(step, self._slots)
         omega = draw_omega(count, self.options, torch_generator(self._seed, "drift/omega", step))
-        noise = {"generated": self._draw("drift/noise", step)}
-        if self._field.negatives == "second_batch":
-            noise["negatives"] = self._draw("drift/negatives", step)
+        kinds = NOISE if self._field.negatives == "second_batch" else ["generated"]
+        noise = {what: self._draw(what, step) for what in kinds}
         mine = slice(self._slots.start, self._slots.stop)
         return Batch(
             pinned(torch.as_tensor(classes[mine]), device),
@@ -168,21 +172,35 @@ class GeneratorTraining(Task[Batch]):
             self._reader.fetch(of_class),
             self._reader.fetch(of_any),
             noise,
-            replace(self._field, temps=temperatures(step, self._field.temps, self.options)),
-            logged=logs(self, step, self._hardware),
+            step,
         )
 
-    def _draw(self, what: str, step: int) -> tuple[Tensor, Tensor]:
+    def _draw(self, what: str, step: int) -> tuple[Tensor | None, Tensor]:
         """Noise and style indices of this process's slots."""
-        config, n = self.model.config, self.options.generated
-        size = n, config["in_channels"], config["input_size"], config["input_size"]
+        config, size = self.model.config, self._noise_size
         entries, codebooks = config["style_entries"], config["style_codebooks"]
         noise, style = [], []
         for slot in self._slots:
-            generator = torch_generator(self._seed, what, step, slot)
-            noise.append(torch.randn(size, generator=generator))
-            style.append(torch.randint(entries, (n, codebooks), generator=generator))
-        return pinned(torch.stack(noise), self._ranks.device), pinned(torch.stack(style), self._ranks.device)
+            generator = torch_generator(self._seed, f"drift/{NOISE[what]}", step, slot)
+            if math.prod(size) <= DRAWN_BY_HOST:
+                noise.append(torch.randn(size, generator=generator))
+            style.append(torch.randint(entries, (size[0], codebooks), generator=generator))
+        drawn = pinned(torch.stack(noise), self._ranks.device) if noise else None
+        return drawn, pinned(torch.stack(style), self._ranks.device)
+
+    @property
+    def _noise_size(self) -> tuple[int, int, int, int]:
+        """Of a slot: (N, C, H, W)."""
+        config = self.model.config
+        return self.options.generated, config["in_channels"], config["input_size"], config["input_size"]
+
+    def _noise_on_device(self, what: str, step: int, slots: range) -> Tensor:
+        """The noise of some slots `[slots, N, C, H, W]`, a function of (seed, step, slot) like all draws."""
+        noise = torch.empty(len(slots), *self._noise_size, device=self._ranks.device)
+        for of_slot, slot in zip(noise, slots, strict=True):
+            path = self._seed, f"drift/{NOISE[what]}/device", step, slot
+            of_slot.normal_(generator=device_generator(self._ranks.device, *path))
+        return noise
 
     def totals(self, network: nn.Module, batch: Batch, parts: Sequence[slice]) -> Mapping[str, Totals] | None:
         """S and lambda of all classes of a step that is taken in parts."""
@@ -191,21 +209,26 @@ class GeneratorTraining(Task[Batch]):
         with torch.no_grad():
             samples = [self._samples(network, batch, part) for part in parts]
         with autocast(self._ranks, self.options.precision):
-            return step_totals(samples, self._encoder, batch.field, self._execution)
+            return step_totals(samples, self._encoder, self._field_at(batch.step), self._execution)
 
     def loss(
         self, network: nn.Module, batch: Batch, part: slice, totals: Mapping[str, Totals] | None
     ) -> tuple[Tensor, Tree]:
         """The drifting loss of some classes."""
         samples = self._samples(network, batch, part)
-        execution = replace(self._execution, totals=totals, attraction=batch.logged)
+        field, logged = self._field_at(batch.step), logs(self, batch.step, self._hardware)
+        execution = replace(self._execution, totals=totals, attraction=logged)
         with autocast(self._ranks, self.options.precision):
             loss, statistics = drift_objective(
-                *samples[:4], self._encoder, batch.field, negatives=samples.negatives, execution=execution
+                *samples[:4], self._encoder, field, negatives=samples.negatives, execution=execution
             )
         for of_set in statistics.values():
             of_set["drift_rms"] = of_set["drift_rms"].square()  # squares can be averaged over parts
         return loss, {"feature_sets": statistics}
+
+    def _field_at(self, step: int) -> FieldSettings:
+        """With the temperatures of the step."""
+        return replace(self._field, temps=temperatures(step, self._field.temps, self.options))
 
     def _samples(self, network: nn.Module, batch: Batch, part: slice) -> Samples:
         """Generate the samples of some classes, and move the real ones to the device."""
@@ -223,7 +246,9 @@ class GeneratorTraining(Task[Batch]):
 
     def _generate(self, network: nn.Module, batch: Batch, what: str, part: slice) -> Tensor:
         n = self.options.generated
-        noise, style = (self._place(x[part].flatten(0, 1)) for x in batch.noise[what])
+        noise, style = batch.noise[what]
+        noise = self._noise_on_device(what, batch.step, self._slots[part]) if noise is None else noise[part]
+        noise, style = (self._place(x.flatten(0, 1)) for x in (noise, style[part]))
         labels, omega = (self._place(x[part]).repeat_interleave(n) for x in (batch.classes, batch.omega))
         # One autocast for each call: a longer one would reuse weights that it has cast without a graph
         with autocast(self._ranks, self.options.precision):

@@ -40,7 +40,7 @@ from drift.runtime.seeds import numpy_generator, torch_generator
 
 T = TypeVar("T")
 _TO_DO, _DONE, _UNDECODABLE = 0, 1, 2  # marks of an image
-_ROWS_COPIED_AT_ONCE = 4096
+_COPIED_AT_ONCE = 2**25  # numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,8 +190,9 @@ class _Rows:
             folder.mkdir()
             kept = (images[:, None] * self.per_image + np.arange(self.per_image)).reshape(-1)
             copy = _create(folder, (len(kept), *self.latents.shape[1:]))
-            for start in range(0, len(kept), _ROWS_COPIED_AT_ONCE):
-                copy.write(start, self.latents.read(kept[start : start + _ROWS_COPIED_AT_ONCE]))
+            rows = max(1, _COPIED_AT_ONCE // math.prod(copy.shape[1:]))
+            for start in range(0, len(kept), rows):
+                copy.write(start, self.latents.read(kept[start : start + rows]))
         else:
             link_folder(self._latents, folder)
         with atomic_write(latent_files(folder)[1]) as file:

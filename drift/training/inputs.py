@@ -2,7 +2,6 @@
 
 import re
 
-from drift.autoencoders.kl import known_scaling_factor
 from drift.data.latents import LatentStore, check_meta
 from drift.settings import Settings
 
@@ -18,7 +17,6 @@ def check_latents(store: LatentStore, settings: Settings, view: str) -> None:
     expected["vae_precision"] = encode.precision
     if re.fullmatch("[0-9a-f]{40}", autoencoder.revision or ""):
         expected["vae_revision"] = autoencoder.revision
-    scaling_factor = known_scaling_factor(autoencoder.source, autoencoder.revision)
-    if scaling_factor is not None:
-        expected["scaling_factor"] = scaling_factor
+    if (known := autoencoder.known(settings.data.image_size)) is not None:
+        expected["scaling_factor"] = known.scaling_factor
     check_meta(store, **expected)

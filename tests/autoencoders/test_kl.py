@@ -14,7 +14,7 @@ from complaints import complaint
 from safetensors.torch import load_file, save_file
 
 from drift.autoencoders import AUTOENCODERS
-from drift.autoencoders.kl import CONFIG_FILE, VAE, decode_latents, known_scaling_factor, to_float, to_uint8
+from drift.autoencoders.kl import CONFIG_FILE, VAE, to_float, to_uint8
 from drift.data.datasets import open_images
 from drift.data.views import center_view
 from drift.models.base import WEIGHTS_FILE
@@ -125,7 +125,7 @@ def test_latents_are_normalised_per_channel_as_in_stable_diffusion_xl(network, f
     latents = vae.latent_scale.apply(mean)
     for channel, (shift, std) in enumerate(zip((-1.5, 0.5, 2.0), (8.0, 0.5, 3.0), strict=True)):
         np.testing.assert_allclose(latents[:, channel], (mean[:, channel] - shift) * 0.4 / std, rtol=1e-5)
-    for decoded in (vae.decode(latents), decode_latents(vae.model, latents)):
+    for decoded in (vae.decode(latents), vae.decode_by(vae.model, latents)):
         torch.testing.assert_close(decoded, network.decode(mean).sample, rtol=1e-4, atol=1e-4)
     assert vae.digest != plain.digest
 
@@ -146,7 +146,7 @@ def test_latents_are_normalised_per_channel_as_in_stable_diffusion_xl(network, f
 )
 def test_a_scale_that_cannot_be_is_refused(folder, changes):
     edit_config(folder, **changes)
-    for load in (VAE.from_pretrained, known_scaling_factor):
+    for load in (VAE.from_pretrained, known_scale):
         message = complaint(lambda load=load: load(folder))
         name, value = list(changes.items())[-1]
         assert (
@@ -231,6 +231,12 @@ def test_digest_is_of_the_weights_and_the_scale(folder, tmp_path):
     assert vae.digest != digest and next(vae.parameters()).dtype == torch.float32
 
 
+def known_scale(source, revision=None):
+    known = VAE.known(source, revision, 8)
+    assert known is None or known.shape == (3, 4, 4)
+    return known and known.scaling_factor
+
+
 def cut(path, share):
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
@@ -290,17 +296,17 @@ def test_scaling_factor_without_loading_weights(folder, tmp_path, monkeypatch):
     for commit, scaling_factor in ((old, 0.5), (new, 0.75)):
         edit_config(folder, scaling_factor=scaling_factor)
         in_cache(folder, tmp_path / "hub", commit)
-    assert known_scaling_factor("somebody/vae") == known_scaling_factor("somebody/vae", "main") == 0.75
-    assert known_scaling_factor("somebody/vae", old) == 0.5
-    assert known_scaling_factor("somebody/vae", "3" * 40) is known_scaling_factor("somebody/other") is None
+    assert known_scale("somebody/vae") == known_scale("somebody/vae", "main") == 0.75
+    assert known_scale("somebody/vae", old) == 0.5
+    assert known_scale("somebody/vae", "3" * 40) is known_scale("somebody/other") is None
     (folder / WEIGHTS_FILE).unlink()
-    assert known_scaling_factor(str(folder), "main") == 0.75
+    assert known_scale(str(folder), "main") == 0.75
     config = json.loads((folder / CONFIG_FILE).read_text())
     del config["scaling_factor"]
     (folder / CONFIG_FILE).write_text(json.dumps(config))
-    assert known_scaling_factor(folder) == AutoencoderKL.from_config(config).config.scaling_factor
+    assert known_scale(folder) == AutoencoderKL.from_config(config).config.scaling_factor
     (folder / CONFIG_FILE).write_text("{")
-    assert known_scaling_factor(folder) is known_scaling_factor(tmp_path / "that/is/gone") is None
+    assert known_scale(folder) is known_scale(tmp_path / "that/is/gone") is None
 
 
 LOADS = """

@@ -63,8 +63,11 @@ def test_digest_follows_each_file(tmp_path, arrays):
 # Reading
 
 
+@pytest.mark.parametrize("large_row", [1, 2**16])
 @pytest.mark.parametrize("shape", [(), (0,), (7,), (2, 3, 4), (200,)])
-def test_rows_follow_the_order_that_was_asked_for(folder, arrays, shape):
+def test_rows_follow_the_order_that_was_asked_for(folder, arrays, shape, large_row, monkeypatch):
+    monkeypatch.setattr(module, "_LARGE_ROW", large_row)  # one is read by several threads
+    monkeypatch.setattr(module, "_BUFFERS", 2)
     indices = np.random.default_rng(1).integers(0, N, shape)  # with repetitions
     store = LatentStore.open(folder)
     expected = torch.from_numpy(arrays[0])[torch.as_tensor(indices)]
@@ -79,8 +82,8 @@ def test_neighbours_are_read_at_once_and_nothing_twice(folder, arrays, monkeypat
     store, reads, preadv = LatentStore.open(folder), [], os.preadv
 
     def spy(file, buffers, position):  # which may read less than it was asked for
-        reads.append((position - store.latents.offset, len(buffers[0])))
-        return preadv(file, [buffers[0][:most]], position)
+        reads.append((position - store.latents.offset, sum(map(len, buffers))))
+        return preadv(file, [buffers[0][:most]] if most < 1000 else buffers, position)
 
     monkeypatch.setattr(os, "preadv", spy)
     indices = np.array([[23, 4, 9, 3], [0, 4, 5, 23]])
@@ -130,9 +133,9 @@ def test_a_file_that_is_cut_short_or_a_disk_that_is_gone_is_one_line(folder, arr
 
 
 @pytest.mark.parametrize("on_device", [False, True])
-@pytest.mark.parametrize("at_once", [7, 4096])
+@pytest.mark.parametrize("at_once", [7 * 120, 2**20])
 def test_a_reader_gives_the_rows_in_two_steps(folder, arrays, monkeypatch, on_device, at_once):
-    monkeypatch.setattr(module, "_LOADED_AT_ONCE", at_once)
+    monkeypatch.setattr(module, "_BLOCK_BYTES", at_once)
     store = LatentStore.open(folder)
     reader = LatentReader(store, torch.device("cpu"), on_device=on_device)
     if on_device:  # nothing is read any more

@@ -27,6 +27,7 @@ from drift.evaluation.inspect_latents import (
     inspect_latents,
     latent_warnings,
     measure_latents,
+    shown_channels,
 )
 from drift.evaluation.inspection import Look, SourceImages, bands
 from drift.models.mae import LatentMAE, draw_mask
@@ -341,6 +342,23 @@ def test_the_histogram_shows_the_channels(tmp_path):
     picture = np.asarray(histogram_picture(*measure_latents(make_store(tmp_path, normal()), CLASSES)))
     blue = (np.abs(picture.astype(int) - (31, 119, 180)).sum(-1) < 30).nonzero()
     assert blue[1].max() - blue[1].min() > 300  # the first curve crosses the picture
+
+
+def test_of_many_channels_the_extreme_ones_are_shown(tmp_path):
+    rng = np.random.default_rng(0)
+    latents = rng.standard_normal((60, 40, 2, 2))
+    latents[:, 30] += 1
+    latents[:, 5] *= 3
+    numbers, counts = measure_latents(make_store(tmp_path, latents), CLASSES)
+    stored = latents.astype(np.float16).astype(np.float64)
+    std, mean = stored.std((0, 2, 3)), stored.mean((0, 2, 3))
+    assert shown_channels(numbers["channels"]) == sorted({5, 30, int(std.argmin()), int(mean.argmin())})
+    np.testing.assert_allclose([channel["std"] for channel in numbers["channels"]], std, rtol=1e-12)
+    assert histogram_picture(numbers, counts).size == (800, 450)
+    assert warnings_of(tmp_path, latents) == []
+    shifted = warnings_of(tmp_path, latents + 3 * (np.arange(40) < 9)[:, None, None])
+    assert sum("the mean of" in line for line in shifted) == 5
+    assert shifted[-1] == "and so for 4 more channels"
 
 
 # drift inspect mae

@@ -8,11 +8,13 @@ import pytest
 import torch
 from complaints import complaint
 from safetensors.torch import save_file
-from small_generator import SIZES, VAE_FOLDER
+from small_generator import SIZES, VAE_FOLDER, write_generator
+from small_rae import small_rae
 
-from drift.autoencoders.kl import VAE
+from drift.autoencoders import RAE, VAE
 from drift.evaluation.pictures import draw_images
 from drift.evaluation.sample import ImageDecoder
+from drift.interop.card import Card, export_pipeline
 from drift.interop.pipeline import DriftPipeline
 from drift.models.generator import Generator
 
@@ -28,6 +30,30 @@ def test_pixels_are_those_of_the_fid_stage_and_do_not_depend_on_company(generato
         images = pipe(labels[list(indices)], omega=1.5, generator=generators, rounding=rounding).images
         for index, image in zip(indices, images, strict=True):
             assert np.array_equal(np.asarray(image), expected[index])
+
+
+def test_an_rae_decodes_and_is_exported_like_a_vae(tmp_path):
+    rae, folder, indices = str(tmp_path / "rae"), tmp_path / "generator", range(3)
+    small_rae(pixels=16).save_pretrained(rae)
+    write_generator(folder, vae=rae, in_channels=64, input_size=2)
+    wanted = [(label, i, 1.5) for i, label in enumerate((0, 2, 2))]
+    decode, generator = ImageDecoder(RAE.from_pretrained(rae), 32), Generator.from_pretrained(folder)
+    expected = draw_images(generator, decode, wanted, 9, 64)
+    export_pipeline(folder, tmp_path / "out", Card("x"))
+    assert json.loads((tmp_path / "out/model_index.json").read_text())["vae"] == [
+        "diffusers",
+        "AutoencoderRAE",
+    ]
+    assert f"| RAE | {rae} |" in (tmp_path / "out/README.md").read_text()
+    for source in (folder, tmp_path / "out"):
+        pipe = DriftPipeline.from_pretrained(source)
+        images = pipe([0, 2, 2], omega=1.5, generator=pipe.sample_generators(9, indices)).images
+        assert all(
+            np.array_equal(np.asarray(image), each) for image, each in zip(images, expected, strict=True)
+        )
+    shutil.rmtree(rae)
+    message = complaint(lambda: DriftPipeline.from_pretrained(folder))
+    assert message.startswith(f"VAE {rae}: {rae}: is not a local folder")
 
 
 def test_output_types_hold_the_same_values(pipe):

@@ -10,12 +10,17 @@ import pytest
 import torch
 import yaml
 from complaints import complaint
+from dvc.utils.serialize import modify_yaml
 from golden_weights import GOLDEN
 from imports import ROOT
+from project import draw_images
 
 from drift import cli
+from drift.data import latents
 from drift.data.latents import LatentStore, file_hashes, latent_files
+from drift.evaluation.inspection import SourceImages
 from drift.models.mae import LatentMAE
+from drift.runtime.torchvision import ensure_torchvision
 from drift.settings import load_settings
 from drift.sharing import adopt
 from drift.sharing.adopt import adopt_latents, adopt_mae, use_encoder
@@ -133,7 +138,7 @@ def with_value(value):
     ],
 )
 def test_what_is_damaged_is_refused_by_name(here, source, settings, monkeypatch, name, damage, told):
-    monkeypatch.setattr(adopt, "_ROWS", 5)
+    monkeypatch.setattr(latents, "_BLOCK_BYTES", 5 * 512)
     damage(source / name)
     message = complaint(lambda: adopt_latents(str(source), "center", settings, here / "a/out"))
     assert message.startswith(f"{source}/{name}: ") and told in message
@@ -165,6 +170,90 @@ def test_what_is_only_odd_is_told(here, source, settings):
     told = "\n".join(adopt_latents(str(source), "augmented", settings, here / "out"))
     assert "warning: it should be near 1" in told
     assert "warning: the meta file does not state crops: every row counts" in told
+
+
+# A file per sample
+
+
+@pytest.fixture
+def samples(here, tmp_path):
+    """An image and a latent for each of 24 training images, and the settings."""
+    draw_images(tmp_path / "images/train", ("ant", "bee", "cat"), 8)
+    (here / "params.yaml").write_text((ROOT / "presets/digits.yaml").read_text())
+    with modify_yaml(here / "params.yaml") as content:
+        content["data"] |= {"dataset": "folder", "root": str(tmp_path / "images"), "classes": 3}
+        content["drift"]["classes_per_step"] = content["fid"]["picture_classes"] = 3
+    (tmp_path / "samples").mkdir()
+    stored = np.random.default_rng(0).normal(size=(24, *SHAPE)).astype(np.float32)
+    for index, latent in enumerate(stored):
+        np.save(tmp_path / f"samples/{index:06d}.npy", latent)
+    return tmp_path / "samples", stored.astype(np.float16), load_settings("params.yaml")
+
+
+@pytest.mark.parametrize("shards", [None, 10])
+def test_a_file_per_sample_is_adopted_with_the_labels_of_the_images(samples, shards):
+    """In the order of torchvision's ImageFolder."""
+    source, stored, settings = samples
+    for index in range(24 if shards else 0):
+        shard = source / f"{index // shards:05d}"
+        shard.mkdir(exist_ok=True)
+        (source / f"{index:06d}.npy").rename(shard / f"{index:06d}.npy")
+    told = adopt_latents(str(source), "center", settings, "out")
+    ensure_torchvision()
+    from torchvision.datasets import ImageFolder
+
+    assert told[0] == f"train: 24 latents [4, 8, 8], standard deviation {stored.astype(float).std():.3f}"
+    store, order = LatentStore.open("out"), ImageFolder(settings.data.root + "/train")
+    assert np.array_equal(store.latents, stored) and store.labels.tolist() == order.targets
+    assert store.class_names == order.classes and store.meta["images"] == 24
+    assert sorted(path.name for path in store.folder.iterdir()) == [
+        "settings.yaml",
+        *sorted(p.name for p in latent_files("out")),
+    ]
+    check_latents(store, settings, "center")
+    assert SourceImages(store, settings).name(9) == "bee/01.png"
+
+
+def save_as(change):
+    return lambda path: np.save(path, change(np.load(path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "told"),
+    [
+        ("000007.npy", lambda path: path.unlink(), ": 000007.npy is missing (1 of 24 are)"),
+        (
+            "000024.npy",
+            lambda path: np.save(path, np.zeros(SHAPE)),
+            ": has 000024.npy, but there are 24 images",
+        ),
+        ("000007.npy", cut, "/000007.npy: is cut short or no .npy file"),
+        ("000007.npy", save_as(lambda x: x[:, 1:]), "/000007.npy: holds float32 (4, 7, 8), not floating"),
+        ("000000.npy", save_as(lambda x: x[:2]), "/000000.npy: holds float32 (2, 8, 8), not floating"),
+        ("000007.npy", save_as(lambda x: x.astype(int)), "/000007.npy: holds int64 (4, 8, 8), not floating"),
+        (
+            "000007.npy",
+            save_as(lambda x: x * 1e6),
+            "/000007.npy: holds a value that is not finite in float16",
+        ),
+        ("00000/000007.npy", lambda path: (path.parent.mkdir(), path.touch()), "/000007.npy: is there twice"),
+    ],
+)
+def test_samples_that_cannot_be_adopted_are_named(here, samples, name, damage, told):
+    source, _, settings = samples
+    damage(source / name)
+    message = complaint(lambda: adopt_latents(str(source), "center", settings, here / "a/out"))
+    assert message.startswith(str(source)) and told in message
+    assert not list((here / "a").iterdir())
+
+
+def test_images_of_samples_can_be_elsewhere_and_must_have_the_classes(here, samples, capsys):
+    source, _, settings = samples
+    shutil.move(settings.data.root, here / "moved")
+    arguments = ["adopt", "latents", str(source), "--view", "center", "--no-commit"]
+    assert cli.main(arguments) == 2
+    assert cli.main([*arguments, "--images", "moved"]) == 0
+    assert len(LatentStore.open("artifacts/latents/center")) == 24
 
 
 def test_a_source_that_is_none_is_refused(here, tmp_path, settings):

@@ -94,6 +94,28 @@ def test_draws_do_not_depend_on_the_number_of_processes(store, class_sampling):
     assert any(len(c) < 4 for c in classes) == (class_sampling == "pushed")  # a class may occur twice
 
 
+def test_noise_of_large_latents_is_drawn_on_the_device(store, tmp_path, monkeypatch):
+    """It is none of a batch's, another for every step, slot and use, and the same for any parts of a step."""
+    monkeypatch.setattr(drift.training.drift, "DRAWN_BY_HOST", 0)
+    run = Run(0, HARDWARE, ALONE, tmp_path)
+    training = GeneratorTraining(store, make_encoder(), OPTIONS, SECOND_BATCH, run)
+    batch = training.prepare(1)
+    assert batch.step == 1 and all(noise is None for noise, _ in batch.noise.values())
+    whole = training._noise_on_device("generated", 1, range(4))
+    assert whole.shape == (4, 3, 2, 4, 4)
+    assert torch.equal(training._noise_on_device("generated", 1, range(2, 4)), whole[2:])
+    others = [
+        training._noise_on_device(what, step, range(4)) for what, step in (("generated", 2), ("negatives", 1))
+    ]
+    draws = torch.cat([whole, *others]).flatten(1)
+    assert len(draws.unique(dim=0)) == 12 and abs(float(draws.std()) - 1) < 0.1
+    expected = train(store, tmp_path / "whole", SECOND_BATCH)
+    parts = train(store, tmp_path / "parts", SECOND_BATCH, classes_per_pass=1)
+    assert relative(parts, expected) < 1e-5
+    monkeypatch.undo()
+    assert relative(train(store, tmp_path / "host", SECOND_BATCH), expected) > 1e-5
+
+
 def test_the_second_batch_is_another_draw_without_a_graph(store, tmp_path, monkeypatch):
     caught = []
 

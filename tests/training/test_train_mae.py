@@ -139,7 +139,9 @@ def test_held_out_images_are_measured_by_the_averaged_weights_and_never_trained_
     store, tmp_path, monkeypatch
 ):
     seen, read = [], LatentStore.read
-    monkeypatch.setattr(LatentStore, "read", lambda self, rows: (seen.append(rows), read(self, rows))[1])
+    monkeypatch.setattr(
+        LatentStore, "read", lambda self, rows, **how: (seen.append(rows), read(self, rows))[1]
+    )
     options = OPTIONS.model_copy(update={"steps": 20, "evaluate_every": 20})
     model, (ema,) = train_mae(store, options, run_in(tmp_path / "run", prefetch=0))
     trained, held_out = np.unique(np.concatenate(seen[:-1])), seen[-1]
