@@ -29,7 +29,7 @@ import drift.training.objective
 from benchmarks import timing
 from benchmarks.timing import Split
 from drift.data.latents import LatentReader, LatentStore, write_latents
-from drift.features import Encoder, FeatureEncoder, MAEEncoder
+from drift.features import Encoder, EncoderOptions, MAEEncoder
 from drift.features.base import Joined
 from drift.models import Generator, LatentMAE
 from drift.models.ema import EMA
@@ -80,7 +80,7 @@ def run(settings: Settings, stage: str, device: torch.device, split: Split, on_s
             train_generator(store, encoder, options, settings.field_settings(), run)
 
 
-def _encoder(features: FeatureEncoder, settings: Settings, store: LatentStore) -> Encoder:
+def _encoder(features: EncoderOptions, settings: Settings, store: LatentStore) -> Encoder:
     """An encoder of the settings, the MAE with random weights."""
     if not features.needs_mae:
         return features.load()

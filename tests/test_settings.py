@@ -8,7 +8,7 @@ import pytest
 import yaml
 from complaints import complaint
 
-from drift.features import LatentFeatures, MAEFeatures
+from drift.features import LatentOptions, MAEOptions
 from drift.field.settings import FieldSettings
 from drift.runtime.errors import UserError
 from drift.runtime.yaml_files import read_yaml
@@ -360,7 +360,7 @@ def test_the_sizes_of_the_queue_bound_nothing_where_there_is_none(tmp_path):
 
 def test_features_are_encoders_by_name_or_with_options(tmp_path):
     made = load_settings(changed(tmp_path, features=["latent", {"encoder": "mae", "duplicates": "drop"}]))
-    assert made.features == (LatentFeatures(), MAEFeatures(duplicates="drop")) and made.needs_mae
+    assert made.features == (LatentOptions(), MAEOptions(duplicates="drop")) and made.needs_mae
     assert not load_settings(changed(tmp_path, features=["latent"])).needs_mae
     assert "features" in load_settings(changed(tmp_path, features=["latent"])).deciding("drift")
     assert "features" not in load_settings(changed(tmp_path, features=["mae"])).deciding("drift")

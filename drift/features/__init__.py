@@ -1,15 +1,15 @@
 """What the drift is computed in: one file per encoder, and a registry."""
 
-from drift.features.base import ENCODERS, Encoder, FeatureEncoder, load_encoders
-from drift.features.latent import LatentFeatures
-from drift.features.mae import MAEEncoder, MAEFeatures
+from drift.features.base import ENCODERS, Encoder, EncoderOptions, load_encoders
+from drift.features.latent import LatentOptions
+from drift.features.mae import MAEEncoder, MAEOptions
 
 __all__ = [
     "ENCODERS",
     "Encoder",
-    "FeatureEncoder",
-    "LatentFeatures",
+    "EncoderOptions",
+    "LatentOptions",
     "MAEEncoder",
-    "MAEFeatures",
+    "MAEOptions",
     "load_encoders",
 ]

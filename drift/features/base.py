@@ -1,6 +1,6 @@
 """What a feature encoder is, and the registry of them.
 
-To add one, write a file in this folder with two classes: a `FeatureEncoder` with `@register`, whose fields
+To add one, write a file in this folder with two classes: a `EncoderOptions` with `@register`, whose fields
 are the options and whose `load` returns the other, an `Encoder`. Import the first in `__init__.py`, or it is
 never registered. `latent.py` is the shortest example. Settings, stages and tests read `ENCODERS`.
 """
@@ -22,7 +22,7 @@ class Encoder(nn.Module, ABC):
         """Latents `[B, C, H, W]` -> feature sets `[B, L_j, C_j]` by name."""
 
 
-class FeatureEncoder(BaseModel):
+class EncoderOptions(BaseModel):
     """Options of an encoder. A subclass narrows `encoder` to its name, which is its default as well."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -40,8 +40,8 @@ class FeatureEncoder(BaseModel):
         raise NotImplementedError
 
 
-ENCODERS: dict[str, type[FeatureEncoder]] = {}
-T = TypeVar("T", bound=FeatureEncoder)
+ENCODERS: dict[str, type[EncoderOptions]] = {}
+T = TypeVar("T", bound=EncoderOptions)
 
 
 def register(options: type[T]) -> type[T]:
@@ -63,8 +63,8 @@ class Joined(Encoder):
 
 
 def load_encoders(
-    options: Sequence[FeatureEncoder], *, mae: Path | None = None, autoencoder: Any = None
+    options: Sequence[EncoderOptions], *, mae: Path | None = None, autoencoder: Any = None
 ) -> Encoder:
-    """The encoders of some options as one, frozen and in evaluation mode; see `FeatureEncoder.load`."""
+    """The encoders of some options as one, frozen and in evaluation mode; see `EncoderOptions.load`."""
     joined = Joined([one.load(mae=mae, autoencoder=autoencoder) for one in options])
     return joined.eval().requires_grad_(False)

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from drift.features.base import Encoder, FeatureEncoder, register
+from drift.features.base import Encoder, EncoderOptions, register
 
 
 def whole_latent(latents: Tensor) -> dict[str, Tensor]:
@@ -19,7 +19,7 @@ class LatentEncoder(Encoder):
 
 
 @register
-class LatentFeatures(FeatureEncoder):
+class LatentOptions(EncoderOptions):
     """One feature set, `global`: the whole latent as one vector."""
 
     encoder: Literal["latent"] = "latent"

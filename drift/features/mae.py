@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from drift.features.base import Encoder, FeatureEncoder, register
+from drift.features.base import Encoder, EncoderOptions, register
 from drift.features.latent import whole_latent
 
 
@@ -22,7 +22,7 @@ class MAEEncoder(Encoder):
 
 
 @register
-class MAEFeatures(FeatureEncoder):
+class MAEOptions(EncoderOptions):
     """Maps of the MAE's encoder, their moments over the map and over patches, and the whole latent."""
 
     needs_mae = True

@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from drift.data.views import VIEW_OPTIONS
-from drift.features import ENCODERS, FeatureEncoder, LatentFeatures, MAEFeatures
+from drift.features import ENCODERS, EncoderOptions, LatentOptions, MAEOptions
 from drift.field.couplings import COUPLINGS
 from drift.field.settings import CONVENTIONS, FieldSettings, contradictions, without_effect
 from drift.runtime.yaml_files import read_settings
@@ -85,7 +85,7 @@ def checked_as(kind: Any) -> GetPydanticSchema:
 
 
 Features = Annotated[
-    FeatureEncoder,
+    EncoderOptions,
     checked_as(Annotated[Union[tuple(ENCODERS.values())], Field(discriminator="encoder")]),  # noqa: UP007
     BeforeValidator(lambda value: {"encoder": value} if isinstance(value, str) else value),
 ]
@@ -196,7 +196,7 @@ class Settings(Section):
     @property
     def drops_duplicates(self) -> bool:
         """Whether the MAE leaves out feature sets that equal another."""
-        return any(isinstance(one, MAEFeatures) and one.duplicates == "drop" for one in self.features)
+        return any(isinstance(one, MAEOptions) and one.duplicates == "drop" for one in self.features)
 
     def field_settings(self) -> FieldSettings:
         """The settings of the drifting field: conventions, then the keys at the top, then `field`."""
@@ -259,7 +259,7 @@ class Settings(Section):
         }
         for part in found.keys() & defaults.keys():
             found[part] = {k: value for k, value in found[part].items() if value != defaults[part].get(k)}
-        if self.features == (MAEFeatures(),):
+        if self.features == (MAEOptions(),):
             found.pop("features", None)
         found[stage] = {k: v for k, v in found[stage].items() if not k.startswith("evaluate_")}
         return found
@@ -277,7 +277,7 @@ class Settings(Section):
                 by_reason.setdefault(why, []).append(key)
         reasons = "; ".join(f"{', '.join(keys)} ({why})" for why, keys in by_reason.items())
         found = [f"without effect here: {reasons}"] if reasons else []
-        field, one_set = self.field_settings(), self.features == (LatentFeatures(),)
+        field, one_set = self.field_settings(), self.features == (LatentOptions(),)
         if stage == "drift" and field.scale_is_square and not field.unit_scale and not one_set:
             found.append(
                 "warning: with dist_metric l2_sq, S is a squared length here, so that feature sets with the "

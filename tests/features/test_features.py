@@ -4,7 +4,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from drift.features import ENCODERS, Encoder, FeatureEncoder, LatentFeatures, MAEFeatures, load_encoders
+from drift.features import ENCODERS, Encoder, EncoderOptions, LatentOptions, MAEOptions, load_encoders
 from drift.models.mae import LatentMAE
 from drift.runtime.errors import UserError
 
@@ -29,7 +29,7 @@ def mae(tmp_path):
 def test_an_encoder_gives_vectors_with_gradients_and_learns_nothing(name, mae):
     options = TypeAdapter(ENCODERS[name]).validate_python({"encoder": name})
     encoder = load_encoders([options], mae=mae)
-    assert isinstance(options, FeatureEncoder) and isinstance(encoder, Encoder)
+    assert isinstance(options, EncoderOptions) and isinstance(encoder, Encoder)
     latents = LATENTS.clone().requires_grad_()
     sets = encoder.encode(latents)
     assert all(x.ndim == 3 and len(x) == 3 for x in sets.values())
@@ -41,21 +41,21 @@ def test_an_encoder_gives_vectors_with_gradients_and_learns_nothing(name, mae):
 def test_the_mae_gives_its_sets_and_the_whole_latent(mae):
     network = LatentMAE.from_pretrained(mae)
     for duplicates in ("keep", "drop"):
-        sets = load_encoders([MAEFeatures(duplicates=duplicates)], mae=mae).encode(LATENTS)
+        sets = load_encoders([MAEOptions(duplicates=duplicates)], mae=mae).encode(LATENTS)
         expected = network.encode(LATENTS, drop_duplicates=duplicates == "drop")
         assert [*sets] == [*expected, "global"]
         assert all(torch.equal(sets[name], x) for name, x in expected.items())
 
 
 def test_the_whole_latent_is_one_set_and_never_twice(mae):
-    alone = load_encoders([LatentFeatures()]).encode(LATENTS)
+    alone = load_encoders([LatentOptions()]).encode(LATENTS)
     assert [*alone] == ["global"] and torch.equal(alone["global"], LATENTS.reshape(3, 1, -1))
-    both = load_encoders([MAEFeatures(), LatentFeatures()], mae=mae).encode(LATENTS)
-    assert both.keys() == load_encoders([MAEFeatures()], mae=mae).encode(LATENTS).keys()
+    both = load_encoders([MAEOptions(), LatentOptions()], mae=mae).encode(LATENTS)
+    assert both.keys() == load_encoders([MAEOptions()], mae=mae).encode(LATENTS).keys()
 
 
 def test_what_does_not_exist_is_refused(tmp_path):
     with pytest.raises(ValidationError):
-        MAEFeatures(duplicates="unheard-of")
+        MAEOptions(duplicates="unheard-of")
     with pytest.raises(UserError, match="nowhere"):
-        load_encoders([MAEFeatures()], mae=tmp_path / "nowhere")
+        load_encoders([MAEOptions()], mae=tmp_path / "nowhere")
