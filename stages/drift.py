@@ -1,4 +1,4 @@
-"""drift: latents of the centre view and the feature encoder -> the one-step generator.
+"""drift: latents of the centre view and the feature encoders -> the one-step generator.
 
     python -m stages.drift --latents artifacts/latents/center --mae artifacts/mae --out artifacts/generator
 
@@ -16,16 +16,16 @@ from pathlib import Path
 
 from drift.data.latents import LatentStore
 from drift.evaluation.while_training import BEST, FID_COLUMNS, TrainingEvaluation
-from drift.features import load_encoders
+from drift.features import Encoder, load_encoders
 from drift.models.base import model_files
 from drift.models.generator import CLASSES_FILE
 from drift.runtime.files import check_output, sha256, write_json
 from drift.runtime.processes import join, run_stage, spawn, stage_parser
 from drift.runtime.work import Work
-from drift.settings import load_settings
+from drift.settings import Settings, load_settings
 from drift.training.drift import generator_config, open_generator, plot_columns, train_generator
 from drift.training.export import export_run
-from drift.training.inputs import check_latents
+from drift.training.inputs import check_latents, load_autoencoder
 from drift.training.loop import Run
 
 
@@ -45,10 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_output(path)
     store = LatentStore.open(args.latents)
     check_latents(store, settings, "center")
-    encoder = load_encoders(settings.features, mae=args.mae)
     evaluation = TrainingEvaluation(settings) if settings.drift.evaluate_every else None
     if (source := settings.drift.init_from) is not None:
         open_generator(source, generator_config(settings.drift, store))  # refuses what does not fit
+    encoder = load_features(settings, store, args.mae)
     if (code := spawn("stages.drift", argv, args.nproc or hardware.processes)) is not None:
         return code
 
@@ -64,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         decides["mae"] = {path.name: sha256(path) for path in model_files(args.mae)}
     if source is not None:
         decides["init_from"] = {path.name: sha256(path) for path in model_files(Path(source))}
+    if settings.needs_decoder:
+        decides["encoder"] = encoder.digest
     remarks = settings.remarks("drift")
     with (
         join(hardware.time_limit, deterministic=hardware.deterministic) as ranks,
@@ -84,6 +86,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 write_json(export / BEST / CLASSES_FILE, store.class_names)
             work.publish(export, args.out, settings.in_force("drift"))
     return 0
+
+
+def load_features(settings: Settings, store: LatentStore, mae: Path) -> Encoder:
+    """The encoders of the settings; for those of images, on the autoencoder of the latents."""
+    autoencoder = None
+    if settings.needs_decoder:
+        precision = "bfloat16" if settings.drift.precision == "bfloat16" else "float32"
+        autoencoder = load_autoencoder(store, settings, precision)
+    return load_encoders(settings.features, mae=mae, autoencoder=autoencoder)
 
 
 if __name__ == "__main__":

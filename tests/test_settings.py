@@ -368,6 +368,7 @@ def test_features_are_encoders_by_name_or_with_options(tmp_path):
         (["dino"], "'dino'"),
         ([], "at least 1 item"),
         ([{"encoder": "mae", "duplicate": "drop"}], "features.0.mae.duplicate"),
+        (["mae", "latent", "mae"], "each encoder once"),
     ):
         assert wanted in refusal(tmp_path, features=features)
     assert "is now features" in refusal(tmp_path, drift__duplicate_features="drop")

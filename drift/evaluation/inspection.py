@@ -24,7 +24,7 @@ from drift.runtime.errors import UserError
 from drift.runtime.files import check_writable, write_json
 from drift.runtime.seeds import numpy_generator
 from drift.settings import Settings
-from drift.training.inputs import check_latents
+from drift.training.inputs import check_latents, load_autoencoder
 
 WAY_OUT = "rerun the stage that made it (dvc repro) or fetch it (dvc pull)"
 _COLUMNS = 8  # latents beside each other in a picture
@@ -171,22 +171,9 @@ class Latents:
         """
         self.store = open_latents(folder, settings, view)
         self.sources = None if look.images is None else SourceImages(self.store, settings, look.images)
-        encode, stated = settings.encode, self.store.meta.get("vae_sha256")
-        self.vae = vae = encode.autoencoder.load(device=look.device)
-        latents_path, _, meta_path = latent_files(folder)
-        if stated not in (None, vae.digest):
-            raise UserError(
-                f"{meta_path}: was written for other weights of {vae.id} (SHA-256 {stated[:12]}, now "
-                f"{vae.digest[:12]}); rerun encode (dvc repro), or correct encode.autoencoder"
-            )
-        shape, expected = tuple(self.store.shape[1:]), vae.latent_shape(settings.data.image_size)
-        if shape != expected:
-            raise UserError(
-                f"{latents_path}: latents of {list(shape)}, but those of {vae.id} at data.image_size "
-                f"{settings.data.image_size} are {list(expected)}; {WAY_OUT}"
-            )
+        self.vae = load_autoencoder(self.store, settings, device=look.device)
         self._seed = look.seed
-        self._decode = ImageDecoder(vae, min(look.count, settings.hardware.decode_batch))
+        self._decode = ImageDecoder(self.vae, min(look.count, settings.hardware.decode_batch))
 
     def choose(self, rows: np.ndarray, count: int, what: str) -> np.ndarray:
         """`count` of `rows` at random, or all if there are fewer; in the order of their classes."""

@@ -1,6 +1,6 @@
 """What the drift is computed in: one file per encoder, and a registry."""
 
-from drift.features.base import ENCODERS, Encoder, EncoderOptions, load_encoders
+from drift.features.base import ENCODERS, Encoder, EncoderOptions, ImageEncoder, load_encoders
 from drift.features.latent import LatentOptions
 from drift.features.mae import MAEEncoder, MAEOptions
 
@@ -8,6 +8,7 @@ __all__ = [
     "ENCODERS",
     "Encoder",
     "EncoderOptions",
+    "ImageEncoder",
     "LatentOptions",
     "MAEEncoder",
     "MAEOptions",

@@ -1,10 +1,11 @@
 """The latent itself, without a network."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
+from drift.autoencoders import Autoencoder
 from drift.features.base import Encoder, EncoderOptions, register
 
 
@@ -24,5 +25,5 @@ class LatentOptions(EncoderOptions):
 
     encoder: Literal["latent"] = "latent"
 
-    def load(self, *, mae: Path | None = None, autoencoder: Any = None) -> Encoder:
+    def load(self, *, mae: Path | None = None, autoencoder: Autoencoder | None = None) -> Encoder:
         return LatentEncoder()

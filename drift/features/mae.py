@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from drift.autoencoders import Autoencoder
 from drift.features.base import Encoder, EncoderOptions, register
 from drift.features.latent import whole_latent
 
@@ -30,7 +31,7 @@ class MAEOptions(EncoderOptions):
     duplicates: Literal["keep", "drop"] = "keep"
     """Feature sets that equal another by their shape (a 4x4 mean of a 4x4 map): keep (release) or drop."""
 
-    def load(self, *, mae: Path | None = None, autoencoder: Any = None) -> Encoder:
+    def load(self, *, mae: Path | None = None, autoencoder: Autoencoder | None = None) -> Encoder:
         from drift.models.mae import LatentMAE  # diffusers takes a second
 
         assert mae is not None, "of an encoder that needs_mae"

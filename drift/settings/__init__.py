@@ -141,6 +141,8 @@ class Settings(Section):
         scale, ratio = self.encode.crop_scale, self.encode.crop_ratio
         part, per_pass = field.classes_per_part or 1, self.hardware.classes_per_pass or 0
         over_parts = f"a multiple of drift.classes_per_part ({part}), the classes that share S and lambda"
+        if repeats(names := [one.encoder for one in self.features]):
+            yield f"features = {', '.join(names)}: allowed: each encoder once"
         yield from self.broken(
             (repeats(self.temps), "temps", "each temperature once"),
             ("center" not in self.views, "views", "a list with center, on which the generator trains"),
@@ -166,6 +168,7 @@ class Settings(Section):
             "fid.features": self.fid.features,
             "fid.inception": self.fid.inception,
             "fid.reference": self.fid.reference,
+            **{f"features: {one.encoder}.source": getattr(one, "source", None) for one in self.features},
         }
         for key, value in inputs.items():
             if value is not None and (output := output_around(value)):
@@ -192,6 +195,11 @@ class Settings(Section):
     def needs_mae(self) -> bool:
         """Whether an encoder of `features` is the MAE; without one the mae stage trains nothing."""
         return any(one.needs_mae for one in self.features)
+
+    @property
+    def needs_decoder(self) -> bool:
+        """Whether an encoder of `features` sees images, so that the drift stage needs the autoencoder."""
+        return any(one.needs_decoder for one in self.features)
 
     @property
     def drops_duplicates(self) -> bool:

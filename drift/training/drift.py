@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from drift.data.bank import DirectSampling, SampleQueue, choose_classes
 from drift.data.latents import LatentReader, LatentStore, pinned
-from drift.features import Encoder
+from drift.features import Encoder, ImageEncoder
 from drift.field import couplings
 from drift.field.couplings import COUPLINGS
 from drift.field.guidance import Attraction
@@ -149,6 +149,9 @@ class GeneratorTraining(Task[Batch]):
         if hardware.compile:
             if ranks.device.type == "cuda":  # uncompiled, every GroupNorm would copy its input back
                 encoder.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+                for one in list(encoder.modules()):
+                    if isinstance(one, ImageEncoder) and one.autoencoder is not None:
+                        one.autoencoder.compile_with(Compiled)
             self._encoder = CompiledEncoder(encoder)
         self._reader = LatentReader(store, ranks.device, on_device=hardware.latents_on_device)
         self._real = RealSamples(store, options, seed)

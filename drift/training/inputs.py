@@ -1,8 +1,12 @@
-"""Whether latents are those that the settings ask for."""
+"""Whether latents are those that the settings ask for, and their autoencoder."""
 
 import re
 
-from drift.data.latents import LatentStore, check_meta
+import torch
+
+from drift.autoencoders import Autoencoder
+from drift.data.latents import LatentStore, check_meta, latent_files
+from drift.runtime.errors import UserError
 from drift.settings import Settings
 
 
@@ -20,3 +24,24 @@ def check_latents(store: LatentStore, settings: Settings, view: str) -> None:
     if (known := autoencoder.known(settings.data.image_size)) is not None:
         expected["scaling_factor"] = known.scaling_factor
     check_meta(store, **expected)
+
+
+def load_autoencoder(
+    store: LatentStore, settings: Settings, precision: str = "float32", device: str | torch.device = "cpu"
+) -> Autoencoder:
+    """The autoencoder of the settings; raises `UserError` if `store` has not the latents of it."""
+    latents_path, _, meta_path = latent_files(store.folder, store.split)
+    autoencoder = settings.encode.autoencoder.load(precision, device)
+    stated, found = store.meta.get("vae_sha256"), autoencoder.digest
+    if stated not in (None, found):
+        raise UserError(
+            f"{meta_path}: was written for other weights of {autoencoder.id} (SHA-256 {stated[:12]}, now "
+            f"{found[:12]}); rerun encode (dvc repro), or correct encode.autoencoder"
+        )
+    shape, expected = tuple(store.shape[1:]), autoencoder.latent_shape(settings.data.image_size)
+    if shape != expected:
+        raise UserError(
+            f"{latents_path}: latents of {list(shape)}, but those of {autoencoder.id} at data.image_size "
+            f"{settings.data.image_size} are {list(expected)}; rerun the stage that made them (dvc repro)"
+        )
+    return autoencoder
