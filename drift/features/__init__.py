@@ -1,11 +1,14 @@
 """What the drift is computed in: one file per encoder, and a registry."""
 
 from drift.features.base import ENCODERS, Encoder, EncoderOptions, ImageEncoder, load_encoders
+from drift.features.convnext import ConvNextFeatures, ConvNextOptions
 from drift.features.latent import LatentOptions
 from drift.features.mae import MAEEncoder, MAEOptions
 
 __all__ = [
     "ENCODERS",
+    "ConvNextFeatures",
+    "ConvNextOptions",
     "Encoder",
     "EncoderOptions",
     "ImageEncoder",

@@ -3,9 +3,18 @@
 import pytest
 import torch
 
+from drift.features import ENCODERS, EncoderOptions
 from drift.runtime.torchvision import ensure_torchvision
 
 ensure_torchvision()
+
+
+def randomized(network: torch.nn.Module) -> torch.nn.Module:
+    """With noise on every weight: libraries start some at 0, which would hide what they multiply."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return network.eval()
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +31,29 @@ def vae_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vae")
     network.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def convnext_folder(tmp_path_factory):
+    from transformers import ConvNextV2Config, ConvNextV2Model
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("convnext")
+    config = ConvNextV2Config(depths=[1, 1, 2, 1], hidden_sizes=[4, 4, 8, 8])
+    randomized(ConvNextV2Model(config)).save_pretrained(folder)
+    return folder
+
+
+SOURCES = {"convnext": "convnext_folder"}
+"""The fixture of each encoder that needs a source."""
+
+
+@pytest.fixture
+def options_of(request):
+    """Options by the name of an encoder, with the weights of a small one."""
+
+    def build(name: str) -> EncoderOptions:
+        source = {"source": str(request.getfixturevalue(SOURCES[name]))} if name in SOURCES else {}
+        return ENCODERS[name](encoder=name, **source)
+
+    return build

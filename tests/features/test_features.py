@@ -2,20 +2,21 @@
 
 import pytest
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
+from drift.autoencoders.kl import VAE
 from drift.features import ENCODERS, Encoder, EncoderOptions, LatentOptions, MAEOptions, load_encoders
 from drift.models.mae import LatentMAE
 from drift.runtime.errors import UserError
 
-LATENTS = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+LATENTS = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
 def mae(tmp_path):
     torch.manual_seed(0)
     config = {
-        "in_channels": 4,
+        "in_channels": 3,
         "base_channels": 8,
         "layers": (1, 1, 1, 1),
         "num_classes": 2,
@@ -26,16 +27,26 @@ def mae(tmp_path):
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_an_encoder_gives_vectors_with_gradients_and_learns_nothing(name, mae):
-    options = TypeAdapter(ENCODERS[name]).validate_python({"encoder": name})
-    encoder = load_encoders([options], mae=mae)
+def test_an_encoder_gives_vectors_with_gradients_and_learns_nothing(name, mae, vae_folder, options_of):
+    options, vae = options_of(name), VAE.from_pretrained(vae_folder)
+    encoder = load_encoders([options], mae=mae, autoencoder=vae)
     assert isinstance(options, EncoderOptions) and isinstance(encoder, Encoder)
     latents = LATENTS.clone().requires_grad_()
     sets = encoder.encode(latents)
-    assert all(x.ndim == 3 and len(x) == 3 for x in sets.values())
-    sum(x.square().sum() for x in sets.values()).backward()
+    assert all(x.ndim == 3 and len(x) == 3 and x.dtype == torch.float32 for x in sets.values())
+    sum(x.sin().sum() for x in sets.values()).backward()
     assert latents.grad.abs().sum() > 0
     assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
+
+
+@pytest.mark.parametrize("name", [name for name, kind in ENCODERS.items() if kind.needs_decoder])
+def test_an_encoder_of_images_names_its_sets_after_itself(name, vae_folder, options_of):
+    """So that no other encoder has sets of the same name."""
+    encoder = options_of(name).load(autoencoder=VAE.from_pretrained(vae_folder))
+    images = torch.rand(1, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    sets = encoder(images)
+    assert all(set_name == name or set_name.startswith(f"{name}_") for set_name in sets)
+    assert all(x.isfinite().all() and x.std() > 0 for x in sets.values())
 
 
 def test_the_mae_gives_its_sets_and_the_whole_latent(mae):
