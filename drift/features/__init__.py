@@ -2,6 +2,7 @@
 
 from drift.features.base import ENCODERS, Encoder, EncoderOptions, ImageEncoder, load_encoders
 from drift.features.convnext import ConvNextFeatures, ConvNextOptions
+from drift.features.dinov2 import DINOv2Features, DINOv2Options
 from drift.features.latent import LatentOptions
 from drift.features.mae import MAEEncoder, MAEOptions
 
@@ -9,6 +10,8 @@ __all__ = [
     "ENCODERS",
     "ConvNextFeatures",
     "ConvNextOptions",
+    "DINOv2Features",
+    "DINOv2Options",
     "Encoder",
     "EncoderOptions",
     "ImageEncoder",

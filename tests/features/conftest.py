@@ -44,7 +44,30 @@ def convnext_folder(tmp_path_factory):
     return folder
 
 
-SOURCES = {"convnext": "convnext_folder"}
+@pytest.fixture(scope="session")
+def dinov2_folder(tmp_path_factory):
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("dinov2")
+    config = Dinov2Config(hidden_size=12, num_hidden_layers=2, num_attention_heads=2, image_size=70)
+    randomized(Dinov2Model(config)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def registers_folder(tmp_path_factory):
+    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("registers")
+    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 14}
+    config = Dinov2WithRegistersConfig(**sizes, image_size=28, num_register_tokens=3)
+    randomized(Dinov2WithRegistersModel(config)).save_pretrained(folder)
+    return folder
+
+
+SOURCES = {"convnext": "convnext_folder", "dinov2": "dinov2_folder"}
 """The fixture of each encoder that needs a source."""
 
 
