@@ -5,6 +5,7 @@ from drift.features.convnext import ConvNextFeatures, ConvNextOptions
 from drift.features.dinov2 import DINOv2Features, DINOv2Options
 from drift.features.latent import LatentOptions
 from drift.features.mae import MAEEncoder, MAEOptions
+from drift.features.moco import MoCoFeatures, MoCoOptions
 
 __all__ = [
     "ENCODERS",
@@ -18,5 +19,7 @@ __all__ = [
     "LatentOptions",
     "MAEEncoder",
     "MAEOptions",
+    "MoCoFeatures",
+    "MoCoOptions",
     "load_encoders",
 ]

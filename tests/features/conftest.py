@@ -67,7 +67,25 @@ def registers_folder(tmp_path_factory):
     return folder
 
 
-SOURCES = {"convnext": "convnext_folder", "dinov2": "dinov2_folder"}
+@pytest.fixture(scope="session")
+def moco_file(tmp_path_factory):
+    """A checkpoint as MoCo-v2 writes it, with what else it has beside the encoder."""
+    from torchvision.models import resnet50
+
+    torch.manual_seed(0)
+    weights = {}
+    for encoder in ("encoder_q", "encoder_k"):
+        network = resnet50(num_classes=128)
+        network.fc = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), network.fc)
+        weights |= {f"module.{encoder}.{name}": tensor for name, tensor in network.state_dict().items()}
+    weights = {name: tensor for name, tensor in weights.items() if "_k." not in name or ".conv1" in name}
+    path = tmp_path_factory.mktemp("moco") / "moco_v2_800ep_pretrain.pth.tar"
+    content = {"epoch": 800, "arch": "resnet50", "state_dict": weights, "optimizer": {"state": {}}}
+    torch.save(content, path)
+    return path
+
+
+SOURCES = {"convnext": "convnext_folder", "dinov2": "dinov2_folder", "moco": "moco_file"}
 """The fixture of each encoder that needs a source."""
 
 

@@ -31,9 +31,9 @@ def test_an_encoder_gives_vectors_with_gradients_and_learns_nothing(name, mae, v
     options, vae = options_of(name), VAE.from_pretrained(vae_folder)
     encoder = load_encoders([options], mae=mae, autoencoder=vae)
     assert isinstance(options, EncoderOptions) and isinstance(encoder, Encoder)
-    latents = LATENTS.clone().requires_grad_()
+    latents = LATENTS[:2].clone().requires_grad_()
     sets = encoder.encode(latents)
-    assert all(x.ndim == 3 and len(x) == 3 and x.dtype == torch.float32 for x in sets.values())
+    assert all(x.ndim == 3 and len(x) == 2 and x.dtype == torch.float32 for x in sets.values())
     sum(x.sin().sum() for x in sets.values()).backward()
     assert latents.grad.abs().sum() > 0
     assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
