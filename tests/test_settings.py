@@ -260,7 +260,7 @@ GUIDED = {"drift__omega_min": 1.1, "drift__no_guidance_fraction": 0.0}
         ({"coupling": "sinkhron"}, ["coupling", "'sinkhron'", "row", "partial_two_sided", "sinkhorn"]),
         ({"temps": [0.02, -0.05]}, ["temps.1", "-0.05", "greater than 0"]),
         ({"temps": []}, ["temps", "at least 1 item"]),
-        ({"features": ["nope"]}, ["features.0 = 'nope': allowed: latent, mae"]),
+        ({"features": ["nope"]}, ["features.0 = 'nope': allowed: convnext, dinov2, latent, mae, moco"]),
         ({"features": "mae"}, ["features = 'mae': allowed: a list"]),
         ({"views": ["augmented"]}, ["views = ['augmented']", "center"]),
         ({"views": ["center"]}, ["views = ['center']", "augmented (mae.view)"]),
@@ -362,13 +362,16 @@ def test_features_are_encoders_by_name_or_with_options(tmp_path):
     made = load_settings(changed(tmp_path, features=["latent", {"encoder": "mae", "duplicates": "drop"}]))
     assert made.features == (LatentOptions(), MAEOptions(duplicates="drop")) and made.needs_mae
     assert not load_settings(changed(tmp_path, features=["latent"])).needs_mae
+    of_images = load_settings(changed(tmp_path, features=["latent", "dinov2"]))
+    assert of_images.needs_decoder and not (of_images.needs_mae or made.needs_decoder)
     assert "features" in load_settings(changed(tmp_path, features=["latent"])).deciding("drift")
     assert "features" not in load_settings(changed(tmp_path, features=["mae"])).deciding("drift")
     for features, wanted in (
         (["dino"], "'dino'"),
         ([], "at least 1 item"),
         ([{"encoder": "mae", "duplicate": "drop"}], "features.0.mae.duplicate"),
-        (["mae", "latent", "mae"], "each encoder once"),
+        (["mae", "latent", "mae"], "features = mae, latent, mae: allowed: each encoder once"),
+        (["moco"], "features.0.moco.source"),
     ):
         assert wanted in refusal(tmp_path, features=features)
     assert "is now features" in refusal(tmp_path, drift__duplicate_features="drop")

@@ -88,14 +88,15 @@ def one_line(error: ValidationError, known: Iterable[str], moved: Mapping[str, s
     of keys of earlier versions.
     """
     problems = error.errors(include_url=False)
-    # A misspelt key is reported twice, as unknown and as missing: the unknown one says more
-    problems.sort(key=lambda p: {"extra_forbidden": 0, "missing": 2}.get(p["type"], 1))
+    # A misspelt key is reported twice, as unknown and as missing: the unknown one says more. So does what is
+    # wrong in a list beside that the list is then too short
+    problems.sort(key=lambda p: {"extra_forbidden": 0, "missing": 2, "too_short": 3}.get(p["type"], 1))
     first, more = problems[0], len(problems) - 1
     key, value = ".".join(map(str, first["loc"])), show(first["input"])
     if first["type"] == "extra_forbidden":
         line = f"unknown key {key} (value {value}); {_way_out(key, known, moved)}"
     elif first["type"] == "missing":
-        line = f"missing key {key}: presets/ holds complete files with a value for it"
+        line = f"missing key {key}: it has no default; presets/ holds complete files"
     elif first["type"] == "value_error":  # of our own validators, which name the key
         reason = first.get("ctx", {})["error"]
         line = f"{key}.{reason}" if key else str(reason)

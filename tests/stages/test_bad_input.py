@@ -94,6 +94,16 @@ CASES = {
         DRIFT,
         [f"start/{WEIGHTS_FILE}"],
     ),
+    "no such encoder": (
+        setting(features=[{"encoder": "moco", "source": "no.pth"}]),
+        DRIFT,
+        ["no.pth", "checkpoint of MoCo"],
+    ),
+    "encoder in an output": (
+        setting(features=[{"encoder": "dinov2", "source": "artifacts/mae"}]),
+        DRIFT,
+        ["dinov2.source"],
+    ),
     "weights of another shape": (other_weights, FID, ["artifacts/generator"]),
     "checkpoint of another shape": (other_checkpoint, DRIFT, ["--fresh"]),
     "metrics that need images": (statistics_alone, FID, ["kid", "real.npz"]),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from imports import ROOT
 from PIL import Image
@@ -16,6 +17,7 @@ from project import weights
 from safetensors.numpy import load_file, save_file
 
 from drift.models.base import WEIGHTS_FILE
+from drift.runtime.torchvision import ensure_torchvision
 from drift.training.log import read_log
 
 DRIFT = ("--latents", "artifacts/latents/center", "--mae", "artifacts/mae")
@@ -75,6 +77,35 @@ def test_what_a_generator_started_from_is_told_and_makes_another_run(project):
         save_file({name: 2 * array for name, array in load_file(weights_file).items()}, weights_file)
     assert said[0]["drift"]["init_from"] == "start" and said[0] != said[1]
     assert len(list(Path(".work/drift").glob("*/work.json"))) == 3
+
+
+@pytest.mark.slow
+def test_drifting_in_features_of_latents_and_of_decoded_images(project, capsys):
+    """Other weights in the same folder make another run."""
+    ensure_torchvision()
+    from transformers import ConvNextV2Config, ConvNextV2Model
+
+    def train(out: str, seed: int) -> list[dict]:
+        torch.manual_seed(seed)
+        ConvNextV2Model(ConvNextV2Config(depths=[1] * 4, hidden_sizes=[4] * 4)).save_pretrained("convnext")
+        project.main("drift", *DRIFT, "--out", out, "--plot", f"{out}.csv")
+        return read_log(project.folder / out / "logs.jsonl")
+
+    project.settings(
+        features=["mae", {"encoder": "convnext", "source": "convnext"}],
+        drift={"steps": 2, "warmup_steps": 0},
+        hardware={"feature_batch": 16},
+    )
+    log = train("one", seed=0)
+    made_by = yaml.safe_load(Path("one/settings.yaml").read_text())["settings"]
+    assert made_by["features"][1] == {"encoder": "convnext", "source": "convnext", "revision": None}
+    for line in log:
+        sets = line["feature_sets"]
+        assert {"global", "layer1", "convnext_stage_1", "convnext_global_std"} <= sets.keys()
+        assert all(one["scale"] > 0 for one in sets.values())
+    capsys.readouterr()
+    assert train("two", seed=0) == log and "finished already" in capsys.readouterr().out
+    assert train("three", seed=1)[0]["loss"] != log[0]["loss"]
 
 
 @pytest.mark.slow
