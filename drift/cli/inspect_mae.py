@@ -1,15 +1,14 @@
-"""Look at an MAE: what it reconstructs, its error, its feature sets.
+"""Look at an MAE: what it reconstructs, and its error.
 
 Writes OUT/meta.json and OUT/mae.png, from top to bottom: masked error, image, decoded
 latent, the same with masked places grey, with those filled in, the network's output.
 The masked error is what the stage mae logs; beside it stands that of each channel's
 mean.
---check-feature-sets shows for each set whether it tells 64 latents apart.
 Lines with "warning:" say what does not look as it should.
 
 examples:
   drift inspect mae --latents artifacts/latents/augmented --compare-images
-  drift inspect mae runs/wide --params presets/imagenet256_l2.yaml --check-feature-sets
+  drift inspect mae runs/wide --params presets/imagenet256_l2.yaml
 """
 
 import argparse
@@ -25,12 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("folder", nargs="?", type=Path, default=MAE, metavar="FOLDER", help="(%(default)s)")
     add("--latents", type=Path, default=LATENTS, metavar="FOLDER", help="(%(default)s)")
     add("--rows", type=count, default=1024, metavar="N", help="latents for the masked error (1024)")
-    add("--check-feature-sets", action="store_true", help="look at every feature set")
     add_inspection(parser, 8, str(OUT))
 
 
 def run(args: argparse.Namespace) -> None:
-    from drift.evaluation.inspect_features import inspect_mae
+    from drift.evaluation.inspect_mae import inspect_mae
     from drift.settings import load_settings
 
     lines = inspect_mae(
@@ -40,6 +38,5 @@ def run(args: argparse.Namespace) -> None:
         args.out or OUT,
         look(args),
         rows=args.rows,
-        feature_sets=args.check_feature_sets,
     )
     print(*lines, sep="\n")

@@ -78,7 +78,7 @@ def check_committable(params: Path, no_commit: bool) -> None:
 
 
 def add_inspection(parser: argparse.ArgumentParser, shown: int, out: str) -> None:
-    """What both inspections take; `shown` latents unless --count says otherwise."""
+    """What all inspections take; `shown` latents unless --count says otherwise."""
     parser.add_argument("--count", type=count, default=shown, metavar="N", help=f"latents to show ({shown})")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="which latents, which masks (0)")
     parser.add_argument(
@@ -94,7 +94,7 @@ def add_inspection(parser: argparse.ArgumentParser, shown: int, out: str) -> Non
 
 
 def look(args: argparse.Namespace) -> "Look":
-    """How `inspect_latents` and `inspect_mae` are to look."""
+    """How an inspection is to look."""
     from drift.evaluation.inspection import Look
 
     return Look(args.count, args.seed, args.compare_images, gpu_or_cpu())

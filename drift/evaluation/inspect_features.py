@@ -1,34 +1,32 @@
-"""The MAE: what it makes of masked latents, and whether its feature sets tell samples apart."""
+"""Encoders: whether their feature sets tell samples apart, and which samples each set has near each other."""
 
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor, nn
+from PIL import Image, ImageDraw
+from torch import Tensor
 
-from drift.data.bank import held_out_rows
 from drift.data.latents import LatentStore
-from drift.evaluation.inspection import WAY_OUT, Latents, Look, bands, prepare_out, write_inspection
-from drift.models.base import model_files
-from drift.models.mae import LatentMAE, draw_mask
+from drift.evaluation.inspect_mae import require_fit
+from drift.evaluation.inspection import SIDE, Latents, Look, prepare_out, write_inspection
+from drift.evaluation.pictures import image_grid
+from drift.features import Encoder, load_encoders
+from drift.models.mae import LatentMAE
 from drift.runtime.errors import UserError
-from drift.runtime.files import sha256
-from drift.runtime.seeds import torch_generator
-from drift.runtime.work import SETTINGS_FILE, settings_in_force
-from drift.runtime.yaml_files import read_yaml
-from drift.settings import Mae, Settings
+from drift.settings import Settings
 
 _CONSTANT = 1e-5  # relative to the map; sets that are constant in exact arithmetic vary by up to 1e-6
-_FEATURE_ROWS = 64  # latents whose features are compared: 4032 pairs, and 0.6 GB with an encoder of width 256
-_BATCH = 32  # latents that the MAE sees at once
-_MASKING = ("held_out", "mask_ratio")  # of the settings of the MAE, beside the seed
-_GREY = 128  # what is masked
+_ROWS = 64  # latents whose features are all compared: 4032 pairs, and 0.6 GB with an MAE of width 256
+_BATCH = 32  # latents that the encoder sees at once, unless hardware.feature_batch says otherwise
+_MOMENT = re.compile(r"_(mean|std)(_\d+)?$")  # ending of a set's name
+_NEAREST = 7
+_SETS = 6  # in the picture, unless they are named
+_RED = (200, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -48,27 +46,25 @@ class FeatureSetCheck:
 
 @torch.inference_mode()
 def check_feature_sets(
-    model: LatentMAE, latents: Tensor, *, drop_duplicates: bool, guard: float
+    encoder: Encoder, latents: Tensor, *, guard: float, batch: int = _BATCH
 ) -> list[FeatureSetCheck]:
     """Every feature set of the drifting loss on `latents [M, C, H, W]`, at least two of different images.
 
     `guard` is the lower bound that the field puts on S: a smaller set is divided by the guard instead of its
     own size, so it counts too little or is rounding noise.
     """
-    parts = [model.encode(part, drop_duplicates=drop_duplicates) for part in latents.split(_BATCH)]
+    parts = [encoder.encode(part) for part in latents.split(batch)]
     sets = {name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}
-    sets["global"] = latents.float().flatten(1)[:, None]
-    constant_sets = _constant_by_construction(model, sets)
+    constant_sets = _constant_by_construction(encoder, sets)
     rms = {name: float(values.square().mean().sqrt()) for name, values in sets.items()}
     checks = []
     for name, values in sets.items():
         samples, locations, channels = values.shape
-        size = rms[re.sub(r"_(mean|std)(_\d+)?$", "", name)]  # of the map, whose moments may cancel to 0
+        of_map = rms.get(_MOMENT.sub("", name))  # whose moments may cancel to 0
+        size = rms[name] if of_map is None else of_map
         bad = 1 - float(values.isfinite().float().mean())
         constant = float((values.flatten(0, 1).std(dim=0, correction=0) <= _CONSTANT * size).float().mean())
-        vectors = (values - values.mean(dim=0)).transpose(0, 1).contiguous()  # [L, M, C]
-        apart = torch.cdist(vectors, vectors, compute_mode="donot_use_mm_for_euclid_dist")
-        scale = float(apart.sum()) / (locations * samples * (samples - 1)) / math.sqrt(channels)
+        scale = float(_apart(values, values).sum()) / (samples * (samples - 1)) / math.sqrt(channels)
         problem, by_construction = None, name in constant_sets
         if bad:
             problem = "not finite"
@@ -87,195 +83,165 @@ def check_feature_sets(
     return checks
 
 
-def _constant_by_construction(model: LatentMAE, sets: Mapping[str, Tensor]) -> set[str]:
-    """Sets that are the same for all samples, up to rounding, whatever the weights of the MAE are.
+def _apart(one: Tensor, other: Tensor) -> Tensor:
+    """Distances of samples, as the mean over locations: `[M, L, C]` and `[N, L, C]` -> `[M, N]`."""
+    centre = other.mean(dim=0)
+    x, y = ((values - centre).transpose(0, 1).contiguous() for values in (one, other))  # [L, M, C]
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").mean(dim=0)
 
-    The moments over a whole map that a norm with one group per channel has just made; and the standard
-    deviation of a single location.
+
+def _constant_by_construction(encoder: Encoder, sets: Mapping[str, Tensor]) -> set[str]:
+    """Sets that are the same for all samples, up to rounding, whatever the weights are.
+
+    The moments over a whole map that a norm with one group per channel has just made, in an MAE; and the
+    standard deviation of a single location.
     """
-    found = {n for n in sets if n.endswith("_std") and sets[n.removesuffix("_std")].shape[1] == 1}
-    for stage in range(4):
-        if model.norm_groups >= model.config["base_channels"] * 2**stage:
-            moments = re.compile(rf"layer{stage + 1}(_(mean|std)(_\d+)?)?")
-            found |= {n for n, values in sets.items() if moments.fullmatch(n) and values.shape[1] == 1}
+    maps = {name: name.removesuffix("_std") for name in sets if name.endswith("_std")}
+    found = {name for name, of in maps.items() if of in sets and sets[of].shape[1] == 1}
+    for mae in (module for module in encoder.modules() if isinstance(module, LatentMAE)):
+        for stage in range(4):
+            if mae.norm_groups >= mae.config["base_channels"] * 2**stage:
+                moments = re.compile(rf"layer{stage + 1}(_(mean|std)(_\d+)?)?")
+                found |= {n for n, values in sets.items() if moments.fullmatch(n) and values.shape[1] == 1}
     return found
 
 
 @torch.inference_mode()
-def fill_in(
-    model: LatentMAE, latents: Tensor, rows: np.ndarray, ratio: float, seed: int, what: str
-) -> tuple[Tensor, Tensor]:
-    """What is hidden of `latents [n, C, H, W]`, bool `[n, 1, H, W]`, and what the MAE makes of the rest.
+def nearest_rows(
+    encoder: Encoder,
+    store: LatentStore,
+    queries: np.ndarray,
+    rows: np.ndarray,
+    sets: Sequence[str],
+    batch: int,
+) -> dict[str, np.ndarray]:
+    """By feature set, the `rows` of `store` that are nearest to each of `queries`, `[Q, K]`, nearest first.
 
-    The mask of a row is a function of (seed, what, row).
+    Rows of a query's own image, such as its mirror image, are left out.
     """
-    grid = model.mask_grid(*latents.shape[2:])
-    mask = torch.cat([draw_mask((1, *grid), ratio, torch_generator(seed, what, int(row))) for row in rows])
-    hidden = mask.repeat_interleave(model.patch_size, 1).repeat_interleave(model.patch_size, 2)[:, None]
-    device = next(model.parameters()).device
-    seen = latents.masked_fill(hidden, 0).split(_BATCH)
-    return hidden, torch.cat([model.reconstruct(part.to(device))[0].float().cpu() for part in seen])
+    device = next(encoder.parameters(), torch.empty(0)).device
+
+    def encode(part: np.ndarray) -> dict[str, Tensor]:
+        found = encoder.encode(store.rows(part).to(device))
+        return {name: found[name] for name in sets}
+
+    of_queries = encode(queries)
+    parts = [rows[start : start + batch] for start in range(0, len(rows), batch)]
+    apart: dict[str, list[Tensor]] = {name: [] for name in sets}
+    for part in parts:
+        for name, values in encode(part).items():
+            apart[name].append(_apart(of_queries[name], values).cpu())
+    own = (rows // store.per_image)[None] == (queries // store.per_image)[:, None]  # [Q, N]
+    count = min(_NEAREST, int((~own).sum(1).min()))
+    order = {
+        name: torch.cat(of, dim=1).masked_fill(torch.from_numpy(own), torch.inf).argsort(dim=1, stable=True)
+        for name, of in apart.items()
+    }
+    return {name: rows[of[:, :count].numpy()] for name, of in order.items()}
 
 
-def masked_errors(latents: Tensor, output: Tensor, hidden: Tensor) -> Tensor:
-    """The error of `output` for each latent, `[n]`, as the stage mae computes and logs it.
-
-    The squared error summed over channels and hidden places, over the number of these places.
-    """
-    return ((latents - output).square() * hidden).sum((1, 2, 3)) / hidden.sum((1, 2, 3)).clamp(min=1)
-
-
-def _measure(model: LatentMAE, store: LatentStore, rows: np.ndarray, settings: Settings) -> dict[str, float]:
-    """The mean error of `rows`, and what it would be if the MAE knew nothing but each channel's mean."""
-    latents = store.rows(rows)
-    hidden, output = fill_in(model, latents, rows, settings.mae.mask_ratio, settings.seed, "mae/held_out")
-    means = latents.mean(dim=(0, 2, 3))[:, None, None]
-    error, of_means = (float(masked_errors(latents, guess, hidden).mean()) for guess in (output, means))
-    return {"error": error, "of_means": of_means, "rows": len(rows)}
-
-
-def _training_warnings(folder: Path, model: LatentMAE, settings: Settings) -> list[str]:
-    """Whether the MAE's weights are finite; and whether it was trained with the settings' masks and held-out
-    images, as far as is known."""
-    warnings = []
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        warnings.append(f"{folder}: some of its weights are not finite: train it again")
-    path = folder / SETTINGS_FILE
-    trained = settings_in_force(read_yaml(path, WAY_OUT)) if path.exists() else None
-    if trained is None or trained["mae"].get("source"):  # from elsewhere
-        return warnings
-    # Older files say only what differs from the defaults
-    of_mae = {key: trained["mae"].get(key, getattr(Mae(), key)) for key in _MASKING}
-    then = {"seed": trained["seed"], **{f"mae.{key}": value for key, value in of_mae.items()}}
-    now = {"seed": settings.seed, **{f"mae.{key}": getattr(settings.mae, key) for key in _MASKING}}
-    if differing := ", ".join(f"{key} was {then[key]}" for key in now if then[key] != now[key]):
-        warnings.append(
-            f"{folder} was trained with other masks or held-out images than these settings have "
-            f"({differing}): those called held out here were not, and its log differs"
-        )
-    return warnings
-
-
-def inspect_mae(
-    folder: str | Path,
+def inspect_features(
     latents: str | Path,
     settings: Settings,
     out: str | Path,
-    look: Look = Look(count=8),  # noqa: B008 (frozen)
+    look: Look = Look(count=4),  # noqa: B008 (frozen)
     *,
+    mae: Path,
+    sets: Sequence[str] = (),
     rows: int = 1024,
-    feature_sets: bool = False,
 ) -> list[str]:
-    """Show what the MAE of `folder` makes of masked `latents`, and measure it; returns the lines to print.
+    """Measure every feature set of `settings.features` on `latents`, and show neighbours; lines to print.
 
-    Writes `mae.png` and `meta.json` into `out`. From above, the picture has the source image (with
-    `look.images`), the decoded latent, the same with what is masked in grey, with that filled in, and the
-    output alone; of held-out images if there are any. The masked error is that of at most `rows` latents of
-    held-out images and of as many others. `feature_sets` asks for `check_feature_sets`. Raises what
-    `inspect_latents` does, and `UserError` if the MAE is not one for these latents.
+    Writes `neighbours.png` and `meta.json` into `out`. The picture has a block for each of `sets` (empty: a
+    choice of them), in it a row for each of `look.count` latents: the latent itself, and of `rows` others
+    those nearest to it. `mae` is the folder for encoders that need one. Raises what `inspect_latents` does,
+    and `UserError` if the encoders cannot be loaded or are not for these latents.
     """
-    folder, options = Path(folder), settings.mae
-    model = LatentMAE.from_pretrained(folder)
-    nn.Module.to(model, look.device)
-    warnings = _training_warnings(folder, model, settings)
     found = Latents(latents, settings, look)
-    store, parts = found.store, _parts(found.store, settings)
-    _require_fit(folder, model, store)
-    if feature_sets and len(store) < 2:
-        raise UserError(f"{store.folder}: features of one latent cannot be compared; name more latents")
-    out = prepare_out(out, latents, folder)
+    store, everything = found.store, np.arange(len(found.store))
+    if len(store) <= store.per_image:
+        raise UserError(f"{store.folder}: features of one image cannot be compared; name more latents")
+    encoder = load_encoders(settings.features, mae=mae, autoencoder=found.vae).to(look.device)
+    for module in encoder.modules():
+        if isinstance(module, LatentMAE):
+            require_fit(mae, module, store)
+    out, batch = prepare_out(out, latents, mae), settings.hardware.feature_batch or _BATCH
+    guard = settings.field_settings().guards.scale
+    real = store.rows(found.choose(everything, _ROWS, "inspect/features")).to(look.device)
+    checks = check_feature_sets(encoder, real, guard=guard, batch=batch)
+    chosen = _chosen([check.name for check in checks], sets)
 
-    errors = {
-        name: _measure(model, store, found.choose(part, rows, "inspect/rows"), settings)
-        for name, part in parts.items()
-    }
-    checks = []
-    if feature_sets:
-        real = store.rows(found.choose(np.arange(len(store)), _FEATURE_ROWS, "inspect/features"))
-        drop, guard = settings.drops_duplicates, settings.field_settings().guards.scale
-        checks = check_feature_sets(model, real.to(look.device), drop_duplicates=drop, guard=guard)
-
-    shown = found.choose(next(iter(parts.values())), look.count, "inspect/mae")
+    queries = found.choose(everything, look.count, "inspect/queries")
+    candidates = found.choose(everything, rows, "inspect/neighbours")
+    nearest = nearest_rows(encoder, store, queries, candidates, chosen, batch)
+    same = {name: store.labels[near] == store.labels[queries][:, None] for name, near in nearest.items()}
+    chance = float((store.labels[candidates] == store.labels[queries][:, None]).mean())
     meta = {
-        "mae": {"folder": str(folder), "sha256": {path.name: sha256(path) for path in model_files(folder)}},
-        **found.described(shown),
-        "settings": {"count": look.count, "seed": look.seed, "rows": rows, "mask_ratio": options.mask_ratio},
-        "masked_error": errors,
+        "features": {"encoders": [one.model_dump() for one in settings.features], "sha256": encoder.digest},
+        **found.described(queries),
+        "settings": {"count": look.count, "seed": look.seed, "rows": rows},
         "feature_sets": [asdict(check) for check in checks],
+        "neighbours": {
+            name: {"rows": near.tolist(), "same_class": float(same[name].mean())}
+            for name, near in nearest.items()
+        },
+        "same_class_by_chance": chance,
     }
-    grid = _picture(found, model, options.mask_ratio, look.seed, meta["shown"])
     lines = [
-        f"mae:          {folder}, width {model.config['base_channels']}",
+        f"features:     {', '.join(one.encoder for one in settings.features)}",
         f"latents:      {store.folder}",
+        *feature_table(checks),
+        "",
+        f"of the same class, among the nearest of {len(candidates)} latents (by chance {chance:.0%}):",
+        *(f"{name:{max(map(len, chosen))}} {same[name].mean():4.0%}" for name in chosen),
     ]
-    lines += [
-        f"masked error: {of['error']:.4f} of {of['rows']} latents ({name}); "
-        f"the channels' means: {of['of_means']:.4f}"
-        for name, of in errors.items()
-    ]
-    lines += feature_table(checks)
-    return write_inspection(out, {"mae.png": grid}, meta, lines, warnings + _doubts(errors, checks))
+    picture = _picture(found, queries, nearest, same)
+    return write_inspection(out, {"neighbours.png": picture}, meta, lines, _doubts(checks))
 
 
-def _parts(store: LatentStore, settings: Settings) -> dict[str, np.ndarray]:
-    """The rows of held-out images, if there are any, and the others."""
-    # What an encoder from elsewhere has seen is unknown
-    count = settings.mae.held_out if settings.mae.source is None else 0
-    held_out = held_out_rows(len(store), store.per_image, count, settings.seed)
-    others = np.setdiff1d(np.arange(len(store)), held_out, assume_unique=True)
-    return {"held out": held_out, "others": others} if count else {"others": others}
-
-
-def _require_fit(folder: Path, model: LatentMAE, store: LatentStore) -> None:
-    patch, channels = model.config["input_patch_size"], model.config["in_channels"]
-    if patch != 1:
-        raise UserError(f"{folder}: an MAE of pixels (input_patch_size {patch}); name one of latents")
-    if channels != store.shape[1]:
-        raise UserError(
-            f"{folder}: an MAE of {channels} channels, but {store.folder} has latents of {store.shape[1]}; "
-            "name latents and MAE that belong together"
-        )
-    model.mask_grid(*store.shape[2:])
+def _chosen(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
+    """The sets to show: those `wanted`, or else some from first to last, maps rather than their moments."""
+    if unknown := [name for name in wanted if name not in names]:
+        raise UserError(f"--sets {unknown[0]}: there is no such feature set, but {', '.join(names)}")
+    maps = [name for name in names if not _MOMENT.search(name)]
+    telling = [name for name in names if name in maps or (len(maps) < _SETS and name.endswith("_mean"))]
+    some = np.linspace(0, len(telling) - 1, min(_SETS, len(telling))).round().astype(int)
+    return list(wanted) or [telling[index] for index in some]
 
 
 def _picture(
-    found: Latents, model: LatentMAE, ratio: float, seed: int, shown: Sequence[dict[str, Any]]
+    found: Latents, queries: np.ndarray, nearest: Mapping[str, np.ndarray], same: Mapping[str, np.ndarray]
 ) -> Image.Image:
-    """What the MAE makes of the latents that `shown` describes, to which their masked errors are added."""
-    rows = np.array([one["row"] for one in shown])
-    latents = found.store.rows(rows)
-    hidden, output = fill_in(model, latents, rows, ratio, seed, "inspect/mask")
-    for one, error in zip(shown, masked_errors(latents, output, hidden).tolist(), strict=True):
-        one["masked_error"] = error
-    original = found.decoded(latents)
-    side = original.shape[1] // latents.shape[2]  # pixels of one place of a latent
-    covered = hidden[:, 0].repeat_interleave(side, 1).repeat_interleave(side, 2).numpy()
-    kinds = {
-        **found.source_pictures(rows),
-        "latent": original,
-        "masked": np.where(covered[..., None], np.uint8(_GREY), original),
-        "filled in": found.decoded(torch.where(hidden, output, latents)),
-        "network": found.decoded(output),
-    }
-    return bands(kinds, [f"{one['class']}  #{one['row']}  {one['masked_error']:.2f}" for one in shown])
+    """A block per feature set, a row per query: the query, then its neighbours."""
+    shown = np.unique(np.concatenate([queries, *(near.ravel() for near in nearest.values())]))
+    images = found.source_pictures(shown).get("source")
+    images = found.decoded(found.store.rows(shown)) if images is None else images
+    names = [found.store.class_names[label] for label in found.store.labels[queries]]
+    row_labels = [f"{name}  #{row}" for name, row in zip(names, queries, strict=True)]
+    frame, scale = max(1, images.shape[1] // 64), -(-SIDE // images.shape[1])
+    strips = []
+    for name, near in nearest.items():
+        rows = np.concatenate([queries[:, None], near], axis=1)  # [Q, 1 + K]
+        block = images[np.searchsorted(shown, rows)]
+        for query, neighbour in np.argwhere(~same[name]):
+            image = block[query, 1 + neighbour]
+            inside = image[frame:-frame, frame:-frame].copy()
+            image[:] = _RED
+            image[frame:-frame, frame:-frame] = inside
+        heads = ["latent", *map(str, range(1, rows.shape[1]))]
+        grid = image_grid(block.reshape(-1, *images.shape[1:]), len(heads), 2, scale, row_labels, heads)
+        title = Image.new("RGB", (grid.width, 20), "white")
+        ImageDraw.Draw(title).text((4, 6), f"{name}: nearest first, red of another class", "black")
+        strips += [np.asarray(title), np.asarray(grid)]
+    return Image.fromarray(np.concatenate(strips))
 
 
-def _doubts(errors: Mapping[str, Mapping[str, float]], checks: Sequence[FeatureSetCheck]) -> list[str]:
-    """What does not look like an MAE that has learnt from these latents, one line each."""
-    warnings = []
-    for name, numbers in errors.items():
-        error, naive = numbers["error"], numbers["of_means"]
-        if math.isnan(naive):
-            warnings.append(f"{name}: some latents are not finite; drift inspect latents names them")
-        elif not error < naive:
-            warnings.append(
-                f"masked error {error:.4g} of {numbers['rows']} latents ({name}): the channels' means alone "
-                f"have {naive:.4g}; it has learnt nothing"
-            )
-    for problem in dict.fromkeys(check.problem for check in checks if check.problem):
-        names = ", ".join(check.name for check in checks if check.problem == problem)
-        warnings.append(f"feature sets that are {problem}: {names}")
-    return warnings
+def _doubts(checks: Sequence[FeatureSetCheck]) -> list[str]:
+    """The sets that no field can use, one line for each reason."""
+    return [
+        f"feature sets that are {problem}: {', '.join(c.name for c in checks if c.problem == problem)}"
+        for problem in dict.fromkeys(check.problem for check in checks if check.problem)
+    ]
 
 
 def feature_table(checks: Sequence[FeatureSetCheck]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What both inspections share: latents and VAE that belong together, source images, pictures, `meta.json`."""
+"""What all inspections share: latents and VAE that belong together, source images, pictures, `meta.json`."""
 
 import json
 import math
@@ -28,7 +28,7 @@ from drift.training.inputs import check_latents, load_autoencoder
 
 WAY_OUT = "rerun the stage that made it (dvc repro) or fetch it (dvc pull)"
 _COLUMNS = 8  # latents beside each other in a picture
-_SIDE = 96  # pixels; images are enlarged to at least this, so that a caption fits above each
+SIDE = 96  # pixels; images are enlarged to at least this, so that a caption fits above each
 _RED = (200, 0, 0)  # an image that cannot be decoded
 
 
@@ -221,7 +221,7 @@ def bands(kinds: Mapping[str, np.ndarray], captions: Sequence[str]) -> Image.Ima
     above each thing. After `_COLUMNS` things the next ones follow below.
     """
     n, size = len(captions), next(iter(kinds.values())).shape[1]
-    columns, scale = min(_COLUMNS, n), -(-_SIDE // size)
+    columns, scale = min(_COLUMNS, n), -(-SIDE // size)
     row_labels = list(kinds) if len(kinds) > 1 else None
     strips = []
     for start in range(0, n, columns):

@@ -4,17 +4,19 @@ Every file has all top-level keys and all sections, as DVC demands. Inside a sec
 has its default (`drift/settings/sections.py`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_type_hints
 
+import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     GetPydanticSchema,
+    ValidationError,
     create_model,
 )
 
@@ -22,7 +24,8 @@ from drift.data.views import VIEW_OPTIONS
 from drift.features import ENCODERS, EncoderOptions, LatentOptions, MAEOptions
 from drift.field.couplings import COUPLINGS
 from drift.field.settings import CONVENTIONS, FieldSettings, contradictions, without_effect
-from drift.runtime.yaml_files import read_settings
+from drift.runtime.errors import UserError
+from drift.runtime.yaml_files import one_line, read_settings
 from drift.settings.sections import (
     ROUNDING_KEYS,
     CountOrZero,
@@ -190,6 +193,24 @@ class Settings(Section):
                 "nothing and cannot have a uniform marginal; set it to weighted_cols, or omega_min above "
                 "1 and no_guidance_fraction to 0"
             )
+
+    def with_features(self, encoders: Sequence[str]) -> "Settings":
+        """The same with other encoders: by name, with the options that these settings have for it if they do,
+        or in braces as in `features`.
+
+        Raises `UserError` if an encoder or an option of it is wrong.
+        """
+        own = {one.encoder: one.model_dump() for one in self.features}
+        content = self.model_dump(mode="json", exclude_unset=True)
+        try:
+            content["features"] = [own.get(text) or yaml.safe_load(text) for text in encoders]
+            return Settings.model_validate(content)
+        except yaml.YAMLError:
+            raise UserError(
+                f"{' '.join(encoders)}: not YAML; give names, or {{encoder: NAME, ...}}"
+            ) from None
+        except ValidationError as error:
+            raise UserError(one_line(error, _all_keys(), RENAMED)) from None
 
     @property
     def needs_mae(self) -> bool:

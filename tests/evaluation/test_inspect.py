@@ -20,7 +20,7 @@ from drift.data.datasets import DigitImages, open_images
 from drift.data.latents import LatentStore, latent_files, write_latents
 from drift.data.views import Augmented, Center
 from drift.evaluation import inspect_latents as inspection_of_latents
-from drift.evaluation.inspect_features import check_feature_sets, inspect_mae
+from drift.evaluation.inspect_features import check_feature_sets, inspect_features
 from drift.evaluation.inspect_latents import (
     density,
     histogram_picture,
@@ -29,7 +29,9 @@ from drift.evaluation.inspect_latents import (
     measure_latents,
     shown_channels,
 )
+from drift.evaluation.inspect_mae import inspect_mae
 from drift.evaluation.inspection import Look, SourceImages, bands
+from drift.features import MAEEncoder
 from drift.models.mae import LatentMAE, draw_mask
 from drift.runtime.processes import Ranks
 from drift.runtime.seeds import torch_generator
@@ -406,7 +408,6 @@ def test_the_masked_error_is_that_of_a_plain_loop(world, settings, tmp_path):
         means = store.rows(rows).mean(dim=(0, 2, 3))[:, None, None].expand(4, 8, 8)
         assert measured["of_means"] == naive(rows, 0, "mae/held_out", guess=lambda _, means=means: means)
     assert any("it has learnt nothing" in line for line in found)
-    assert meta["feature_sets"] == []
 
 
 def test_on_the_latents_of_its_training_the_error_is_that_of_the_log(world, settings, trained, tmp_path):
@@ -452,7 +453,8 @@ def test_the_picture_of_the_mae(world, settings, trained, tmp_path):
 
 def check(model, n=12, drop=True, guard=1e-3, latents=None):
     latents = torch.from_numpy(normal(n)).float() if latents is None else latents
-    return {c.name: c for c in check_feature_sets(model, latents, drop_duplicates=drop, guard=guard)}
+    encoder = MAEEncoder(model, drop_duplicates=drop)
+    return {c.name: c for c in check_feature_sets(encoder, latents, guard=guard)}
 
 
 def test_the_scale_is_the_mean_distance_of_a_plain_loop():
@@ -500,12 +502,13 @@ def test_weights_that_are_not_finite(world, settings, tmp_path):
     found = check(model)
     assert found["layer2"].problem is None and found["layer3"].problem == "not finite"
     assert 0 < found["layer3"].not_finite <= 1
-    report = inspect_mae(tmp_path / "mae", world / "center", settings, tmp_path / "out", feature_sets=True)
+    report = inspect_mae(tmp_path / "mae", world / "center", settings, tmp_path / "out")
     assert any("its weights are not finite" in line for line in report)
+    assert read_meta(tmp_path)["masked_error"]["others"]["error"] is None
+    report = inspect_features(world / "center", settings, tmp_path / "out", mae=tmp_path / "mae")
     assert any(line.startswith("warning: feature sets that are not finite: layer3") for line in report)
     assert any(line.startswith("layer3_mean ") and line.endswith("<- not finite") for line in report)
     meta = read_meta(tmp_path)
-    assert meta["masked_error"]["others"]["error"] is None
     bad = {name for name, one in found.items() if one.problem}
     assert {one["name"] for one in meta["feature_sets"] if one["problem"]} == bad
 
@@ -534,6 +537,45 @@ def test_sets_that_are_constant_by_construction_are_no_warning():
     kept = check(model, drop=False)
     assert kept["layer4_std"].by_construction and not kept["layer4_mean"].by_construction
     assert kept["layer4_std"].scale == 0
+
+
+def test_neighbours_are_those_of_a_plain_loop(world, settings, trained, tmp_path):
+    """By the mean distance over locations; the mirror image of a latent is left out."""
+    out = tmp_path / "out"
+    inspect_features(world / "center", settings, out, Look(5, 3), mae=trained, sets=("conv1", "global"))
+    meta, picture = read_meta(tmp_path), read_png(out / "neighbours.png")
+    store = LatentStore.open(world / "center")
+    latents = store.rows(np.arange(22))
+    with torch.no_grad():
+        sets = MAEEncoder(LatentMAE.from_pretrained(trained)).encode(latents)
+    queries = [one["row"] for one in meta["shown"]]
+    same = []
+    for name in ("conv1", "global"):
+        values = sets[name].double().numpy()  # [22, L, C]
+        for query, found in zip(queries, meta["neighbours"][name]["rows"], strict=True):
+            apart = {
+                row: np.mean(
+                    [np.linalg.norm(values[row, l] - values[query, l]) for l in range(values.shape[1])]
+                )
+                for row in range(22)
+                if row // 2 != query // 2
+            }
+            assert found == sorted(apart, key=apart.get)[:7]
+            same += [store.labels[row] == store.labels[query] for row in found]
+    shares = [meta["neighbours"][name]["same_class"] for name in ("conv1", "global")]
+    assert np.mean(shares) == pytest.approx(np.mean(same))
+    assert [*meta["neighbours"]] == ["conv1", "global"] and 0.2 < meta["same_class_by_chance"] < 0.5
+
+    left, step = picture.shape[1] - 8 * STEP, STEP
+    top = picture.shape[0] - 5 * step  # of the last block
+    near = meta["neighbours"]["global"]["rows"]
+    for place, query in enumerate(queries):
+        for column, row in enumerate([query, *near[place]]):
+            y, x = top + place * step, left + column * step
+            tile = picture[y : y + 96 : SCALE, x : x + 96 : SCALE].astype(int)
+            assert np.abs(tile - decoded(latents[row : row + 1])[0])[1:-1, 1:-1].max() <= 1
+            framed = (tile[0] == (200, 0, 0)).all()
+            assert framed == (store.labels[row] != store.labels[query])
 
 
 # Refusals
@@ -628,14 +670,14 @@ def test_an_mae_of_other_inputs(world, settings, tmp_path):
     assert "cannot be masked in squares" in look(dict(patch_size=3, **shape))
 
 
-def test_one_latent_has_no_features_to_compare(settings, tmp_path):
+def test_one_image_has_no_features_to_compare(settings, tmp_path):
     random_mae().save_pretrained(tmp_path / "mae")
     make_store(tmp_path / "latents", normal(1))
     settings = settings.model_copy(update={"mae": settings.mae.model_copy(update={"held_out": 0})})
-    arguments = (tmp_path / "mae", tmp_path / "latents", settings, tmp_path / "out")
-    assert "features of one latent" in complaint(lambda: inspect_mae(*arguments, feature_sets=True))
-    found = inspect_mae(*arguments)
-    assert any("of 1 latents" in line for line in found)
+    latents, out = tmp_path / "latents", tmp_path / "out"
+    looked = lambda: inspect_features(latents, settings, out, mae=tmp_path / "mae")  # noqa: E731
+    assert "features of one image" in complaint(looked)
+    assert any("of 1 latents" in line for line in inspect_mae(tmp_path / "mae", latents, settings, out))
 
 
 # Pictures
@@ -675,10 +717,21 @@ def test_the_command_prints_numbers_warnings_and_files(world, tmp_path, capsys, 
     code, out, _ = run(capsys, "latents", tmp_path / "unscaled", *params)
     assert code == 0 and "warning: the standard deviation of all latents is" in out
 
-    more = ["--check-feature-sets", "--compare-images", world / "images"]
-    code, out, _ = run(capsys, "mae", trained, "--latents", world / "augmented", *params, *more)
+    more = ["--latents", world / "augmented", *params, "--compare-images", world / "images"]
+    code, out, _ = run(capsys, "mae", trained, *more)
+    assert code == 0 and "masked error:" in out
+    code, out, _ = run(capsys, "features", "--mae", trained, "--sets", "layer2", "global", *more)
     assert code == 0 and "layer3_mean_2" not in out and "layer3_mean " in out
-    assert {path.name for path in (tmp_path / "a").iterdir()} >= {"mae.png", "meta.json"}
+    assert {path.name for path in (tmp_path / "a").iterdir()} >= {"mae.png", "neighbours.png", "meta.json"}
+    code, out, _ = run(
+        capsys, "features", "latent", "{encoder: mae, duplicates: keep}", "--mae", trained, *more
+    )
+    assert code == 0 and "features:     latent, mae" in out and "layer3_mean_2" in out
+    for encoder, told in (("nope", "features.0 = 'nope': allowed: "), ("{", "{encoder: NAME")):
+        code, _, err = run(capsys, "features", encoder, *more)
+        assert code == 2 and told in err
+    code, _, err = run(capsys, "features", "latent", "--sets", "layer2", *more)
+    assert code == 2 and "--sets layer2: there is no such feature set, but global" in err
 
 
 def test_without_a_folder_it_is_that_of_the_view(world, tmp_path, capsys, monkeypatch):
