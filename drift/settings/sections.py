@@ -347,8 +347,8 @@ class Hardware(Section):
     With fewer, where S and lambda belong to the whole step (`normalization_scope: batch`), features are
     computed up to three times: for S, for lambda and for the gradient."""
     feature_batch: Count | None = None
-    """Samples whose activations the feature encoder keeps at once: others are computed again in the backward
-    pass. null keeps all."""
+    """Samples whose activations the feature encoder keeps at once, and for encoders of images the decoder:
+    others are computed again in the backward pass. null keeps all."""
     activation_checkpointing: Switch = False
     """Keep of the generator only what enters each block, and compute the rest again in the backward pass."""
     latents_on_device: Switch = False
