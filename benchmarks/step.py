@@ -82,6 +82,8 @@ def run(settings: Settings, stage: str, device: torch.device, split: Split, on_s
 
 def _encoder(features: EncoderOptions, settings: Settings, store: LatentStore) -> Encoder:
     """An encoder of the settings, the MAE with random weights."""
+    if features.needs_decoder:
+        return features.load(autoencoder=settings.encode.autoencoder.load(settings.decoder_precision))
     if not features.needs_mae:
         return features.load()
     return MAEEncoder(LatentMAE(**mae_config(settings.mae, store)), drop_duplicates=settings.drops_duplicates)
@@ -133,7 +135,7 @@ def instrument(stack: ExitStack, split: Split, stage: str) -> None:
 
     for kind in (Generator, LatentMAE, OptimizedModule):
         part(kind, "__call__", network)
-    part(MAEEncoder, "encode", encoder)
+    part(Joined, "encode", encoder)
     for owner, name, title in (
         (drift.training.objective, "drifting_loss", "field"),
         (drift.training.drift, "step_totals", "field"),

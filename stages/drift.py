@@ -92,8 +92,7 @@ def load_features(settings: Settings, store: LatentStore, mae: Path) -> Encoder:
     """The encoders of the settings; for those of images, on the autoencoder of the latents."""
     autoencoder = None
     if settings.needs_decoder:
-        precision = "bfloat16" if settings.drift.precision == "bfloat16" else "float32"
-        autoencoder = load_autoencoder(store, settings, precision)
+        autoencoder = load_autoencoder(store, settings, settings.decoder_precision)
     return load_encoders(settings.features, mae=mae, autoencoder=autoencoder)
 
 

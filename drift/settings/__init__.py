@@ -223,6 +223,11 @@ class Settings(Section):
         return any(one.needs_decoder for one in self.features)
 
     @property
+    def decoder_precision(self) -> str:
+        """That of the decoder under encoders of images; in float16, which `drift` may have, some overflow."""
+        return "bfloat16" if self.drift.precision == "bfloat16" else "float32"
+
+    @property
     def drops_duplicates(self) -> bool:
         """Whether the MAE leaves out feature sets that equal another."""
         return any(isinstance(one, MAEOptions) and one.duplicates == "drop" for one in self.features)
