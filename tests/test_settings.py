@@ -319,9 +319,16 @@ def test_an_autoencoder_is_a_text_or_a_kind_with_its_source(tmp_path):
     ):
         made = load_settings(changed(tmp_path, encode__autoencoder=written)).encode.autoencoder
         assert (made.kind, made.source, made.revision) == ("kl", source, revision)
+    pixels = load_settings(changed(tmp_path, encode__autoencoder="pixels")).encode.autoencoder
+    assert (pixels.kind, pixels.source, pixels.id) == ("pixels", None, "pixels")
     for written, wanted in (
-        ("kl", "missing key encode.autoencoder.source"),
-        ({"kind": "vq", "source": "x"}, "encode.autoencoder.kind = 'vq': allowed: kl"),
+        ("kl", "encode.autoencoder.source = null: allowed: a folder or a hub id, where kind is kl"),
+        ({"kind": "vq", "source": "x"}, "encode.autoencoder.kind = 'vq': allowed: kl or pixels"),
+        (
+            {"kind": "pixels", "source": "x"},
+            "encode.autoencoder.source = 'x': allowed: null, where kind is pixels",
+        ),
+        ({"kind": "pixels", "revision": "x"}, "encode.autoencoder.revision = 'x': allowed: null"),
         ({"source": "x", "commit": "y"}, "unknown key encode.autoencoder.commit"),
     ):
         assert wanted in refusal(tmp_path, encode__autoencoder=written)
@@ -382,6 +389,16 @@ def test_the_root_of_a_data_set_that_lies_in_files_has_an_effect(dataset, ignore
             {"mae__finetune_steps": 0, "mae__held_out": 0},
             "without effect here: mae.finetune_weight, mae.finetune_ramp_steps (finetune_steps is 0); "
             "mae.evaluate_every (held_out is 0)",
+        ),
+        (
+            "encode",
+            {"encode__autoencoder": "pixels", "encode__precision": "bfloat16"},
+            "without effect here: encode.posterior, encode.precision (autoencoder is pixels)",
+        ),
+        (
+            "fid",
+            {"encode__autoencoder": "pixels", "fid__precision": "float32"},
+            "without effect here: fid.precision (encode.autoencoder is pixels)",
         ),
         (
             "encode",

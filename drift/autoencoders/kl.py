@@ -12,13 +12,14 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from drift.data.levels import Rounding, from_levels, to_levels
 from drift.runtime.errors import UserError, one_of
 from drift.runtime.torchvision import ensure_torchvision
 
@@ -30,23 +31,17 @@ _DEFAULTS: dict[str, Any] = {
     "latents_mean": None,
     "latents_std": None,
 }
-Rounding = Literal["nearest", "down"]
 _IMAGES_PER_THREAD = 8  # on a CPU: enough to be efficient, few enough to keep many cores busy
 
 
 def to_float(images: Tensor) -> Tensor:
     """uint8 `[B, H, W, 3]` -> float32 in [-1, 1], `[B, 3, H, W]`."""
-    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+    return from_levels(images.permute(0, 3, 1, 2))
 
 
 def to_uint8(images: Tensor, rounding: Rounding = "nearest") -> Tensor:
-    """Floats around [-1, 1], `[B, 3, H, W]` -> uint8 `[B, H, W, 3]`: the values that a PNG would hold.
-
-    `rounding` down cuts off what is beyond 8 bits, as both papers' codes do: half a level darker on average.
-    """
-    to_whole = {"nearest": torch.round, "down": torch.floor}[rounding]
-    levels = to_whole((images.float() + 1) * 127.5).clamp(0, 255)
-    return levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    """Floats around [-1, 1], `[B, 3, H, W]` -> uint8 `[B, H, W, 3]`, by `to_levels`."""
+    return to_levels(images, rounding).permute(0, 2, 3, 1).contiguous()
 
 
 class LatentScale(NamedTuple):
@@ -102,6 +97,7 @@ class VAE(nn.Module):
     that. Some SD-VAEs overflow in half precision (float16 above all): see `in_float32`.
     """
 
+    needs_source = True
     storage_dtype = np.dtype(np.float16)
 
     def __init__(
@@ -250,10 +246,12 @@ def decode_latents(model: Any, latents: Tensor) -> Tensor:
     return model.decode(z.to(model.dtype)).sample
 
 
-def known_config(source: str | Path, revision: str | None = None) -> dict[str, Any] | None:
+def known_config(source: str | Path | None, revision: str | None = None) -> dict[str, Any] | None:
     """The config of a VAE from its folder or the hub's cache; None if there is none that can be read."""
     from huggingface_hub import try_to_load_from_cache
 
+    if source is None:
+        return None
     path: Any = Path(source) / CONFIG_FILE
     try:
         if not path.parent.is_dir():
@@ -263,7 +261,7 @@ def known_config(source: str | Path, revision: str | None = None) -> dict[str, A
         return None
 
 
-def known_scaling_factor(source: str | Path, revision: str | None = None) -> float | None:
+def known_scaling_factor(source: str | Path | None, revision: str | None = None) -> float | None:
     """The scaling factor of a VAE, from `known_config`; raises `UserError` as `latent_scale` does."""
     config = known_config(source, revision)
     return None if config is None else latent_scale(config, str(source)).factor

@@ -1,7 +1,8 @@
 """Latents on disk, in the files that users of the Sinkhorn paper's code exchange, and what reads them.
 
 A folder holds `<split>_latents.npy` `[N, C, H, W]` float16, `<split>_labels.npy` `[N]` int64 and
-`<split>_meta.json`, which may lack every key in files from elsewhere.
+`<split>_meta.json`, which may lack every key in files from elsewhere. Where the latents are pixels, they are
+uint8: a quarter of the bytes, on the disk and on the way to a device.
 """
 
 import errno
@@ -18,9 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from drift.data.levels import from_levels, to_levels
 from drift.runtime.errors import UserError
 from drift.runtime.files import atomic_write, sha256, write_json
 
+STORED = (np.float16, np.uint8)
+"""The types that files of latents may have."""
 _LOADED_AT_ONCE = 4096  # rows
 _WAY_OUT = "rerun encode (dvc repro) or fetch it (dvc pull)"
 _SETTINGS = {
@@ -30,6 +34,16 @@ _SETTINGS = {
     "vae_revision": "encode.autoencoder.revision",
 }
 """The settings with which keys of the meta file are compared, where they have another name."""
+
+
+def as_floats(rows: torch.Tensor) -> torch.Tensor:
+    """Rows as they are stored -> float32 latents; the levels of pixels become [-1, 1]."""
+    return from_levels(rows) if rows.dtype == torch.uint8 else rows.float()
+
+
+def as_stored(latents: torch.Tensor, dtype: np.dtype) -> torch.Tensor:
+    """Latents -> rows of a file of this type; pixels become their nearest levels."""
+    return to_levels(latents) if dtype == np.uint8 else latents.half()
 
 
 def latent_files(folder: str | Path, split: str = "train") -> tuple[Path, Path, Path]:
@@ -53,8 +67,8 @@ class LatentStore:
         """
         self.folder, self.split = Path(folder), split
         self._path, labels_path, self._meta_path = latent_files(folder, split)
-        self.latents = _map_array(self._path, np.float16, 4)  # [N, C, H, W] float16
-        self.labels = labels = np.array(_map_array(labels_path, np.int64, 1))  # [N] int64
+        self.latents = _map_array(self._path, STORED, 4)  # [N, C, H, W] float16 or uint8
+        self.labels = labels = np.array(_map_array(labels_path, (np.int64,), 1))  # [N] int64
         self.meta = _read_meta(self._meta_path)
         if len(labels) != len(self):
             raise UserError(
@@ -80,6 +94,11 @@ class LatentStore:
     def shape(self) -> tuple[int, int, int, int]:
         """(N, C, H, W)."""
         return self.latents.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """float16, or uint8 for pixels."""
+        return self.latents.dtype
 
     @cached_property
     def num_classes(self) -> int:
@@ -124,7 +143,7 @@ class LatentStore:
         return per_image
 
     def read(self, indices: np.ndarray | torch.Tensor) -> torch.Tensor:
-        """Latents of row indices of any shape, as they are stored: float16 `[*indices.shape, C, H, W]`.
+        """Latents of row indices of any shape, as they are stored: `[*indices.shape, C, H, W]` of `dtype`.
 
         Reads each row once and in the order of the file, neighbours together. Any number of threads may read
         at once. Raises `UserError` if the file cannot be read any more.
@@ -132,7 +151,7 @@ class LatentStore:
         indices = np.asarray(indices)
         distinct, where = np.unique(indices, return_inverse=True)
         assert not len(distinct) or 0 <= distinct[0] <= distinct[-1] < len(self), (distinct, len(self))
-        rows = np.empty((len(distinct), *self.shape[1:]), np.float16)
+        rows = np.empty((len(distinct), *self.shape[1:]), self.dtype)
         buffer, size = rows.reshape(-1).view(np.uint8), self.latents.strides[0]
         first_of_run = np.flatnonzero(np.diff(distinct, prepend=-2) != 1)
         runs = [
@@ -154,8 +173,8 @@ class LatentStore:
         return torch.from_numpy(rows[where.reshape(indices.shape)])
 
     def rows(self, indices: np.ndarray | torch.Tensor) -> torch.Tensor:
-        """`read`, as float32 `[*indices.shape, C, H, W]`."""
-        return self.read(indices).float()
+        """`read`, as float32 latents `[*indices.shape, C, H, W]`."""
+        return as_floats(self.read(indices))
 
 
 class LatentReader:
@@ -167,13 +186,14 @@ class LatentReader:
         Raises `UserError` if they do not fit there.
         """
         self._store, self._device = store, device
-        self._held: torch.Tensor | None = None  # [N, C, H, W] float16
+        self._held: torch.Tensor | None = None  # [N, C, H, W], as they are stored
         if on_device:
+            dtype = torch.uint8 if store.dtype == np.uint8 else torch.float16
             try:
-                self._held = torch.empty(store.shape, dtype=torch.float16, device=device)
+                self._held = torch.empty(store.shape, dtype=dtype, device=device)
             except torch.OutOfMemoryError:
                 raise UserError(
-                    f"hardware.latents_on_device = true: {2 * math.prod(store.shape) / 2**30:.1f} GiB of "
+                    f"hardware.latents_on_device = true: {store.latents.nbytes / 2**30:.1f} GiB of "
                     f"latents do not fit into the memory of {device}; set it to false"
                 ) from None
             for start in range(0, len(store), _LOADED_AT_ONCE):
@@ -183,8 +203,8 @@ class LatentReader:
     def fetch(self, indices: np.ndarray) -> torch.Tensor:
         """What `place` needs for int64 `indices`, in any thread; for a CUDA device in pinned memory.
 
-        The float16 rows `[*indices.shape, C, H, W]`, or the indices alone where the device holds all rows.
-        Raises `UserError` as `LatentStore.read` does.
+        The rows `[*indices.shape, C, H, W]` as they are stored, or the indices alone where the device holds
+        all rows. Raises `UserError` as `LatentStore.read` does.
         """
         fetched = torch.from_numpy(indices) if self._held is not None else self._store.read(indices)
         return pinned(fetched, self._device)
@@ -192,7 +212,7 @@ class LatentReader:
     def place(self, fetched: torch.Tensor) -> torch.Tensor:
         """Latents of what was fetched on the device: float32 `[*indices.shape, C, H, W]`."""
         fetched = fetched.to(self._device, non_blocking=True)
-        return (fetched if self._held is None else self._held[fetched]).float()
+        return as_floats(fetched if self._held is None else self._held[fetched])
 
 
 def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -205,12 +225,13 @@ def write_latents(
 ) -> None:
     """Write a set that fits in memory; `shape`, `dtype` and `sha256` are added to `meta`.
 
-    `latents` are `[N, C, H, W]`, `labels` `[N]`; they are stored as float16 and int64.
+    `latents` are `[N, C, H, W]`, `labels` `[N]`; they are stored as float16 (uint8 stays) and int64.
     """
     assert latents.ndim == 4 and labels.shape == latents.shape[:1]
     latents_path, labels_path, meta_path = latent_files(folder, split)
     latents_path.parent.mkdir(parents=True, exist_ok=True)
-    for path, array, dtype in ((latents_path, latents, np.float16), (labels_path, labels, np.int64)):
+    stored = np.uint8 if latents.dtype == np.uint8 else np.float16
+    for path, array, dtype in ((latents_path, latents, stored), (labels_path, labels, np.int64)):
         with atomic_write(path) as file:
             np.save(file, array.astype(dtype))
     write_json(meta_path, {**meta, **file_facts(folder, split)})
@@ -263,7 +284,7 @@ def _read_at(file: int, position: int, buffer: np.ndarray) -> None:
         buffer, position = buffer[count:], position + count
 
 
-def _map_array(path: Path, dtype: type, ndim: int) -> np.memmap:
+def _map_array(path: Path, dtypes: tuple[type, ...], ndim: int) -> np.memmap:
     try:
         array = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
@@ -271,9 +292,9 @@ def _map_array(path: Path, dtype: type, ndim: int) -> np.memmap:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: is cut short or no .npy file ({error}); {_WAY_OUT}") from None
     announced, size = array.offset + array.nbytes, path.stat().st_size
-    wanted = array.dtype == dtype and array.ndim == ndim
+    wanted, types = array.dtype in dtypes and array.ndim == ndim, " or ".join(t.__name__ for t in dtypes)
     for problem, present in {
-        f"holds {array.dtype} in {array.ndim} dimensions, not {np.dtype(dtype)} in {ndim}": not wanted,
+        f"holds {array.dtype} in {array.ndim} dimensions, not {types} in {ndim}": not wanted,
         "is stored column after column (Fortran order)": not array.flags.c_contiguous,
         "holds no rows": not array.size,
         f"has {size} bytes where its header announces {announced}": announced != size,

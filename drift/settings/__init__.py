@@ -217,10 +217,11 @@ class Settings(Section):
             for key, why in found.items()
             if key in FIELD_KEYS or key in given
         }
-        if "augmented" not in self.views:
-            found |= dict.fromkeys(
-                (f"encode.{key}" for key in VIEW_OPTIONS["augmented"]), "views is without augmented"
-            )
+        for view in VIEW_OPTIONS.keys() - set(self.views):
+            keys = (f"encode.{key}" for key in VIEW_OPTIONS[view])
+            found |= dict.fromkeys(keys, f"views is without {view}")
+        if not self.encode.autoencoder.needs_source:
+            found["fid.precision"] = f"encode.autoencoder is {self.encode.autoencoder.kind}"
         for name in ("data", "encode", "mae", "drift", "fid"):
             found |= {f"{name}.{key}": why for key, why in getattr(self, name).without_effect().items()}
         return found

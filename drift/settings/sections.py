@@ -50,9 +50,9 @@ class AutoencoderSource(Section):
     """Which autoencoder, and where it is. A string alone is the `source` of kind `kl`, or names a kind."""
 
     kind: Annotated[str, name_in(AUTOENCODERS)] = "kl"
-    """`kl`: an AutoencoderKL of diffusers."""
-    source: Text
-    """A local folder or a hub id."""
+    """`kl`: an AutoencoderKL of diffusers. `pixels`: none; the latents are the pixels, stored as 8 bits."""
+    source: Text | None = None
+    """A local folder or a hub id; null for `pixels`, which need no files."""
     revision: Text | None = None
     """Revision on the hub; null is its default branch."""
 
@@ -63,9 +63,26 @@ class AutoencoderSource(Section):
             return value
         return {"kind": value} if value in AUTOENCODERS else {"source": value}
 
+    def complaints(self) -> Iterator[str]:
+        needed = self.needs_source
+        yield from self.broken(
+            (needed and self.source is None, "source", f"a folder or a hub id, where kind is {self.kind}"),
+            (not needed and self.source is not None, "source", f"null, where kind is {self.kind}"),
+            (not needed and self.revision is not None, "revision", f"null, where kind is {self.kind}"),
+        )
+
+    @property
+    def needs_source(self) -> bool:
+        return AUTOENCODERS[self.kind].needs_source
+
+    @property
+    def id(self) -> str:
+        """The `source`, or the name of a kind that has none."""
+        return self.source or self.kind
+
     def load(self, precision: str = "float32", device: str | torch.device = "cpu") -> Autoencoder:
         """Raises `UserError` if it is not there or not whole."""
-        return AUTOENCODERS[self.kind].from_pretrained(self.source, self.revision, device, precision)
+        return AUTOENCODERS[self.kind].from_pretrained(self.id, self.revision, device, precision)
 
 
 class Encode(Section):
@@ -90,6 +107,10 @@ class Encode(Section):
     precision: Literal["float32", "bfloat16"] = "float32"
     """Autocast precision of the autoencoder. bfloat16 is faster and gives slightly different latents; what is
     not finite is recomputed in float32. On a GPU, PyTorch's float32 convolutions round inputs to TF32."""
+
+    def without_effect(self) -> dict[str, str]:
+        no_network = not self.autoencoder.needs_source
+        return unused((no_network, f"autoencoder is {self.autoencoder.kind}", "posterior precision"))
 
 
 class Optimizer(Section):

@@ -177,7 +177,7 @@ def _check_split(
         reason = str(error).partition("; ")[0]
         raise UserError(f"{reason}; copy the files again, or correct params.yaml") from None
     remarks = [f"{len(store)} latents {list(store.shape[1:])}, standard deviation {std:.3f}"]
-    if not _STD_RANGE[0] <= std <= _STD_RANGE[1]:
+    if settings.encode.autoencoder.needs_source and not _STD_RANGE[0] <= std <= _STD_RANGE[1]:
         remarks.append("warning: it should be near 1; drift inspect latents tells more")
     rows = "crops" if view == "augmented" else "mirror"
     if rows not in store.meta and int(expected[rows]) > (rows == "crops"):
@@ -194,8 +194,8 @@ def _expected(view: str, settings: Settings) -> dict[str, Any]:
     data, encode = settings.data, settings.encode
     keys = ("posterior", *VIEW_OPTIONS[one_of("view", view, *VIEW_OPTIONS)])
     expected = {"view": view, "image_size": data.image_size, "num_classes": data.classes}
-    expected["vae"] = encode.autoencoder.source
-    expected |= {key: getattr(encode, key) for key in keys}
+    expected["vae"] = encode.autoencoder.id
+    expected |= {key: getattr(encode, key) for key in keys if key not in encode.without_effect()}
     scale = known_scaling_factor(encode.autoencoder.source, encode.autoencoder.revision)
     return expected if scale is None else {**expected, "scaling_factor": scale}
 
@@ -214,7 +214,7 @@ def _check_arrays(store: LatentStore, facts: dict[str, Any], settings: Settings)
         raise UserError(f"{latents_path}: holds latents {store.shape[1:]}, but the autoencoder makes {shape}")
     total, squares = 0.0, 0.0
     for start in range(0, len(store), _ROWS):
-        block = store.read(np.arange(start, min(start + _ROWS, len(store)))).double().flatten(1)
+        block = store.rows(np.arange(start, min(start + _ROWS, len(store)))).double().flatten(1)
         if len(bad := (~block.isfinite().all(1)).nonzero()):
             raise UserError(f"{latents_path}: row {start + int(bad[0])} holds a value that is not finite")
         total += block.sum().item()
@@ -226,6 +226,8 @@ def _check_arrays(store: LatentStore, facts: dict[str, Any], settings: Settings)
 def _latent_shape(settings: Settings) -> tuple[int, int, int] | None:
     """(C, H, W) by the VAE's config; None if that is not on this machine."""
     autoencoder = settings.encode.autoencoder
+    if not autoencoder.needs_source:
+        return autoencoder.load().latent_shape(settings.data.image_size)
     config = known_config(autoencoder.source, autoencoder.revision)
     if config is None or "block_out_channels" not in config:
         return None

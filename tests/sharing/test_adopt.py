@@ -17,6 +17,7 @@ from drift import cli
 from drift.data.latents import LatentStore, file_hashes, latent_files
 from drift.models.mae import LatentMAE
 from drift.settings import load_settings
+from drift.settings.sections import AutoencoderSource
 from drift.sharing import adopt
 from drift.sharing.adopt import adopt_latents, adopt_mae, use_encoder
 from drift.training.inputs import check_latents
@@ -165,6 +166,28 @@ def test_what_is_only_odd_is_told(here, source, settings):
     told = "\n".join(adopt_latents(str(source), "augmented", settings, here / "out"))
     assert "warning: it should be near 1" in told
     assert "warning: the meta file does not state crops: every row counts" in told
+
+
+def test_pixels_are_adopted_as_8_bits_and_not_as_latents(here, source, settings):
+    autoencoder = AutoencoderSource(kind="pixels")
+    settings = settings.model_copy(
+        update={"encode": settings.encode.model_copy(update={"autoencoder": autoencoder})}
+    )
+    adopt_it = lambda: adopt_latents(str(source), "center", settings, here / "out")  # noqa: E731
+    told = complaint(adopt_it)
+    assert (
+        "train_latents.npy: holds float16, but latents of kind pixels (encode.autoencoder) are stored" in told
+    )
+    levels = np.random.default_rng(0).integers(100, 120, (N, 3, 32, 32), np.uint8)
+    np.save(source / "train_latents.npy", levels)
+    std = (levels.astype(np.float64) / 127.5 - 1).std()
+    assert adopt_it() == [f"train: 40 latents [3, 32, 32], standard deviation {std:.3f}"]
+    store = LatentStore.open(here / "out")
+    assert np.array_equal(store.latents, levels) and store.meta["vae"] == "pixels"
+    np.save(source / "train_latents.npy", levels[:, :, :16])
+    assert "the autoencoder makes (3, 32, 32)" in complaint(
+        lambda: adopt_latents(str(source), "center", settings, here / "other")
+    )
 
 
 def test_a_source_that_is_none_is_refused(here, tmp_path, settings):
