@@ -44,14 +44,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (code := spawn("stages.drift", argv, args.nproc or hardware.processes)) is not None:
         return code
 
+    autoencoder = settings.encode.autoencoder
     decides = {
         "seed": settings.seed,
         **settings.deciding("drift"),
         "latents": store.digest,
         # That of the latents, which decodes what the generator makes
-        "vae": settings.encode.autoencoder.source,
-        "vae_revision": settings.encode.autoencoder.revision,
+        "vae": autoencoder.source,
+        "vae_revision": autoencoder.revision,
     }
+    if autoencoder.kind != "kl":  # what a folder means that does not say
+        decides["vae_kind"] = autoencoder.kind
     if settings.needs_mae:
         decides["mae"] = {path.name: sha256(path) for path in model_files(args.mae)}
     remarks = settings.remarks("drift")

@@ -16,15 +16,16 @@ SIZES = {
 NAMES = ["tench, Tinca tinca", "cat", "7"]
 
 
-def write_generator(folder, seed=0, names=NAMES, vae=VAE_FOLDER):
-    """A folder as the drift stage writes it."""
+def write_generator(folder, seed=0, names=NAMES, vae=VAE_FOLDER, **sizes):
+    """A folder as the drift stage writes it; without a `vae`, of a generator of pixels."""
     torch.manual_seed(seed)
-    model = Generator(**SIZES).eval()
+    model = Generator(**SIZES | sizes).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # the last layer starts at zero
             parameter.normal_(0, 0.2)
     model.save_pretrained(folder)
     (folder / "classes.json").write_text(json.dumps(names))
-    settings = {"stage": "drift", "decides": {"vae": vae, "vae_revision": None, "drift": {"steps": 3}}}
+    decides = {"vae": vae, "vae_revision": None, "drift": {"steps": 3}}
+    settings = {"stage": "drift", "decides": decides | ({} if vae else {"vae_kind": "pixels"})}
     (folder / "settings.yaml").write_text(yaml.safe_dump(settings | {"how": {"torch": "x"}}))
     return folder

@@ -213,7 +213,7 @@ class Evaluation:
                 "precision_recall_images": fid.precision_recall_images,
                 "seed": settings.seed,
                 "device": self.network.device.type,
-                "vae": settings.encode.autoencoder.source,
+                "vae": settings.encode.autoencoder.id,
                 "vae_precision": fid.precision,
                 "vae_sha256": self.vae.digest,
                 "latent_scale_factor": self.vae.scaling_factor,

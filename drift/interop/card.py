@@ -100,6 +100,8 @@ def _write_card(
         model_name=card.name,
     )
     vae = (pipeline.vae_reference or {}).get("id", "not named")
+    if pipeline.makes_pixels:
+        vae = "none: the generator makes pixels"
     million = sum(parameter.numel() for parameter in pipeline.generator.parameters()) / 1e6
     config = {key: value for key, value in pipeline.generator.config.items() if not key.startswith("_")}
     settings = _flat(made_from(folder))

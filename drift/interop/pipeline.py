@@ -18,7 +18,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from drift.autoencoders.kl import VAE, Rounding, decode_latents, latent_scale, to_uint8
+from drift.autoencoders.kl import VAE, decode_latents, latent_scale, to_uint8
+from drift.autoencoders.pixels import Pixels
+from drift.data.levels import Rounding
 from drift.evaluation.batches import in_batches
 from drift.evaluation.sample import draw_sample, sample_generator, sample_latents
 from drift.models.base import CONFIG_FILE, weights_files
@@ -44,9 +46,10 @@ class DriftPipeline(DiffusionPipeline):
 
     Args:
         generator: the network that turns noise into latents.
-        vae: decodes latents into images; None if only latents are wanted.
+        vae: decodes latents into images; None if only latents are wanted, or if these are the pixels.
         id2label: name of each class by its number; a name may have several words, separated by commas.
         vae_reference: where the VAE came from: `id`, a hub id or a folder, and `revision`, which may be None.
+            `kind: pixels` says that there is none, as the latents are the pixels.
     """
 
     model_cpu_offload_seq = "generator->vae"
@@ -65,7 +68,14 @@ class DriftPipeline(DiffusionPipeline):
         self.register_modules(generator=generator, vae=vae)
         self.id2label = {int(label): name for label, name in (id2label or {}).items()}
         self.vae_reference = vae_reference
+        if self.makes_pixels and (channels := generator.config["in_channels"]) != 3:
+            raise UserError(f"a generator of {channels} channels makes no pixels; name its VAE")
         self.register_to_config(id2label=self.id2label, vae_reference=vae_reference)
+
+    @property
+    def makes_pixels(self) -> bool:
+        """Whether latents are pixels, so that no VAE is needed."""
+        return (self.vae_reference or {}).get("kind") == Pixels.id
 
     @property
     def labels(self) -> dict[str, int]:
@@ -119,7 +129,7 @@ class DriftPipeline(DiffusionPipeline):
         classes = self._class_numbers(class_labels)
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"output_type = {output_type!r}: allowed: {', '.join(OUTPUT_TYPES)}")
-        if self.vae is None and output_type != "latent":
+        if self.vae is None and not self.makes_pixels and output_type != "latent":
             raise UserError("this pipeline has no VAE: give it one (vae=...), or take output_type='latent'")
         device, dtype = self._execution_device, self.generator.dtype
         noise, style_indices = self._draw(len(classes), generator, noise, style_indices)
@@ -171,7 +181,9 @@ class DriftPipeline(DiffusionPipeline):
     def _decode(
         self, latents: Tensor, output_type: str, rounding: Rounding
     ) -> list[Image.Image] | np.ndarray | Tensor:
-        decoded = in_batches(lambda part: decode_latents(self.vae, part), latents)
+        decoded = latents
+        if not self.makes_pixels:
+            decoded = in_batches(lambda part: decode_latents(self.vae, part), latents)
         if not decoded.isfinite().all():  # rounding would hide it
             raise UserError(
                 f"the VAE's images are not finite in {self.vae.dtype}: pipe.vae.to(torch.float32) may help, "
@@ -219,7 +231,8 @@ class DriftPipeline(DiffusionPipeline):
 
         Args:
             source: a folder that `save_pretrained` or the drift stage has written, or a hub id of the former.
-            vae: an AutoencoderKL, or a folder or hub id of one, instead of the folder's or the one it names.
+            vae: an AutoencoderKL, or a folder or hub id of one, instead of the folder's or the one it names;
+                `pixels` for a generator that needs none.
             load_vae: without it, the pipeline gives latents only.
             variant: another copy of the weights, such as `ema_09999` or fp16; the VAE may have none of it.
             revision: branch, tag or commit on the hub.
@@ -236,7 +249,9 @@ class DriftPipeline(DiffusionPipeline):
         generator = Generator.from_pretrained(folder, variant=variant, torch_dtype=torch_dtype)
         if isinstance(vae, AutoencoderKL):
             return cls(generator, vae, names)
-        if not load_vae:
+        if vae == Pixels.id:
+            vae, reference = None, {"kind": Pixels.id}
+        if not load_vae or (vae is None and (reference or {}).get("kind") == Pixels.id):
             return cls(generator, None, names, reference)
         if vae is None and vae_folder is not None:
             has_variant = (variant or "").replace(".", "") in weights_files(vae_folder)
@@ -278,7 +293,9 @@ def _read_folder(
     settings = made_from(folder)
     if "vae" not in settings:  # of an imported generator
         return folder, None, None, names
-    return folder, None, {"id": settings["vae"], "revision": settings.get("vae_revision")}, names
+    keys = {"vae": "id", "vae_revision": "revision", "vae_kind": "kind"}
+    reference = {"revision": None, **{keys[key]: settings[key] for key in keys.keys() & settings.keys()}}
+    return folder, None, reference, names
 
 
 def made_from(folder: Path) -> dict[str, Any]:
