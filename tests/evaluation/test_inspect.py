@@ -195,6 +195,27 @@ def test_without_any_finite_number_there_are_no_statistics(tmp_path):
     assert histogram_picture(numbers, counts).size == (800, 450)
 
 
+def test_statistics_of_pixels_are_those_of_the_levels(tmp_path):
+    levels = np.random.default_rng(0).integers(90, 120, (60, 3, 8, 8), np.uint8)
+    levels[7] = 100
+    numbers, counts = measure_latents(make_store(tmp_path, levels), CLASSES)
+    assert counts.shape == (3, 256)
+    values = levels.astype(np.float64) / 127.5 - 1
+    for found, count, of in [
+        *((numbers["channels"][c], counts[c], values[:, c]) for c in range(3)),
+        (numbers["all"], counts.sum(0), values),
+    ]:
+        assert (found["mean"], found["std"]) == pytest.approx((of.mean(), of.std()), abs=1e-7)
+        assert (found["min"], found["max"]) == pytest.approx((of.min(), of.max()), abs=1e-7)
+        edges = np.linspace(-1.003, 1.003, 31)  # no level is near one
+        histogram = np.histogram(of, edges)[0] / (of.size * np.diff(edges))
+        np.testing.assert_allclose(density(count, edges), histogram, rtol=1e-12)
+    assert numbers["not_finite_rows"]["count"] == 0
+    assert numbers["constant_rows"] == {"count": 1, "first": [7]}
+    warnings = latent_warnings(numbers, None, CLASSES, [])
+    assert len(warnings) == 1 and "1 row (7) with one and the same number" in warnings[0]
+
+
 def warnings_of(tmp_path, latents, labels=None, scaling_factor=1.82155):
     store = make_store(tmp_path, latents, labels)
     numbers, _ = measure_latents(store, max(CLASSES, store.num_classes))
