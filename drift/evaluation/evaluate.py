@@ -110,6 +110,7 @@ class Evaluation:
         self.vae = encode.autoencoder.load(fid.precision)
         self.training = open_images(data.dataset, data.root, "train", data.classes)
         self.copies.require_classes(self.training)
+        self._require_fit()
         self.reference_images = open_reference(fid.reference, data.dataset, data.root, data.classes)
         self.labels = sample_labels(settings)
         self.floor_images = min(fid.floor_images, len(self.training))
@@ -121,6 +122,16 @@ class Evaluation:
         if "inception_score" in fid.metrics and self.network.classify is None:
             raise UserError(
                 f"fid.metrics has inception_score, but {fid.features} does not classify; leave it out"
+            )
+
+    def _require_fit(self) -> None:
+        """Raise `UserError` if the generator makes latents of another shape than the autoencoder decodes."""
+        sizes, side = self.copies.load(self.copies.decays[0]).config, self.settings.data.image_size
+        made = (sizes["in_channels"], sizes["input_size"], sizes["input_size"])
+        if made != (wanted := self.vae.latent_shape(side)):
+            raise UserError(
+                f"{self.copies.folder}: makes latents of {list(made)}, but those of {self.vae.id} "
+                f"(encode.autoencoder) at data.image_size {side} are {list(wanted)}; correct the settings"
             )
 
     @property

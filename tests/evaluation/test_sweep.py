@@ -8,7 +8,7 @@ import pytest
 import torch
 from complaints import complaint
 from PIL import Image
-from small_generator import VAE_FOLDER, write_generator
+from small_generator import write_generator
 from standins import (
     CLASSES,
     Decoder,
@@ -224,11 +224,12 @@ def test_what_cannot_be_measured_is_refused_before_any_work(tmp_path):
     torch.jit.script(TwoColours()).save(features)
     folder = write_generator(tmp_path / "generator", names=["0", "1", "2"])
 
-    def refused(**keys):
+    def refused(side=16, **keys):
         fid = {"features": features, "ema_decays": Drift().ema_decays[:1], **keys}
-        chosen = settings(encode={"vae": VAE_FOLDER}, fid=fid)
+        chosen = settings(data={"image_size": side}, fid=fid)
         return complaint(lambda: Evaluation(chosen, folder))
 
+    assert "makes latents of [4, 4, 4], but those of pretrained/digits_vae" in refused(32)
     assert "has inception_score, but" in refused(metrics=("inception_score",))
     assert refused(images=2).startswith("2 generated images per omega (fid.images): too few")
     assert refused(floor_images=2).startswith("2 real training images (fid.floor_images; 0 takes none)")
