@@ -153,6 +153,9 @@ class Mae(Optimizer):
     """Folder of an encoder to take as it is, from here or imported, instead of training one; null trains."""
     view: Literal["center", "augmented"] = "augmented"
     """The view that the MAE trains on: `augmented` (paper). With a `source`, `center` will do."""
+    input_patch_size: Count = 1
+    """Side of the squares that are folded into channels before the network: 1 for latents; the release has 8
+    for pixels."""
     width: Count = 256
     """Channels of the stem and the first stage; later stages have 2, 4 and 8 times as many."""
     layers: tuple[Count, Count, Count, Count] = (3, 4, 6, 3)

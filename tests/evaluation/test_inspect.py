@@ -20,7 +20,7 @@ from drift.data.datasets import DigitImages, open_images
 from drift.data.latents import LatentStore, latent_files, write_latents
 from drift.data.views import Augmented, Center
 from drift.evaluation import inspect_latents as inspection_of_latents
-from drift.evaluation.inspect_features import check_feature_sets, inspect_mae
+from drift.evaluation.inspect_features import check_feature_sets, fill_in, inspect_mae, masked_errors
 from drift.evaluation.inspect_latents import (
     density,
     histogram_picture,
@@ -412,6 +412,19 @@ def test_the_masked_error_is_that_of_a_plain_loop(world, settings, tmp_path):
     assert meta["feature_sets"] == []
 
 
+def test_the_masked_error_of_folded_pixels_is_that_of_the_training(tmp_path):
+    """Squares of 2 places are masked, of 4 pixels each."""
+    model = random_mae({**MAE, "in_channels": 3, "input_patch_size": 4})
+    pixels = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert torch.equal(model.unfold(model.fold(pixels)), pixels)
+    hidden, output = fill_in(model, pixels, np.arange(5), 0.5, 0, "inspect/mask")
+    masks = torch.cat([draw_mask((1, 2, 2), 0.5, torch_generator(0, "inspect/mask", i)) for i in range(5)])
+    assert torch.equal(hidden[:, 0], masks.repeat_interleave(8, 1).repeat_interleave(8, 2))
+    with torch.no_grad():
+        expected, _ = model(pixels, masks)
+    torch.testing.assert_close(masked_errors(pixels, output, hidden, fold=4), expected)
+
+
 def test_on_the_latents_of_its_training_the_error_is_that_of_the_log(world, settings, trained, tmp_path):
     out = tmp_path / "out"
     inspect_mae(trained, world / "augmented", settings, out)
@@ -627,7 +640,7 @@ def test_an_mae_of_other_inputs(world, settings, tmp_path):
 
     shape = {"base_channels": 8, "layers": (1, 1, 1, 1), "norm_groups": 2}
     assert "3 channels" in look(dict(in_channels=3, **shape))
-    assert "an MAE of pixels" in look(dict(input_patch_size=2, **shape))
+    assert "cannot be masked in squares of 6x6" in look(dict(input_patch_size=3, **shape))
     assert "cannot be masked in squares" in look(dict(patch_size=3, **shape))
 
 
