@@ -1,4 +1,4 @@
-"""drift: latents of the centre view and the feature encoder -> the one-step generator.
+"""drift: latents of the view `drift.view` and the feature encoder -> the one-step generator.
 
     python -m stages.drift --latents artifacts/latents/center --mae artifacts/mae --out artifacts/generator
 
@@ -28,7 +28,7 @@ from drift.training.loop import Run
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = stage_parser(__doc__)
-    parser.add_argument("--latents", type=Path, required=True, help="folder of the centre latents")
+    parser.add_argument("--latents", type=Path, required=True, help="folder of the latents")
     parser.add_argument("--mae", type=Path, required=True, help="folder of the MAE")
     parser.add_argument("--out", type=Path, required=True, help="folder of the generator")
     parser.add_argument("--plot", type=Path, default=Path("plots/drift_training.csv"))
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_output(args.out)
     check_output(args.plot)
     store = LatentStore.open(args.latents)
-    check_latents(store, settings, "center")
+    check_latents(store, settings, settings.drift.view)
     encoder = load_encoders(settings.features, mae=args.mae)
     if (code := spawn("stages.drift", argv, args.nproc or hardware.processes)) is not None:
         return code

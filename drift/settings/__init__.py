@@ -117,7 +117,7 @@ class Settings(Section):
     features: Annotated[tuple[Features, ...], Field(min_length=1)]
     """What the drift is computed in; feature sets of several encoders are added."""
     views: Annotated[tuple[Literal["center", "augmented"], ...], Field(min_length=1)]
-    """The views that encode makes: `center` for the generator, `augmented` for the training of the MAE."""
+    """The views that encode makes; `mae.view` and `drift.view` say who trains on which."""
     data: Data
     encode: Encode
     mae: Mae
@@ -142,7 +142,7 @@ class Settings(Section):
         scale, ratio = self.encode.crop_scale, self.encode.crop_ratio
         yield from self.broken(
             (repeats(self.temps), "temps", "each temperature once"),
-            ("center" not in self.views, "views", "a list with center, on which the generator trains"),
+            (self.drift.view not in self.views, "views", f"a list with {self.drift.view} (drift.view)"),
             (self.mae.view not in self.views, "views", f"a list with {self.mae.view} (mae.view)"),
             (no_root, "data.root", "a folder, where data.dataset is folder"),
             (scale[0] > scale[1], "encode.crop_scale", "the smaller number first"),

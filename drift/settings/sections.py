@@ -197,6 +197,8 @@ class Mae(Optimizer):
 
 
 class Drift(Optimizer):
+    view: Literal["center", "augmented"] = "center"
+    """The view that the real samples are of: `center`, or random crops (the release, for pixels)."""
     hidden: Count = 768
     depth: Count = 12
     heads: Count = 12

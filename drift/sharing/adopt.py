@@ -95,12 +95,13 @@ def use_encoder(folder: Path, params: Path, latents: Path) -> dict[str, Any]:
     from dvc.utils.serialize import modify_yaml
 
     changed: dict[str, Any] = {"mae.source": str(folder)}
-    center_only = not (latents / load_settings(params).mae.view).exists()
+    settings = load_settings(params)
+    view = settings.drift.view  # which is needed in any case
     with modify_yaml(params) as content:
         content["mae"]["source"] = str(folder)
-        if center_only:
-            changed |= {"mae.view": "center", "views": ["center"]}
-            content["mae"]["view"], content["views"][:] = "center", ["center"]  # in the list's own style
+        if not (latents / settings.mae.view).exists():
+            changed |= {"mae.view": view, "views": [view]}
+            content["mae"]["view"], content["views"][:] = view, [view]  # in the list's own style
     return changed
 
 

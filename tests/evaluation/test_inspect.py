@@ -707,3 +707,8 @@ def test_without_a_folder_it_is_that_of_the_view(world, tmp_path, capsys, monkey
     assert code == 0 and "outputs/latents-augmented/meta.json" in out
     code, _, err = run(capsys, "latents")
     assert code == 2 and "artifacts/latents/center: there is no such folder" in err
+    content = yaml.safe_load((tmp_path / "params.yaml").read_text())
+    content["drift"]["view"] = "augmented"
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(content))
+    code, out, _ = run(capsys, "latents", "--count", 1)
+    assert code == 0 and "outputs/latents-augmented/meta.json" in out

@@ -296,3 +296,12 @@ def test_the_settings_get_the_encoder_and_keep_the_rest(here, encoded):
     assert settings.mae.source == str(here / "imported")
     assert settings.mae.view == ("augmented" if encoded else "center")
     assert settings.views == (("center", "augmented") if encoded else ("center",))
+
+
+def test_the_encoder_gets_the_view_of_the_generator(here):
+    text = (ROOT / "presets/digits.yaml").read_text()
+    swapped = text.replace("  view: center ", "  view: x ").replace("  view: augmented ", "  view: center ")
+    (here / "params.yaml").write_text(swapped.replace("  view: x ", "  view: augmented "))
+    use_encoder(here / "imported", here / "params.yaml", here / "artifacts/latents")
+    settings = load_settings("params.yaml")
+    assert settings.mae.view == settings.drift.view == "augmented" and settings.views == ("augmented",)
