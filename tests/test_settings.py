@@ -55,7 +55,7 @@ def test_presets_are_valid_and_say_what_to_expect(preset):
 def test_presets_quote_a_published_fid_only_beside_the_protocol_that_gives_it():
     quoting = {path for path in PRESETS if re.search(r"FID \d", path.read_text().split("seed:")[0])}
     assert {path.stem for path in quoting} == {
-        "imagenet256_ablation", "imagenet256_b2", "imagenet256_l2",
+        "imagenet256_ablation", "imagenet256_b2", "imagenet256_l2", "pixel_b16", "pixel_l16",
     }  # fmt: skip
     for path in PRESETS:
         fid = load_settings(path).fid
@@ -113,8 +113,23 @@ def test_what_dvc_empties_is_no_input(tmp_path, monkeypatch, key, value, output)
     load_settings(changed(tmp_path, mae__source="artifacts/mae-of-another"))
 
 
-# Paper Table 8 and A.8; a second writing-down of the presets, so that a slip in either shows
+PIXELS = {
+    ("mae", "width"): 640, ("mae", "steps"): 200_000, ("mae", "finetune_steps"): 3_000,
+    ("mae", "input_patch_size"): 8, ("mae", "view"): "augmented", ("drift", "view"): "augmented",
+    ("drift", "patch"): 16, ("drift", "weight_decay"): 0.01, ("drift", "warmup_steps"): 10_000,
+    ("drift", "steps"): 100_000, ("drift", "classes_per_step"): 128, ("drift", "positives"): 128,
+    ("drift", "generated"): 64, ("drift", "unconditional"): 32, ("drift", "omega_exponent"): 5.0,
+    ("drift", "no_guidance_fraction"): 0.0, ("drift", "push_per_step"): 4096,
+}  # fmt: skip
+# Paper Table 8 and A.8, and the release for pixels; a second writing-down of the presets, so that a slip in
+# either shows
 PUBLISHED = {
+    "pixel_b16": PIXELS | {
+        ("drift", "hidden"): 768, ("drift", "depth"): 12, ("drift", "heads"): 12, ("drift", "lr"): 2e-4,
+    },
+    "pixel_l16": PIXELS | {
+        ("drift", "hidden"): 1024, ("drift", "depth"): 24, ("drift", "heads"): 16, ("drift", "lr"): 4e-4,
+    },
     "imagenet256_ablation": {
         ("mae", "width"): 256, ("mae", "steps"): 30_000, ("mae", "finetune_steps"): 0,
         ("drift", "hidden"): 768, ("drift", "depth"): 12, ("drift", "heads"): 12,
