@@ -81,13 +81,17 @@ def run(settings: Settings, stage: str, device: torch.device, split: Split, on_s
 
 
 def latents(settings: Settings, stage: str, folder: Path) -> LatentStore:
-    """Noise, of as many classes as a step has."""
+    """Noise, of as many classes as a step has; as 8-bit levels where there is no autoencoder."""
     of_drift = settings.drift
     classes = of_drift.classes_per_step if stage == "drift" else settings.data.classes
     count = classes * max(128, of_drift.positives) if stage == "drift" else 2 * settings.mae.batch_size
-    side, labels = settings.data.image_size // REDUCTION, np.arange(count) % classes
-    numbers = np.random.default_rng(0).standard_normal((count, CHANNELS, side, side), np.float32)
-    write_latents(folder, "train", numbers.astype(np.float16), labels, {"num_classes": classes})
+    rng, side, labels = np.random.default_rng(0), settings.data.image_size, np.arange(count) % classes
+    if settings.encode.autoencoder.needs_source:
+        side //= REDUCTION
+        numbers = rng.standard_normal((count, CHANNELS, side, side), np.float32).astype(np.float16)
+    else:
+        numbers = rng.integers(0, 256, (count, 3, side, side), np.uint8)
+    write_latents(folder, "train", numbers, labels, {"num_classes": classes})
     return LatentStore.open(folder)
 
 
