@@ -37,20 +37,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
 
     of_other_views = {key for view, keys in VIEW_OPTIONS.items() if view != args.view for key in keys}
-    idle = encode.without_effect().keys()
     inputs = {
         "seed": settings.seed,
         "view": args.view,
         "data": data.model_dump(mode="json"),
         # Not on_bad_image: whoever learns at the end that images are damaged may skip them and go on
-        "encode": encode.model_dump(mode="json", exclude={"on_bad_image", *of_other_views, *idle}),
+        "encode": encode.model_dump(
+            mode="json", exclude={"on_bad_image", *of_other_views, *encode.without_effect()}
+        ),
         "images": source.digest,
         "pictures": view_digest(args.view),
         "vae": vae.digest,
     }
     view, remarks = make_view(args.view, encode), settings.remarks("encode")
-    posterior = "mean" if "posterior" in idle else encode.posterior
-    chosen = {"image_size": data.image_size, "posterior": posterior, "seed": settings.seed}
+    chosen = {"image_size": data.image_size, "posterior": encode.posterior_used, "seed": settings.seed}
     options = EncodeOptions(view=view, on_bad_image=encode.on_bad_image, **chosen)
     with (
         join(hardware.time_limit, deterministic=hardware.deterministic) as ranks,

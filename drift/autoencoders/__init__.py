@@ -22,6 +22,8 @@ class Autoencoder(Protocol):
 
     needs_source: bool
     """Whether it has networks, and so files that it is loaded from."""
+    has_posterior: bool
+    """Whether `noise` has an effect on `encode`."""
     storage_dtype: np.dtype
     """How latents are stored: float16, or uint8 for pixels."""
     id: str
@@ -57,7 +59,10 @@ class Autoencoder(Protocol):
         ...
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """uint8 images `[B, H, W, 3]` -> latents `[B, C, h, w]`; standard normal `noise` gives a sample."""
+        """uint8 images `[B, H, W, 3]` -> latents `[B, C, h, w]`; standard normal `noise` gives a sample.
+
+        Without a posterior, it changes nothing.
+        """
         ...
 
     def decode(self, latents: Tensor) -> Tensor:

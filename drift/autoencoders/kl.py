@@ -98,6 +98,7 @@ class VAE(nn.Module):
     """
 
     needs_source = True
+    has_posterior = True
     storage_dtype = np.dtype(np.float16)
 
     def __init__(

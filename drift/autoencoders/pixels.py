@@ -17,6 +17,7 @@ class Pixels:
     """See `drift.autoencoders.Autoencoder`; nothing is lost, whatever the precision."""
 
     needs_source = False
+    has_posterior = False
     storage_dtype = np.dtype(np.uint8)
     id = "pixels"
     revision: str | None = None

@@ -108,9 +108,17 @@ class Encode(Section):
     """Autocast precision of the autoencoder. bfloat16 is faster and gives slightly different latents; what is
     not finite is recomputed in float32. On a GPU, PyTorch's float32 convolutions round inputs to TF32."""
 
+    @property
+    def posterior_used(self) -> Literal["mean", "sample"]:
+        """`posterior`, or mean where the autoencoder has one latent for an image."""
+        return self.posterior if AUTOENCODERS[self.autoencoder.kind].has_posterior else "mean"
+
     def without_effect(self) -> dict[str, str]:
-        no_network = not self.autoencoder.needs_source
-        return unused((no_network, f"autoencoder is {self.autoencoder.kind}", "posterior precision"))
+        kind = self.autoencoder.kind
+        return unused(
+            (not AUTOENCODERS[kind].has_posterior, f"autoencoder is {kind}", "posterior"),
+            (not self.autoencoder.needs_source, f"autoencoder is {kind}", "precision"),
+        )
 
 
 class Optimizer(Section):

@@ -193,10 +193,10 @@ def _check_split(
 def _expected(view: str, settings: Settings) -> dict[str, Any]:
     """Keys of a meta file that follow from the settings; `drift.training.encode` writes the same ones."""
     data, encode = settings.data, settings.encode
-    keys = ("posterior", *VIEW_OPTIONS[one_of("view", view, *VIEW_OPTIONS)])
+    keys = VIEW_OPTIONS[one_of("view", view, *VIEW_OPTIONS)]
     expected = {"view": view, "image_size": data.image_size, "num_classes": data.classes}
-    expected["vae"] = encode.autoencoder.id
-    expected |= {key: getattr(encode, key) for key in keys if key not in encode.without_effect()}
+    expected |= {"vae": encode.autoencoder.id, "posterior": encode.posterior_used}
+    expected |= {key: getattr(encode, key) for key in keys}
     scale = known_scaling_factor(encode.autoencoder.source, encode.autoencoder.revision)
     return expected if scale is None else {**expected, "scaling_factor": scale}
 
