@@ -408,6 +408,7 @@ def test_an_autoencoder_is_a_text_or_a_kind_with_its_source(tmp_path):
             "encode.autoencoder.source = 'x': allowed: null, where kind is pixels",
         ),
         ({"kind": "pixels", "revision": "x"}, "encode.autoencoder.revision = 'x': allowed: null"),
+        ({"source": "rae"}, "encode.autoencoder.source = 'rae': allowed: ./rae, if it is a folder"),
         ({"source": "x", "commit": "y"}, "unknown key encode.autoencoder.commit"),
     ):
         assert wanted in refusal(tmp_path, encode__autoencoder=written)
