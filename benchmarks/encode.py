@@ -58,7 +58,7 @@ def stage_rate(folder: Path, settings: Settings, count: int) -> float:
 
 
 def vae_rate(settings: Settings, device: torch.device) -> float:
-    """Images per second of the network, uncompiled."""
+    """Images per second of the autoencoder alone, uncompiled."""
     encode, batch, side = settings.encode, settings.hardware.encode_batch, settings.data.image_size
     vae = encode.autoencoder.load(encode.precision, device)
     pictures = torch.randint(256, (batch, side, side, 3), dtype=torch.uint8, device=device)

@@ -28,7 +28,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import drift.training.objective
 from benchmarks import timing
 from benchmarks.timing import Split
-from drift.data.latents import LatentReader, LatentStore, write_latents
+from drift.autoencoders import AUTOENCODERS
+from drift.data.latents import LatentReader, LatentStore, as_stored, write_latents
 from drift.features import Encoder, EncoderOptions, MAEEncoder
 from drift.features.base import Joined
 from drift.models import Generator, LatentMAE
@@ -41,8 +42,8 @@ from drift.training.loop import Run
 from drift.training.mae import mae_config, train_mae
 
 WARM_UP = 3  # steps before those that count
-LATENTS = {"kl": (4, 8), "rae": (768, 16)}
-"""Channels, and pixels along a place, of the SD-VAE's and of DINOv2-B's latents."""
+LATENTS = {"kl": (4, 8), "rae": (768, 16), "pixels": (3, 1)}
+"""Channels, and pixels along a place, of the SD-VAE's and of DINOv2-B's latents, and of pixels."""
 
 
 class Enough(Exception):
@@ -90,14 +91,16 @@ def _encoder(features: EncoderOptions, settings: Settings, store: LatentStore) -
 
 
 def latents(settings: Settings, stage: str, folder: Path) -> LatentStore:
-    """Noise, of as many classes as a step has."""
+    """Noise, of as many classes as a step has, in the type in which latents of the kind are stored."""
     of_drift = settings.drift
     classes = of_drift.classes_per_step if stage == "drift" else settings.data.classes
     count = classes * max(128, of_drift.positives) if stage == "drift" else 2 * settings.mae.batch_size
-    channels, reduction = LATENTS[settings.encode.autoencoder.kind]
+    kind = settings.encode.autoencoder.kind
+    channels, reduction = LATENTS[kind]
     side, labels = settings.data.image_size // reduction, np.arange(count) % classes
     numbers = np.random.default_rng(0).standard_normal((count, channels, side, side), np.float32)
-    write_latents(folder, "train", numbers.astype(np.float16), labels, {"num_classes": classes})
+    stored = as_stored(torch.from_numpy(numbers), AUTOENCODERS[kind].storage_dtype).numpy()
+    write_latents(folder, "train", stored, labels, {"num_classes": classes})
     return LatentStore.open(folder)
 
 

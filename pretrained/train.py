@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from drift.autoencoders.kl import VAE, to_float
+from drift.autoencoders.kl import VAE
 from drift.data.datasets import open_images
+from drift.data.levels import to_float
 from drift.data.views import augmented_view, center_view
 from drift.models.classifier import ImageClassifier
 from drift.runtime.errors import UserError

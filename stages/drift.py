@@ -1,4 +1,4 @@
-"""drift: latents of the centre view and the feature encoders -> the one-step generator.
+"""drift: latents of the view `drift.view` and the feature encoders -> the one-step generator.
 
     python -m stages.drift --latents artifacts/latents/center --mae artifacts/mae --out artifacts/generator
 
@@ -32,7 +32,7 @@ from drift.training.loop import Run
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = stage_parser(__doc__)
-    parser.add_argument("--latents", type=Path, required=True, help="folder of the centre latents")
+    parser.add_argument("--latents", type=Path, required=True, help="folder of the latents")
     parser.add_argument("--mae", type=Path, required=True, help="folder of the MAE")
     parser.add_argument("--out", type=Path, required=True, help="folder of the generator")
     parser.add_argument("--plot", type=Path, default=Path("plots/drift_training.csv"))
@@ -44,21 +44,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in (args.out, args.plot, args.fid_plot):
         check_output(path)
     store = LatentStore.open(args.latents)
-    check_latents(store, settings, "center")
-    evaluation = TrainingEvaluation(settings) if settings.drift.evaluate_every else None
+    check_latents(store, settings, settings.drift.view)
+    evaluation = TrainingEvaluation(settings, store) if settings.drift.evaluate_every else None
     if (source := settings.drift.init_from) is not None:
         open_generator(source, generator_config(settings.drift, store))  # refuses what does not fit
     encoder = load_features(settings, store, args.mae)
     if (code := spawn("stages.drift", argv, args.nproc or hardware.processes)) is not None:
         return code
 
+    autoencoder = settings.encode.autoencoder
     decides = {
         "seed": settings.seed,
         **settings.deciding("drift"),
         "latents": store.digest,
         # That of the latents, which decodes what the generator makes
-        "vae": settings.encode.autoencoder.source,
-        "vae_revision": settings.encode.autoencoder.revision,
+        "vae": autoencoder.id,
+        "vae_revision": autoencoder.revision,
     }
     if settings.needs_mae:
         decides["mae"] = {path.name: sha256(path) for path in model_files(args.mae)}

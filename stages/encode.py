@@ -42,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "view": args.view,
         "data": data.model_dump(mode="json"),
         # Not on_bad_image: whoever learns at the end that images are damaged may skip them and go on
-        "encode": encode.model_dump(mode="json", exclude={"on_bad_image", *of_other_views}),
+        "encode": encode.model_dump(
+            mode="json", exclude={"on_bad_image", *of_other_views, *encode.without_effect()}
+        ),
         "images": source.digest,
         "pictures": view_digest(args.view),
         "vae": vae.digest,

@@ -17,7 +17,7 @@ NAMES = ["tench, Tinca tinca", "cat", "7"]
 
 
 def write_generator(folder, seed=0, names=NAMES, vae=VAE_FOLDER, **sizes):
-    """A folder as the drift stage writes it."""
+    """A folder as the drift stage writes it; with `vae="pixels"`, of a generator that needs none."""
     torch.manual_seed(seed)
     model = Generator(**{**SIZES, **sizes}).eval()
     with torch.no_grad():

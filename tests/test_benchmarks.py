@@ -26,16 +26,17 @@ def test_field(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("stage", "network", "parts"),
+    ("stage", "network", "parts", "changes"),
     [
-        ("drift", "generator", {"field", "encoder, backward", "optimizer, EMA"}),
-        ("mae", "MAE", {"optimizer, EMA"}),
+        ("drift", "generator", {"field", "encoder, backward", "optimizer, EMA"}, ()),
+        ("mae", "MAE", {"optimizer, EMA"}, ()),
+        ("mae", "MAE", {"optimizer, EMA"}, ("encode.autoencoder=pixels", "mae.input_patch_size=4")),
     ],
 )
-def test_step(tmp_path, stage, network, parts):
+def test_step(tmp_path, stage, network, parts, changes):
     """The parts of a step add up to it, and a backward pass has twice the FLOPs of the forward pass."""
     how = ("--device", "cpu", "--preset", "presets/digits.yaml")
-    how += ("--set", "mae.batch_size=8", "drift.classes_per_step=2")
+    how += ("--set", "mae.batch_size=8", "drift.classes_per_step=2", *changes)
     found = figures(benchmarks.step.main, tmp_path, *how, "--stage", stage, "--steps", "3")
     forward, backward = f"{network}, forward", f"{network}, backward"
     assert parts | {forward, backward} <= found["parts"].keys()

@@ -112,8 +112,23 @@ def test_what_dvc_empties_is_no_input(tmp_path, monkeypatch, key, value, output)
     load_settings(changed(tmp_path, mae__source="artifacts/mae-of-another"))
 
 
-# Paper Table 8 and A.8; a second writing-down of the presets, so that a slip in either shows
+PIXELS = {
+    ("mae", "width"): 640, ("mae", "steps"): 200_000, ("mae", "finetune_steps"): 3_000,
+    ("mae", "input_patch_size"): 8, ("mae", "view"): "augmented", ("drift", "view"): "augmented",
+    ("drift", "patch"): 16, ("drift", "weight_decay"): 0.01, ("drift", "warmup_steps"): 10_000,
+    ("drift", "steps"): 100_000, ("drift", "classes_per_step"): 128, ("drift", "positives"): 128,
+    ("drift", "generated"): 64, ("drift", "unconditional"): 32, ("drift", "omega_exponent"): 5.0,
+    ("drift", "no_guidance_fraction"): 0.0, ("drift", "push_per_step"): 4096,
+}  # fmt: skip
+# Paper Table 8 and A.8, and the release for pixels; a second writing-down of the presets, so that a slip in
+# either shows
 PUBLISHED = {
+    "pixel_b16": PIXELS | {
+        ("drift", "hidden"): 768, ("drift", "depth"): 12, ("drift", "heads"): 12, ("drift", "lr"): 2e-4,
+    },
+    "pixel_l16": PIXELS | {
+        ("drift", "hidden"): 1024, ("drift", "depth"): 24, ("drift", "heads"): 16, ("drift", "lr"): 4e-4,
+    },
     "imagenet256_ablation": {
         ("mae", "width"): 256, ("mae", "steps"): 30_000, ("mae", "finetune_steps"): 0,
         ("drift", "hidden"): 768, ("drift", "depth"): 12, ("drift", "heads"): 12,
@@ -223,7 +238,7 @@ def test_presets_say_only_what_they_change():
         content, defaults = load_content(path), load_content(ROOT / "tests" / "defaults.yaml")
         for section, keys in defaults.items():
             same = [key for key, value in content[section].items() if value == keys.get(key, ...)]
-            same = [key for key in same if (section, key) != ("mae", "view")]  # which dvc.yaml reads
+            same = [key for key in same if key != "view"]  # which dvc.yaml reads
             assert not same, f"{path}: {section}: {same}"
 
 
@@ -264,6 +279,8 @@ GUIDED = {"drift__omega_min": 1.1, "drift__no_guidance_fraction": 0.0}
         ({"features": "mae"}, ["features = 'mae': allowed: a list"]),
         ({"views": ["augmented"]}, ["views = ['augmented']", "center"]),
         ({"views": ["center"]}, ["views = ['center']", "augmented (mae.view)"]),
+        ({"views": ["center"], "drift__view": "augmented"}, ["views = ['center']", "augmented (drift.view)"]),
+        ({"drift__view": "middle"}, ["drift.view = 'middle': allowed: center or augmented"]),
         ({"drift__classes_per_step": 11}, ["drift.classes_per_step = 11", "data.classes (10)"]),
         ({"drift__positives": 0}, ["drift.positives", "greater than or equal to 1"]),
         ({"drift__positives": 129}, ["drift.positives = 129", "queue_per_class (128)"]),
@@ -385,9 +402,17 @@ def test_an_autoencoder_is_a_text_or_a_kind_with_its_source(tmp_path):
     ):
         made = load_settings(changed(tmp_path, encode__autoencoder=written)).encode.autoencoder
         assert (made.kind, made.source, made.revision) == ("kl", source, revision)
+    pixels = load_settings(changed(tmp_path, encode__autoencoder="pixels")).encode.autoencoder
+    assert (pixels.kind, pixels.source, pixels.id) == ("pixels", None, "pixels")
     for written, wanted in (
-        ("kl", "missing key encode.autoencoder.source"),
-        ({"kind": "vq", "source": "x"}, "encode.autoencoder.kind = 'vq': allowed: kl"),
+        ("kl", "encode.autoencoder.source = null: allowed: a folder or a hub id, where kind is kl"),
+        ({"kind": "vq", "source": "x"}, "encode.autoencoder.kind = 'vq': allowed: kl, rae or pixels"),
+        (
+            {"kind": "pixels", "source": "x"},
+            "encode.autoencoder.source = 'x': allowed: null, where kind is pixels",
+        ),
+        ({"kind": "pixels", "revision": "x"}, "encode.autoencoder.revision = 'x': allowed: null"),
+        ({"source": "rae"}, "encode.autoencoder.source = 'rae': allowed: ./rae, if it is a folder"),
         ({"source": "x", "commit": "y"}, "unknown key encode.autoencoder.commit"),
     ):
         assert wanted in refusal(tmp_path, encode__autoencoder=written)
@@ -480,6 +505,16 @@ def test_the_root_of_a_data_set_that_lies_in_files_has_an_effect(dataset, ignore
             {"mae__finetune_steps": 0, "mae__held_out": 0},
             "without effect here: mae.finetune_weight, mae.finetune_ramp_steps (finetune_steps is 0); "
             "mae.evaluate_every (held_out is 0)",
+        ),
+        (
+            "encode",
+            {"encode__autoencoder": "pixels", "encode__precision": "bfloat16"},
+            "without effect here: encode.posterior, encode.precision (autoencoder is pixels)",
+        ),
+        (
+            "fid",
+            {"encode__autoencoder": "pixels", "fid__precision": "float32"},
+            "without effect here: fid.precision (encode.autoencoder is pixels)",
         ),
         (
             "encode",

@@ -14,8 +14,8 @@ import torch
 from imports import ROOT
 from small_rae import small_rae
 
-from drift.autoencoders import AUTOENCODERS
-from drift.data.latents import LatentStore, write_latents
+from drift.autoencoders import AUTOENCODERS, Pixels
+from drift.data.latents import LatentStore, as_stored, write_latents
 from drift.evaluation.networks import load_feature_network
 from drift.evaluation.pictures import draw_images
 from drift.evaluation.sample import ImageDecoder
@@ -126,11 +126,16 @@ NARROW = {
     "positives": 3, "unconditional": 2, "queue_per_class": 4, "queue_global": 4, "push_per_step": 4,
     "steps": 1, "warmup_steps": 0,
 }  # fmt: skip
-LATENTS = {"rae_latent": (768, 16, 16), "imagenet512_b2": (4, 64, 64), "imagenet512_rae": (768, 32, 32)}
+LATENTS = {
+    "rae_latent": (768, 16, 16), "imagenet512_b2": (4, 64, 64), "imagenet512_rae": (768, 32, 32),
+    "pixel_b16": (3, 256, 256),
+}  # fmt: skip
 
 
 def narrow_autoencoder(kind, pixels, shape, folder):
     """It decodes latents of the real size."""
+    if kind == "pixels":
+        return Pixels()
     if kind == "rae":
         small_rae(pixels=pixels, side=shape[1], channels=shape[0]).save_pretrained(folder)
     else:
@@ -147,8 +152,9 @@ def narrow_autoencoder(kind, pixels, shape, folder):
 def test_a_narrow_generator_learns_whole_latents_and_is_measured(tmp_path, preset):
     """One step of the stage's own loop in all feature sets of the preset; an image has the preset's side."""
     settings, shape = load_settings(ROOT / "presets" / f"{preset}.yaml"), LATENTS[preset]
-    rng = np.random.default_rng(0)
-    write_latents(tmp_path, "train", rng.standard_normal((8, *shape), np.float32), np.arange(8) % 2, {})
+    noise = torch.from_numpy(np.random.default_rng(0).standard_normal((8, *shape), np.float32))
+    stored = as_stored(noise, AUTOENCODERS[settings.encode.autoencoder.kind].storage_dtype)
+    write_latents(tmp_path, "train", stored.numpy(), np.arange(8) % 2, {})
     store = LatentStore.open(tmp_path)
     LatentMAE(**mae_config(settings.mae.model_copy(update={"width": 32}), store)).save_pretrained(
         tmp_path / "mae"

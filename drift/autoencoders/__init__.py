@@ -16,25 +16,28 @@ from torch import Tensor
 
 from drift.autoencoders.base import DiffusersAutoencoder, Latents
 from drift.autoencoders.kl import VAE
+from drift.autoencoders.pixels import Pixels
 from drift.autoencoders.rae import RAE
 
-__all__ = ["AUTOENCODERS", "RAE", "VAE", "Autoencoder", "DiffusersAutoencoder", "Latents"]
+__all__ = ["AUTOENCODERS", "RAE", "VAE", "Autoencoder", "DiffusersAutoencoder", "Latents", "Pixels"]
 
 
 class Autoencoder(Protocol):
     """A frozen pair of encoder and decoder. Nobody else knows how its latents are shifted and scaled."""
 
+    needs_source: bool
+    """Whether it has networks, and so files that it is loaded from."""
+    has_posterior: bool
+    """Whether `noise` has an effect on `encode`."""
+    storage_dtype: np.dtype
+    """How latents are stored: float16, or uint8 for pixels."""
     id: str
-    """Folder or hub id that it was loaded from."""
+    """Folder or hub id that it was loaded from; the name of its kind if it needs none."""
     revision: str | None
     """Commit on the hub; None for a folder."""
     precision: str
-    storage_dtype: np.dtype
-    """How latents are stored."""
     scaling_factor: float
     """Of its latents, as files of latents state it."""
-    has_posterior: bool
-    """Whether `noise` has an effect on `encode`."""
 
     @classmethod
     def known(cls, source: str, revision: str | None, image_size: int) -> Latents | None:
@@ -87,5 +90,5 @@ class Autoencoder(Protocol):
         """Print how many batches `in_float32` was asked for, if any."""
 
 
-AUTOENCODERS: dict[str, type[Autoencoder]] = {"kl": VAE, "rae": RAE}
+AUTOENCODERS: dict[str, type[Autoencoder]] = {"kl": VAE, "rae": RAE, "pixels": Pixels}
 """`encode.autoencoder.kind` -> its class."""

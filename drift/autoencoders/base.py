@@ -10,39 +10,23 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from drift.data.levels import to_float
 from drift.runtime.errors import UserError, one_of
 from drift.runtime.torchvision import ensure_torchvision
 
 CONFIG_FILE = "config.json"
-Rounding = Literal["nearest", "down"]
-T = TypeVar("T")
 _IMAGES_PER_THREAD = 8  # on a CPU: enough to be efficient, few enough to keep many cores busy
 
 
-def to_float(images: Tensor) -> Tensor:
-    """uint8 `[B, H, W, 3]` -> float32 in [-1, 1], `[B, 3, H, W]`."""
-    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def to_uint8(images: Tensor, rounding: Rounding = "nearest") -> Tensor:
-    """Floats around [-1, 1], `[B, 3, H, W]` -> uint8 `[B, H, W, 3]`: the values that a PNG would hold.
-
-    `rounding` down cuts off what is beyond 8 bits, as both papers' codes do: half a level darker on average.
-    """
-    to_whole = {"nearest": torch.round, "down": torch.floor}[rounding]
-    levels = to_whole((images.float() + 1) * 127.5).clamp(0, 255)
-    return levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-
 class Latents(NamedTuple):
-    """What the config of an autoencoder says of its latents."""
+    """What is known of an autoencoder's latents before it is loaded."""
 
     scaling_factor: float
     shape: tuple[int, int, int]
@@ -60,6 +44,7 @@ class DiffusersAutoencoder(nn.Module, ABC):
     """Its class in diffusers."""
     called: ClassVar[str]
     """What messages call it."""
+    needs_source = True
     has_posterior: bool
     storage_dtype = np.dtype(np.float16)
 

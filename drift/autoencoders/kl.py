@@ -14,10 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drift.autoencoders.base import CONFIG_FILE, DiffusersAutoencoder, Rounding, to_float, to_uint8
+from drift.autoencoders.base import CONFIG_FILE, DiffusersAutoencoder
 from drift.runtime.errors import UserError
-
-__all__ = ["CONFIG_FILE", "VAE", "LatentScale", "Rounding", "latent_scale", "to_float", "to_uint8"]
 
 # diffusers' defaults, for configs from before there were such keys
 _DEFAULTS: dict[str, Any] = {

@@ -1,7 +1,7 @@
 """Take latents that were handed on as files for the output of encode@VIEW.
 
 SOURCE holds for the split train, and for any others:
-  <split>_latents.npy   float16 [N, C, H, W]
+  <split>_latents.npy   float16 [N, C, H, W]; uint8 where encode.autoencoder is pixels
   <split>_labels.npy    int64 [N], from 0 to data.classes - 1
   <split>_meta.json     what they were made from; may lack every key
 or a file per training image, in the order of torchvision's ImageFolder:

@@ -11,6 +11,7 @@ examples:
   dvc exp run -S ++mae.source=imported/mae_640 -S ++mae.view=center -S 'views=[center]'
   drift import-release latent_L_sota imported/latent_L
   drift sample imported/latent_L --vae stabilityai/sd-vae-ft-mse --classes 207
+  drift sample imported/pixel_L --vae pixels --classes 207
 """
 
 import argparse
@@ -36,4 +37,4 @@ def run(args: argparse.Namespace) -> None:
     million = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     print(f"{type(model).__name__} of {million:.1f} million parameters: wrote {args.destination}")
     if isinstance(model, LatentMAE):
-        print(settings_line(args.destination))
+        print(settings_line(args.destination, pixels=model.input_patch_size > 1))

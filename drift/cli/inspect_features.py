@@ -18,7 +18,7 @@ from pathlib import Path
 
 from drift.cli.options import add_inspection, count, look
 
-MAE, LATENTS, OUT = Path("artifacts/mae"), Path("artifacts/latents/center"), Path("outputs/features")
+MAE, OUT = Path("artifacts/mae"), Path("outputs/features")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a name, or with options as in features: (those of the settings)",
     )
     add("--mae", type=Path, default=MAE, metavar="FOLDER", help="of the encoder mae (%(default)s)")
-    add("--latents", type=Path, default=LATENTS, metavar="FOLDER", help="(%(default)s)")
+    add("--latents", type=Path, metavar="FOLDER", help="(artifacts/latents/<drift.view>)")
     add("--sets", nargs="+", default=[], metavar="SET", help="to show neighbours by (six of them)")
     add("--rows", type=count, default=1024, metavar="N", help="latents among which to look (1024)")
     add_inspection(parser, 4, str(OUT))
@@ -44,5 +44,6 @@ def run(args: argparse.Namespace) -> None:
     if args.encoders:
         settings = settings.with_features(args.encoders)
     choice = {"mae": args.mae, "sets": args.sets, "rows": args.rows}
-    lines = inspect_features(args.latents, settings, args.out or OUT, look(args), **choice)
+    latents = args.latents or Path("artifacts/latents", settings.drift.view)
+    lines = inspect_features(latents, settings, args.out or OUT, look(args), **choice)
     print(*lines, sep="\n")

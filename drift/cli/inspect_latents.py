@@ -17,7 +17,7 @@ from drift.cli.options import add_inspection, look
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="(artifacts/latents/<view>)")
-    parser.add_argument("--view", choices=("center", "augmented"), help="center, or what FOLDER holds")
+    parser.add_argument("--view", choices=("center", "augmented"), help="drift.view, or what FOLDER holds")
     add_inspection(parser, 32, "outputs/latents-<view or name of FOLDER>")
 
 
@@ -25,8 +25,9 @@ def run(args: argparse.Namespace) -> None:
     from drift.evaluation.inspect_latents import inspect_latents
     from drift.settings import load_settings
 
-    view = args.view or ("center" if args.folder is None else None)
+    settings = load_settings(args.params)
+    view = args.view or (settings.drift.view if args.folder is None else None)
     folder = args.folder or Path("artifacts/latents", view or "")
     out = args.out or Path(f"outputs/latents-{view or folder.resolve().name}")
-    lines = inspect_latents(folder, load_settings(args.params), out, look(args), view)
+    lines = inspect_latents(folder, settings, out, look(args), view)
     print(*lines, sep="\n")

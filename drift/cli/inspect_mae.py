@@ -16,13 +16,13 @@ from pathlib import Path
 
 from drift.cli.options import add_inspection, count, look
 
-MAE, LATENTS, OUT = Path("artifacts/mae"), Path("artifacts/latents/center"), Path("outputs/mae")
+MAE, OUT = Path("artifacts/mae"), Path("outputs/mae")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folder", nargs="?", type=Path, default=MAE, metavar="FOLDER", help="(%(default)s)")
-    add("--latents", type=Path, default=LATENTS, metavar="FOLDER", help="(%(default)s)")
+    add("--latents", type=Path, metavar="FOLDER", help="(artifacts/latents/<drift.view>)")
     add("--rows", type=count, default=1024, metavar="N", help="latents for the masked error (1024)")
     add_inspection(parser, 8, str(OUT))
 
@@ -31,10 +31,11 @@ def run(args: argparse.Namespace) -> None:
     from drift.evaluation.inspect_mae import inspect_mae
     from drift.settings import load_settings
 
+    settings = load_settings(args.params)
     lines = inspect_mae(
         args.folder,
-        args.latents,
-        load_settings(args.params),
+        args.latents or Path("artifacts/latents", settings.drift.view),
+        settings,
         args.out or OUT,
         look(args),
         rows=args.rows,

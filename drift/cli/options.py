@@ -46,7 +46,9 @@ def add_versions(parser: argparse.ArgumentParser) -> None:
         help="which weights: model, or an EMA copy such as ema_0999 (model)",
     )
     parser.add_argument(
-        "--vae", metavar="VAE", help="folder or hub id of the VAE, instead of the one that SOURCE names"
+        "--vae",
+        metavar="VAE",
+        help="folder or hub id of the VAE, instead of the one that SOURCE names; pixels: none is needed",
     )
 
 
@@ -65,10 +67,11 @@ def find_source(source: str, revision: str | None) -> str | Path:
     return source
 
 
-def settings_line(folder: Path) -> str:
-    """The command that trains a generator with an imported encoder."""
-    changes = f"-S ++mae.source={folder} -S ++mae.view=center -S 'views=[center]'"
-    return f"as the encoder of a run: dvc exp run {changes}"
+def settings_line(folder: Path, *, pixels: bool = False) -> str:
+    """The command that trains a generator with an imported encoder, of latents or of `pixels`."""
+    # Presets of pixels have one view anyway
+    view = "" if pixels else " -S ++mae.view=center -S 'views=[center]'"
+    return f"as the encoder of a run: dvc exp run -S ++mae.source={folder}{view}"
 
 
 def check_committable(params: Path, no_commit: bool) -> None:

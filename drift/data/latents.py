@@ -1,7 +1,8 @@
 """Latents on disk, in the files that users of the Sinkhorn paper's code exchange, and what reads them.
 
 A folder holds `<split>_latents.npy` `[N, C, H, W]` float16, `<split>_labels.npy` `[N]` int64 and
-`<split>_meta.json`, which may lack every key in files from elsewhere.
+`<split>_meta.json`, which may lack every key in files from elsewhere. Where the latents are pixels, they are
+uint8, half the bytes, on the disk and on the way to a device.
 """
 
 import errno
@@ -21,10 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from drift.data.levels import from_levels, to_levels
 from drift.runtime.errors import UserError
 from drift.runtime.files import atomic_write, sha256, write_json
 
-_BLOCK_BYTES = 2**26  # that are read at once where all rows are read
+_STORED = {np.float16: torch.float16, np.uint8: torch.uint8}
+"""The types that files of latents may have, and what PyTorch calls them."""
+_BLOCK = 2**25  # numbers that are read at once where all rows are read
 _LARGE_ROW, _READERS = 2**16, 4  # bytes from which a row is worth a thread; threads
 _BUFFERS = 1024  # of one `preadv`, at most
 _WAY_OUT = "rerun encode (dvc repro) or fetch it (dvc pull)"
@@ -35,6 +39,16 @@ _SETTINGS = {
     "vae_revision": "encode.autoencoder.revision",
 }
 """The settings with which keys of the meta file are compared, where they have another name."""
+
+
+def as_floats(rows: torch.Tensor) -> torch.Tensor:
+    """Rows as they are stored -> float32 latents; the levels of pixels become [-1, 1]."""
+    return from_levels(rows) if rows.dtype == torch.uint8 else rows.float()
+
+
+def as_stored(latents: torch.Tensor, dtype: np.dtype) -> torch.Tensor:
+    """Latents -> rows of a file of this type; pixels become their nearest levels."""
+    return to_levels(latents) if dtype == np.uint8 else latents.half()
 
 
 def latent_files(folder: str | Path, split: str = "train") -> tuple[Path, Path, Path]:
@@ -58,8 +72,8 @@ class LatentStore:
         """
         self.folder, self.split = Path(folder), split
         self._path, labels_path, self._meta_path = latent_files(folder, split)
-        self.latents = _map_array(self._path, np.float16, 4)  # [N, C, H, W] float16
-        self.labels = labels = np.array(_map_array(labels_path, np.int64, 1))  # [N] int64
+        self.latents = _map_array(self._path, tuple(_STORED), 4)  # [N, C, H, W] float16 or uint8
+        self.labels = labels = np.array(_map_array(labels_path, (np.int64,), 1))  # [N] int64
         self.meta = _read_meta(self._meta_path)
         if len(labels) != len(self):
             raise UserError(
@@ -85,6 +99,11 @@ class LatentStore:
     def shape(self) -> tuple[int, int, int, int]:
         """(N, C, H, W)."""
         return self.latents.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """float16, or uint8 for pixels."""
+        return self.latents.dtype
 
     @cached_property
     def num_classes(self) -> int:
@@ -129,7 +148,7 @@ class LatentStore:
         return per_image
 
     def read(self, indices: np.ndarray | torch.Tensor, *, pin: bool = False) -> torch.Tensor:
-        """Latents of row indices of any shape, as they are stored: float16 `[*indices.shape, C, H, W]`.
+        """Latents of row indices of any shape, as they are stored: `[*indices.shape, C, H, W]` of `dtype`.
 
         Reads each row once and in the order of the file, neighbours together, straight to its place; with
         `pin`, in pinned memory. Any number of threads may read at once. Raises `UserError` if the file cannot
@@ -141,9 +160,9 @@ class LatentStore:
         assert not len(distinct) or 0 <= distinct[0] <= distinct[-1] < len(self), (distinct, len(self))
         shape = (len(wanted), *self.shape[1:])
         if pin:
-            rows = torch.empty(shape, dtype=torch.float16, pin_memory=True)
+            rows = torch.empty(shape, dtype=_STORED[self.dtype.type], pin_memory=True)
         else:  # NumPy asks for huge pages
-            rows = torch.from_numpy(np.empty(shape, np.float16))
+            rows = torch.from_numpy(np.empty(shape, self.dtype))
         places = rows.numpy().reshape(-1).view(np.uint8).reshape(len(wanted), size)
         first_of_run = np.flatnonzero(np.diff(distinct, prepend=-2) != 1)
         runs = [
@@ -168,13 +187,13 @@ class LatentStore:
         return rows.view(*indices.shape, *self.shape[1:])
 
     def blocks(self) -> list[np.ndarray]:
-        """The indices of all rows in order, so many at a time as take 64 MiB."""
-        step = max(1, _BLOCK_BYTES // self.latents.strides[0])
+        """The indices of all rows in order, so many at a time as take 64 MiB in float16."""
+        step = max(1, _BLOCK // math.prod(self.shape[1:]))
         return [np.arange(start, min(start + step, len(self))) for start in range(0, len(self), step)]
 
     def rows(self, indices: np.ndarray | torch.Tensor) -> torch.Tensor:
-        """`read`, as float32 `[*indices.shape, C, H, W]`."""
-        return self.read(indices).float()
+        """`read`, as float32 latents `[*indices.shape, C, H, W]`."""
+        return as_floats(self.read(indices))
 
 
 class LatentReader:
@@ -186,13 +205,13 @@ class LatentReader:
         Raises `UserError` if they do not fit there.
         """
         self._store, self._device = store, device
-        self._held: torch.Tensor | None = None  # [N, C, H, W] float16
+        self._held: torch.Tensor | None = None  # [N, C, H, W], as they are stored
         if on_device:
             try:
-                self._held = torch.empty(store.shape, dtype=torch.float16, device=device)
+                self._held = torch.empty(store.shape, dtype=_STORED[store.dtype.type], device=device)
             except torch.OutOfMemoryError:
                 raise UserError(
-                    f"hardware.latents_on_device = true: {2 * math.prod(store.shape) / 2**30:.1f} GiB of "
+                    f"hardware.latents_on_device = true: {store.latents.nbytes / 2**30:.1f} GiB of "
                     f"latents do not fit into the memory of {device}; set it to false"
                 ) from None
             for rows in store.blocks():
@@ -201,8 +220,8 @@ class LatentReader:
     def fetch(self, indices: np.ndarray) -> torch.Tensor:
         """What `place` needs for int64 `indices`, in any thread; for a CUDA device in pinned memory.
 
-        The float16 rows `[*indices.shape, C, H, W]`, or the indices alone where the device holds all rows.
-        Raises `UserError` as `LatentStore.read` does.
+        The rows `[*indices.shape, C, H, W]` as they are stored, or the indices alone where the device holds
+        all rows. Raises `UserError` as `LatentStore.read` does.
         """
         if self._held is not None:
             return pinned(torch.from_numpy(indices), self._device)
@@ -212,7 +231,7 @@ class LatentReader:
     def place(self, fetched: torch.Tensor) -> torch.Tensor:
         """Latents of what was fetched on the device: float32 `[*indices.shape, C, H, W]`."""
         fetched = fetched.to(self._device, non_blocking=True)
-        return (fetched if self._held is None else self._held[fetched]).float()
+        return as_floats(fetched if self._held is None else self._held[fetched])
 
 
 def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -225,12 +244,13 @@ def write_latents(
 ) -> None:
     """Write a set that fits in memory; `shape`, `dtype` and `sha256` are added to `meta`.
 
-    `latents` are `[N, C, H, W]`, `labels` `[N]`; they are stored as float16 and int64.
+    `latents` are `[N, C, H, W]`, `labels` `[N]`; they are stored as float16 (uint8 stays) and int64.
     """
     assert latents.ndim == 4 and labels.shape == latents.shape[:1]
     latents_path, labels_path, meta_path = latent_files(folder, split)
     latents_path.parent.mkdir(parents=True, exist_ok=True)
-    for path, array, dtype in ((latents_path, latents, np.float16), (labels_path, labels, np.int64)):
+    stored = np.uint8 if latents.dtype == np.uint8 else np.float16
+    for path, array, dtype in ((latents_path, latents, stored), (labels_path, labels, np.int64)):
         with atomic_write(path) as file:
             np.save(file, array.astype(dtype))
     write_json(meta_path, {**meta, **file_facts(folder, split)})
@@ -288,7 +308,7 @@ def _read_at(file: int, run: tuple[int, list[memoryview]]) -> None:
             waiting[0] = waiting[0][count:]
 
 
-def _map_array(path: Path, dtype: type, ndim: int) -> np.memmap:
+def _map_array(path: Path, dtypes: tuple[type, ...], ndim: int) -> np.memmap:
     try:
         array = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
@@ -296,9 +316,9 @@ def _map_array(path: Path, dtype: type, ndim: int) -> np.memmap:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: is cut short or no .npy file ({error}); {_WAY_OUT}") from None
     announced, size = array.offset + array.nbytes, path.stat().st_size
-    wanted = array.dtype == dtype and array.ndim == ndim
+    wanted, types = array.dtype in dtypes and array.ndim == ndim, " or ".join(t.__name__ for t in dtypes)
     for problem, present in {
-        f"holds {array.dtype} in {array.ndim} dimensions, not {np.dtype(dtype)} in {ndim}": not wanted,
+        f"holds {array.dtype} in {array.ndim} dimensions, not {types} in {ndim}": not wanted,
         "is stored column after column (Fortran order)": not array.flags.c_contiguous,
         "holds no rows": not array.size,
         f"has {size} bytes where its header announces {announced}": announced != size,

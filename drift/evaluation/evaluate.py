@@ -96,7 +96,9 @@ class Evaluation(Measurement):
         """Raises `UserError` for everything that can be known to fail before the work."""
         fid = settings.fid
         self.copies = Copies(generator, fid.ema_decays)
-        super().__init__(settings)
+        sizes = self.copies.load(self.copies.decays[0]).config
+        made = (sizes["in_channels"], sizes["input_size"], sizes["input_size"])
+        super().__init__(settings, generator, made)
         self.copies.require_classes(self.training)
         self.floor_images = min(fid.floor_images, len(self.training))
         if self.floor_images:
@@ -180,7 +182,7 @@ class Evaluation(Measurement):
                 "precision_recall_images": fid.precision_recall_images,
                 "seed": settings.seed,
                 "device": self.network.device.type,
-                "vae": settings.encode.autoencoder.source,
+                "vae": settings.encode.autoencoder.id,
                 "vae_precision": fid.precision,
                 "vae_sha256": self.vae.digest,
                 "latent_scale_factor": self.vae.scaling_factor,

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
 from drift.data.latents import LatentStore
+from drift.data.levels import from_levels
 from drift.evaluation.inspection import Latents, Look, bands, prepare_out, write_inspection
 from drift.settings import Settings
 
@@ -27,32 +29,39 @@ CHANNEL_STD_LIMIT = 0.01
 _NAMED = 5  # things that a warning names
 _SHOWN = 16  # channels that are all shown; of more, the extreme ones
 _BLOCK = 2**22  # numbers held at once, of 64 channels or fewer, while the statistics are made
-_VALUES = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float64)  # of each bit pattern
+_PATTERNS = {
+    np.dtype(np.float16): np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float64),
+    np.dtype(np.uint8): from_levels(torch.arange(2**8, dtype=torch.uint8)).double().numpy(),
+}
+"""The latents that the bit patterns of a type stand for, in the order of the patterns."""
+_VALUES = {len(values): values for values in _PATTERNS.values()}
 
 
 def distribution(counts: np.ndarray) -> dict[str, float]:
-    """What `counts` `[65536]` of each bit pattern of float16 say of the numbers, with nothing lost.
+    """What `counts` of each bit pattern, `[65536]` of float16 or `[256]` of levels, say of the numbers.
 
-    Mean and standard deviation (population), minimum and maximum are those of the finite numbers, in float64
-    and NaN where there are none.
+    Nothing is lost. Mean and standard deviation (population), minimum and maximum are those of the finite
+    numbers, in float64 and NaN where there are none.
     """
-    present = np.isfinite(_VALUES) & (counts > 0)
-    values, weights = _VALUES[present], counts[present]
+    every = _VALUES[len(counts)]
+    present = np.isfinite(every) & (counts > 0)
+    values, weights = every[present], counts[present]
     found: dict[str, float] = dict.fromkeys(("mean", "std", "min", "max"), math.nan)
     if len(values):
         mean = values @ weights / weights.sum()
         std = math.sqrt((values - mean) ** 2 @ weights / weights.sum())
         found = {"mean": float(mean), "std": std, "min": float(values.min()), "max": float(values.max())}
-    found["nans"] = int(counts[np.isnan(_VALUES)].sum())
-    found["infinities"] = int(counts[np.isinf(_VALUES)].sum())
+    found["nans"] = int(counts[np.isnan(every)].sum())
+    found["infinities"] = int(counts[np.isinf(every)].sum())
     return found
 
 
 def density(counts: np.ndarray, edges: np.ndarray) -> np.ndarray:
     """The histogram of the finite numbers over bins with `edges` `[n + 1]`, `[n]`; its integral is the share
     of them that lies within."""
-    finite = np.isfinite(_VALUES)
-    histogram, _ = np.histogram(_VALUES[finite], edges, weights=counts[finite])
+    values = _VALUES[len(counts)]
+    finite = np.isfinite(values)
+    histogram, _ = np.histogram(values[finite], edges, weights=counts[finite])
     return histogram / (max(1, counts[finite].sum()) * np.diff(edges))
 
 
@@ -63,16 +72,17 @@ def measure_latents(store: LatentStore, classes: int) -> tuple[dict[str, Any], n
 
     The numbers as `meta.json` has them: `distribution` of `all` and of each of the `channels`; how many rows
     are not finite, or have one and the same number everywhere, and the first of them; rows of each class. And
-    how often each bit pattern occurs in each channel, `[C, 65536]`.
+    how often each bit pattern occurs in each channel, `[C, 65536]` or `[C, 256]`.
     """
-    counts = np.zeros((store.shape[1], 2**16), np.int64)
+    patterns = len(_PATTERNS[store.dtype])
+    counts = np.zeros((store.shape[1], patterns), np.int64)
     rows: dict[str, list[int]] = {"not_finite_rows": [], "constant_rows": []}
     step = max(1, _BLOCK * max(1, len(counts) // 64) // math.prod(store.shape[1:]))
     for start in tqdm(range(0, len(store), step), desc="latents", unit="block", disable=None):
         block = store.read(np.arange(start, min(start + step, len(store)))).numpy()  # [b, C, H, W]
-        bits = block.view(np.uint16)
+        bits = block.view(f"u{block.itemsize}")
         for channel, count in enumerate(counts):
-            count += np.bincount(bits[:, channel].reshape(-1), minlength=2**16)
+            count += np.bincount(bits[:, channel].reshape(-1), minlength=patterns)
         finite = np.isfinite(block).all((1, 2, 3))
         same = (bits == bits[:, :1, :1, :1]).all((1, 2, 3)) & finite
         rows["not_finite_rows"] += (start + np.flatnonzero(~finite)).tolist()
@@ -87,11 +97,12 @@ def measure_latents(store: LatentStore, classes: int) -> tuple[dict[str, Any], n
 
 
 def latent_warnings(
-    numbers: Mapping[str, Any], scaling_factor: float, classes: int, names: Sequence[str]
+    numbers: Mapping[str, Any], scaling_factor: float | None, classes: int, names: Sequence[str]
 ) -> list[str]:
     """What in the `numbers` does not look like latents of a VAE with this `scaling_factor`, one line each.
 
-    `classes` is how many the settings have, `names` are those of the classes as far as they have any.
+    Without a VAE it is None, and any standard deviation will do. `classes` is how many the settings have,
+    `names` are those of the classes as far as they have any.
     """
     warnings, every, (low, high) = [], numbers["all"], STD_RANGE
     if numbers["not_finite_rows"]["count"]:
@@ -99,7 +110,7 @@ def latent_warnings(
         found = f"{every['nans']} NaN and {every['infinities']} infinite numbers"
         warnings.append(f"{found} in {rows}: encode the images again")
     std = every["std"]
-    if not low <= std <= high and not math.isnan(std):
+    if scaling_factor is not None and not low <= std <= high and not math.isnan(std):
         known = ""
         for what, corrected in (("left out", std * scaling_factor), ("applied twice", std / scaling_factor)):
             if low <= corrected <= high:
@@ -202,7 +213,8 @@ def inspect_latents(
     latents = Latents(folder, settings, look, view)
     out, store, classes = prepare_out(out, folder), latents.store, settings.data.classes
     numbers, counts = measure_latents(store, max(classes, store.num_classes))
-    warnings = latent_warnings(numbers, latents.vae.scaling_factor, classes, store.class_names)
+    scale = latents.vae.scaling_factor if latents.vae.needs_source else None
+    warnings = latent_warnings(numbers, scale, classes, store.class_names)
     per_class = numbers["rows_per_class"]
     lines = [
         f"latents:     {store.folder}, {len(store)} of {'x'.join(map(str, store.shape[1:]))}, "

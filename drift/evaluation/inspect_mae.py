@@ -37,18 +37,22 @@ def fill_in(
     """
     grid = model.mask_grid(*latents.shape[2:])
     mask = torch.cat([draw_mask((1, *grid), ratio, torch_generator(seed, what, int(row))) for row in rows])
-    hidden = mask.repeat_interleave(model.patch_size, 1).repeat_interleave(model.patch_size, 2)[:, None]
+    side = model.patch_size * model.input_patch_size
+    hidden = mask.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, None]
     device = next(model.parameters()).device
     seen = latents.masked_fill(hidden, 0).split(_BATCH)
-    return hidden, torch.cat([model.reconstruct(part.to(device))[0].float().cpu() for part in seen])
+    filled = [model.unfold(model.reconstruct(part.to(device))[0]).float().cpu() for part in seen]
+    return hidden, torch.cat(filled)
 
 
-def masked_errors(latents: Tensor, output: Tensor, hidden: Tensor) -> Tensor:
+def masked_errors(latents: Tensor, output: Tensor, hidden: Tensor, fold: int = 1) -> Tensor:
     """The error of `output` for each latent, `[n]`, as the stage mae computes and logs it.
 
-    The squared error summed over channels and hidden places, over the number of these places.
+    The squared error summed over channels and hidden places, over the number of these places; `fold` is the
+    side of what counts as one place, the MAE's `input_patch_size`.
     """
-    return ((latents - output).square() * hidden).sum((1, 2, 3)) / hidden.sum((1, 2, 3)).clamp(min=1)
+    places = hidden.sum((1, 2, 3)).clamp(min=1) / fold**2
+    return ((latents - output).square() * hidden).sum((1, 2, 3)) / places
 
 
 def _measure(model: LatentMAE, store: LatentStore, rows: np.ndarray, settings: Settings) -> dict[str, float]:
@@ -56,7 +60,8 @@ def _measure(model: LatentMAE, store: LatentStore, rows: np.ndarray, settings: S
     latents = store.rows(rows)
     hidden, output = fill_in(model, latents, rows, settings.mae.mask_ratio, settings.seed, "mae/held_out")
     means = latents.mean(dim=(0, 2, 3))[:, None, None]
-    error, of_means = (float(masked_errors(latents, guess, hidden).mean()) for guess in (output, means))
+    fold = model.input_patch_size
+    error, of_means = (float(masked_errors(latents, guess, hidden, fold).mean()) for guess in (output, means))
     return {"error": error, "of_means": of_means, "rows": len(rows)}
 
 
@@ -144,9 +149,7 @@ def _parts(store: LatentStore, settings: Settings) -> dict[str, np.ndarray]:
 
 def require_fit(folder: Path, model: LatentMAE, store: LatentStore) -> None:
     """Raises `UserError` if the MAE of `folder` is not one for the latents of `store`."""
-    patch, channels = model.config["input_patch_size"], model.config["in_channels"]
-    if patch != 1:
-        raise UserError(f"{folder}: an MAE of pixels (input_patch_size {patch}); name one of latents")
+    channels = model.config["in_channels"]
     if channels != store.shape[1]:
         raise UserError(
             f"{folder}: an MAE of {channels} channels, but {store.folder} has latents of {store.shape[1]}; "
@@ -162,7 +165,8 @@ def _picture(
     rows = np.array([one["row"] for one in shown])
     latents = found.store.rows(rows)
     hidden, output = fill_in(model, latents, rows, ratio, seed, "inspect/mask")
-    for one, error in zip(shown, masked_errors(latents, output, hidden).tolist(), strict=True):
+    errors = masked_errors(latents, output, hidden, model.input_patch_size)
+    for one, error in zip(shown, errors.tolist(), strict=True):
         one["masked_error"] = error
     original = found.decoded(latents)
     side = original.shape[1] // latents.shape[2]  # pixels of one place of a latent

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 
 from PIL import Image
 
@@ -17,6 +18,7 @@ from drift.evaluation.reference import (
 )
 from drift.evaluation.sample import ImageDecoder, sample_labels
 from drift.models.generator import Generator
+from drift.runtime.errors import UserError
 from drift.runtime.processes import Ranks
 from drift.runtime.seeds import numpy_generator
 from drift.settings import Settings
@@ -26,14 +28,26 @@ from drift.training.compile import Compiled
 class Measurement:
     """The section `fid` of the settings: opened and checked before any process is started."""
 
-    def __init__(self, settings: Settings, images_setting: str = "fid.images"):
-        """`images_setting` is where `settings.fid.images` comes from.
+    def __init__(
+        self,
+        settings: Settings,
+        source: Path,
+        made: tuple[int, ...],
+        images_setting: str = "fid.images",
+    ):
+        """The generator makes latents of the shape `made` (C, h, w), which are those of `source`.
 
-        Raises `UserError` for everything that can be known to fail before the work.
+        `images_setting` is where `settings.fid.images` comes from. Raises `UserError` for everything that can
+        be known to fail before the work.
         """
         data, encode, fid = settings.data, settings.encode, settings.fid
         self.settings = settings
         self.vae = encode.autoencoder.load(fid.precision)
+        if made != (wanted := self.vae.latent_shape(data.image_size)):
+            raise UserError(
+                f"{source}: its latents are {list(made)}, but those of {self.vae.id} (encode.autoencoder) at "
+                f"data.image_size {data.image_size} are {list(wanted)}; correct the settings"
+            )
         self.training = open_images(data.dataset, data.root, "train", data.classes)
         self.reference_images = open_reference(fid.reference, data.dataset, data.root, data.classes)
         self.labels = sample_labels(settings)

@@ -15,8 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from drift.autoencoders import Autoencoder
-from drift.autoencoders.kl import Rounding, to_uint8
 from drift.data.datasets import open_images
+from drift.data.levels import Rounding, to_uint8
 from drift.evaluation.batches import in_batches
 from drift.models.generator import Generator
 from drift.runtime.seeds import numpy_generator, torch_generator

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.func import functional_call
 from tqdm import tqdm
 
+from drift.data.latents import LatentStore
 from drift.evaluation.measurement import Measurement
 from drift.evaluation.reference import self_test
 from drift.evaluation.sweep import Sweep
@@ -47,8 +48,11 @@ class TrainingEvaluation(Measurement):
     Construct it before processes are started, and call `start` in each.
     """
 
-    def __init__(self, settings: Settings):
-        """Raises `UserError` for everything that can be known to fail before the work."""
+    def __init__(self, settings: Settings, store: LatentStore):
+        """`store` holds the real samples; what is generated has their shape.
+
+        Raises `UserError` for everything that can be known to fail before the work.
+        """
         images, omegas = settings.drift.evaluate_images, settings.drift.evaluate_omegas
         changes = {"images": images, "omegas": omegas, "metrics": ()}
         classes, columns = settings.fid.picture_classes, settings.fid.picture_columns
@@ -56,7 +60,7 @@ class TrainingEvaluation(Measurement):
         fid = settings.fid.model_copy(update=changes)
         hardware = settings.hardware.model_copy(update={"png_folder": None})
         changed = settings.model_copy(update={"fid": fid, "hardware": hardware})
-        super().__init__(changed, "drift.evaluate_images")
+        super().__init__(changed, store.folder, store.shape[1:], "drift.evaluate_images")
 
     def start(self, ranks: Ranks, folder: Path) -> None:
         """Move the networks to the device, and measure the reference; `folder` is that of the run.

@@ -63,7 +63,7 @@ def export_pipeline(
     measured = None if card.metrics is None else _read_metrics(card.metrics, source, weights)
     pipeline = DriftPipeline.from_pretrained(source, vae=vae, variant=weights)
     vae_id = (pipeline.vae_reference or {}).get("id")
-    if not include_vae and vae_id and Path(vae_id).is_dir():
+    if not include_vae and not pipeline.makes_pixels and vae_id and Path(vae_id).is_dir():
         raise UserError(
             f"the VAE {vae_id} is a local folder, which others do not have; export it too (without "
             "--vae-by-reference), or name a hub id (--vae)"
@@ -100,6 +100,8 @@ def _write_card(
         model_name=card.name,
     )
     vae = (pipeline.vae_reference or {}).get("id", "not named")
+    if pipeline.makes_pixels:
+        vae = "none: the generator makes pixels"
     kind = "VAE" if pipeline.vae is None else autoencoder_kind(pipeline.vae).called
     million = sum(parameter.numel() for parameter in pipeline.generator.parameters()) / 1e6
     config = {key: value for key, value in pipeline.generator.config.items() if not key.startswith("_")}

@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from drift.autoencoders import DiffusersAutoencoder
-from drift.autoencoders.base import Rounding, to_uint8
+from drift.autoencoders import DiffusersAutoencoder, Pixels
+from drift.data.levels import Rounding, to_uint8
 from drift.evaluation.batches import in_batches
 from drift.evaluation.sample import draw_sample, sample_generator, sample_latents
 from drift.models.base import CONFIG_FILE, weights_files
@@ -45,9 +45,11 @@ class DriftPipeline(DiffusionPipeline):
 
     Args:
         generator: the network that turns noise into latents.
-        vae: an autoencoder of diffusers, which decodes latents into images; None if only latents are wanted.
+        vae: an autoencoder of diffusers, which decodes latents into images; None if only latents are wanted,
+            or if these are the pixels.
         id2label: name of each class by its number; a name may have several words, separated by commas.
         vae_reference: where the VAE came from: `id`, a hub id or a folder, and `revision`, which may be None.
+            The id `pixels` says that the latents are the pixels, so that there is none.
     """
 
     model_cpu_offload_seq = "generator->vae"
@@ -66,7 +68,14 @@ class DriftPipeline(DiffusionPipeline):
         self.register_modules(generator=generator, vae=vae)
         self.id2label = {int(label): name for label, name in (id2label or {}).items()}
         self.vae_reference = vae_reference
+        if self.makes_pixels and (channels := generator.config["in_channels"]) != 3:
+            raise UserError(f"a generator of {channels} channels makes no pixels; name its VAE")
         self.register_to_config(id2label=self.id2label, vae_reference=vae_reference)
+
+    @property
+    def makes_pixels(self) -> bool:
+        """Whether latents are pixels, so that no VAE is needed."""
+        return (self.vae_reference or {}).get("id") == Pixels.id
 
     @property
     def labels(self) -> dict[str, int]:
@@ -120,7 +129,7 @@ class DriftPipeline(DiffusionPipeline):
         classes = self._class_numbers(class_labels)
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"output_type = {output_type!r}: allowed: {', '.join(OUTPUT_TYPES)}")
-        if self.vae is None and output_type != "latent":
+        if self.vae is None and not self.makes_pixels and output_type != "latent":
             raise UserError("this pipeline has no VAE: give it one (vae=...), or take output_type='latent'")
         device, dtype = self._execution_device, self.generator.dtype
         noise, style_indices = self._draw(len(classes), generator, noise, style_indices)
@@ -172,8 +181,10 @@ class DriftPipeline(DiffusionPipeline):
     def _decode(
         self, latents: Tensor, output_type: str, rounding: Rounding
     ) -> list[Image.Image] | np.ndarray | Tensor:
-        decode = autoencoder_kind(self.vae).decode_by
-        decoded = in_batches(lambda part: decode(self.vae, part), latents)
+        decoded = latents  # which are finite
+        if not self.makes_pixels:
+            decode = autoencoder_kind(self.vae).decode_by
+            decoded = in_batches(lambda part: decode(self.vae, part), latents)
         if not decoded.isfinite().all():  # rounding would hide it
             raise UserError(
                 f"the VAE's images are not finite in {self.vae.dtype}: pipe.vae.to(torch.float32) may help, "
@@ -222,7 +233,7 @@ class DriftPipeline(DiffusionPipeline):
         Args:
             source: a folder that `save_pretrained` or the drift stage has written, or a hub id of the former.
             vae: an AutoencoderKL or AutoencoderRAE, or a folder or hub id of one, instead of the folder's or
-                the one it names.
+                the one it names; `pixels` for a generator that needs none.
             load_vae: without it, the pipeline gives latents only.
             variant: another copy of the weights, such as `ema_09999` or fp16; the VAE may have none of it.
             revision: branch, tag or commit on the hub.
@@ -239,15 +250,15 @@ class DriftPipeline(DiffusionPipeline):
         generator = Generator.from_pretrained(folder, variant=variant, torch_dtype=torch_dtype)
         if isinstance(vae, ModelMixin):
             return cls(generator, vae, names)
-        if not load_vae:
-            return cls(generator, None, names, reference)
+        wanted = reference if vae is None else {"id": str(vae), "revision": None}
+        if not load_vae or (wanted or {}).get("id") == Pixels.id:
+            return cls(generator, None, names, wanted)
         if vae is None and vae_folder is not None:
             has_variant = (variant or "").replace(".", "") in weights_files(vae_folder)
             loaded = DiffusersAutoencoder.from_pretrained(
                 vae_folder, variant=variant if has_variant else None
             )
         else:
-            wanted = reference if vae is None else {"id": str(vae), "revision": None}
             if wanted is None:
                 raise UserError(f"{source}: does not say which VAE it needs; name it (vae=..., or --vae)")
             loaded = DiffusersAutoencoder.from_pretrained(wanted["id"], wanted["revision"], **options)

@@ -265,6 +265,14 @@ class LatentMAE(PretrainedModel):
             latents = x.permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
         return latents
 
+    def unfold(self, x: Tensor) -> Tensor:
+        """The inverse of `fold`."""
+        p = self.input_patch_size
+        if p > 1:
+            x = x.unflatten(1, (p, p, -1)).permute(0, 3, 4, 1, 5, 2)  # [B, C, H/p, p, W/p, p]
+            x = x.flatten(4, 5).flatten(2, 3)
+        return x
+
     def _decode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         maps = self.encoder(x)
         return self.decoder(maps), self.classifier(maps["layer4"].mean(dim=(2, 3)))

@@ -119,7 +119,7 @@ class Settings(Section):
     features: Annotated[tuple[Features, ...], Field(min_length=1)]
     """What the drift is computed in; feature sets of several encoders are added."""
     views: Annotated[tuple[Literal["center", "augmented"], ...], Field(min_length=1)]
-    """The views that encode makes: `center` for the generator, `augmented` for the training of the MAE."""
+    """The views that encode makes; `mae.view` and `drift.view` say who trains on which."""
     data: Data
     encode: Encode
     mae: Mae
@@ -148,7 +148,7 @@ class Settings(Section):
             yield f"features = {', '.join(names)}: allowed: each encoder once"
         yield from self.broken(
             (repeats(self.temps), "temps", "each temperature once"),
-            ("center" not in self.views, "views", "a list with center, on which the generator trains"),
+            (self.drift.view not in self.views, "views", f"a list with {self.drift.view} (drift.view)"),
             (self.mae.view not in self.views, "views", f"a list with {self.mae.view} (mae.view)"),
             (no_root, "data.root", "a folder, where data.dataset is folder"),
             (scale[0] > scale[1], "encode.crop_scale", "the smaller number first"),
@@ -257,10 +257,11 @@ class Settings(Section):
         places = {key: key for key in FIELD_KEYS} | {"classes_per_part": "drift.classes_per_part"}
         places |= {key: f"field.{key}" for key in given}
         found = {places[key]: why for key, why in found.items() if key in places}
-        if "augmented" not in self.views:
-            found |= dict.fromkeys(
-                (f"encode.{key}" for key in VIEW_OPTIONS["augmented"]), "views is without augmented"
-            )
+        for view in VIEW_OPTIONS.keys() - set(self.views):
+            keys = (f"encode.{key}" for key in VIEW_OPTIONS[view])
+            found |= dict.fromkeys(keys, f"views is without {view}")
+        if not self.encode.autoencoder.needs_source:
+            found["fid.precision"] = f"encode.autoencoder is {self.encode.autoencoder.kind}"
         for name in ("data", "encode", "mae", "drift", "fid"):
             found |= {f"{name}.{key}": why for key, why in getattr(self, name).without_effect().items()}
         return found

@@ -5,14 +5,14 @@ changes without a line in CHANGELOG.md and tests/defaults.yaml: neither DVC nor 
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from drift.autoencoders import AUTOENCODERS, Autoencoder, Latents
+from drift.autoencoders import AUTOENCODERS
 from drift.data.datasets import DATASETS
 from drift.field.settings import unused
+from drift.settings.autoencoder import AutoencoderSource
 from drift.settings.base import (
     Count,
     CountOrZero,
@@ -46,32 +46,6 @@ class Data(Section):
         return unused((not DATASETS[self.dataset].needs_root, f"dataset is {self.dataset}", "root"))
 
 
-class AutoencoderSource(Section):
-    """Which autoencoder, and where it is. A string alone is the `source` of kind `kl`, or names a kind."""
-
-    kind: Annotated[str, name_in(AUTOENCODERS)] = "kl"
-    """`kl`: an AutoencoderKL of diffusers. `rae`: its AutoencoderRAE, whose encoders are in transformers."""
-    source: Text
-    """A local folder or a hub id."""
-    revision: Text | None = None
-    """Revision on the hub; null is its default branch."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _by_one_text(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        return {"kind": value} if value in AUTOENCODERS else {"source": value}
-
-    def load(self, precision: str = "float32", device: str | torch.device = "cpu") -> Autoencoder:
-        """Raises `UserError` if it is not there or not whole."""
-        return AUTOENCODERS[self.kind].from_pretrained(self.source, self.revision, device, precision)
-
-    def known(self, image_size: int) -> Latents | None:
-        """What is known of the latents without loading it; raises `UserError` for what cannot be."""
-        return AUTOENCODERS[self.kind].known(self.source, self.revision, image_size)
-
-
 class Encode(Section):
     autoencoder: AutoencoderSource = AutoencoderSource(source="stabilityai/sd-vae-ft-mse")
     """The folder or hub id of an AutoencoderKL of diffusers. For another kind of `drift/autoencoders/`, or a
@@ -102,7 +76,10 @@ class Encode(Section):
 
     def without_effect(self) -> dict[str, str]:
         kind = self.autoencoder.kind
-        return unused((not AUTOENCODERS[kind].has_posterior, f"autoencoder is {kind}", "posterior"))
+        return unused(
+            (not AUTOENCODERS[kind].has_posterior, f"autoencoder is {kind}", "posterior"),
+            (not self.autoencoder.needs_source, f"autoencoder is {kind}", "precision"),
+        )
 
 
 class Optimizer(Section):
@@ -145,6 +122,9 @@ class Mae(Optimizer):
     """Folder of an encoder to take as it is, from here or imported, instead of training one; null trains."""
     view: Literal["center", "augmented"] = "augmented"
     """The view that the MAE trains on: `augmented` (paper). With a `source`, `center` will do."""
+    input_patch_size: Count = 1
+    """Side of the squares that are folded into channels before the network: 1 for latents; the release has 8
+    for pixels."""
     width: Count = 256
     """Channels of the stem and the first stage; later stages have 2, 4 and 8 times as many."""
     layers: tuple[Count, Count, Count, Count] = (3, 4, 6, 3)
@@ -186,6 +166,8 @@ class Mae(Optimizer):
 
 
 class Drift(Optimizer):
+    view: Literal["center", "augmented"] = "center"
+    """The view that the real samples are of: `center`, or random crops (the release, for pixels)."""
     init_from: Text | None = None
     """Folder of a generator of the same sizes to start from, by the weights of its first EMA, from here or
     imported; null starts from random weights."""

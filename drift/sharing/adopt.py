@@ -111,12 +111,13 @@ def use_encoder(folder: Path, params: Path, latents: Path) -> dict[str, Any]:
     from dvc.utils.serialize import modify_yaml
 
     changed: dict[str, Any] = {"mae.source": str(folder)}
-    center_only = not (latents / load_settings(params).mae.view).exists()
+    settings = load_settings(params)
+    view = settings.drift.view  # which is needed in any case
     with modify_yaml(params) as content:
         content["mae"]["source"] = str(folder)
-        if center_only:
-            changed |= {"mae.view": "center", "views": ["center"]}
-            content["mae"]["view"], content["views"][:] = "center", ["center"]  # in the list's own style
+        if not (latents / settings.mae.view).exists():
+            changed |= {"mae.view": view, "views": [view]}
+            content["mae"]["view"], content["views"][:] = view, [view]  # in the list's own style
     return changed
 
 
@@ -193,7 +194,7 @@ def _check_split(
         reason = str(error).partition("; ")[0]
         raise UserError(f"{reason}; copy the files again, or correct params.yaml") from None
     remarks = [f"{len(store)} latents {list(store.shape[1:])}, standard deviation {std:.3f}"]
-    if not _STD_RANGE[0] <= std <= _STD_RANGE[1]:
+    if settings.encode.autoencoder.needs_source and not _STD_RANGE[0] <= std <= _STD_RANGE[1]:
         remarks.append("warning: it should be near 1; drift inspect latents tells more")
     rows = "crops" if view == "augmented" else "mirror"
     if rows not in store.meta and int(expected[rows]) > (rows == "crops"):
@@ -210,7 +211,7 @@ def _expected(view: str, settings: Settings) -> dict[str, Any]:
     data, encode = settings.data, settings.encode
     keys = VIEW_OPTIONS[one_of("view", view, *VIEW_OPTIONS)]
     expected = {"view": view, "image_size": data.image_size, "num_classes": data.classes}
-    expected |= {"vae": encode.autoencoder.source, "posterior": encode.posterior_used}
+    expected |= {"vae": encode.autoencoder.id, "posterior": encode.posterior_used}
     expected |= {key: getattr(encode, key) for key in keys}
     known = encode.autoencoder.known(data.image_size)
     return expected if known is None else {**expected, "scaling_factor": known.scaling_factor}
@@ -232,7 +233,7 @@ def _check_arrays(store: LatentStore, facts: dict[str, Any], settings: Settings)
         )
     total, squares = 0.0, 0.0
     for rows in tqdm(store.blocks(), desc="checking", unit="block", disable=None):
-        block = store.read(rows).double().flatten(1)
+        block = store.rows(rows).double().flatten(1)
         if len(bad := (~block.isfinite().all(1)).nonzero()):
             raise UserError(f"{latents_path}: row {rows[int(bad[0])]} holds a value that is not finite")
         total += block.sum().item()

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from drift.autoencoders import Autoencoder
 from drift.data.datasets import Dataset, refuse_or_leave_out
 from drift.data.images import BadImage
-from drift.data.latents import file_facts, latent_files, pinned
+from drift.data.latents import as_stored, file_facts, latent_files, pinned
 from drift.data.views import View
 from drift.runtime.errors import Stopped, UserError, one_of
 from drift.runtime.files import RowFile, atomic_write, link_folder, write_json
@@ -84,7 +84,8 @@ def encode_view(
     """
     rows = _Rows(Path(folder), source, options.view.per_image)
     if ranks.first:
-        rows.prepare(vae.latent_shape(options.image_size), retry=options.on_bad_image == "error")
+        shape = vae.latent_shape(options.image_size)
+        rows.prepare(shape, vae.storage_dtype, retry=options.on_bad_image == "error")
     ranks.barrier()
     marks = rows.marks.read()
     ranks.barrier()  # nobody changes the marks before all have read them
@@ -151,7 +152,7 @@ class _Rows:
     def marks(self) -> RowFile:
         return RowFile(self._marks)
 
-    def prepare(self, latent_shape: tuple[int, ...], *, retry: bool) -> None:
+    def prepare(self, latent_shape: tuple[int, ...], dtype: np.dtype, *, retry: bool) -> None:
         """Create the files, or take over those of an earlier run; `retry` images that did not decode."""
         if self._marks.exists():
             marks = self.marks.read()
@@ -163,7 +164,7 @@ class _Rows:
             shutil.rmtree(self._latents, ignore_errors=True)  # a result may share its files
             self._latents.mkdir(parents=True)
             marks = np.full(len(self.source), _TO_DO, np.uint8)
-            _create(self._latents, (len(marks) * self.per_image, *latent_shape))
+            _create(self._latents, (len(marks) * self.per_image, *latent_shape), dtype)
         with atomic_write(self._marks) as file:  # last, as it vouches for the latents
             np.save(file, marks)
 
@@ -189,7 +190,7 @@ class _Rows:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             kept = (images[:, None] * self.per_image + np.arange(self.per_image)).reshape(-1)
-            copy = _create(folder, (len(kept), *self.latents.shape[1:]))
+            copy = _create(folder, (len(kept), *self.latents.shape[1:]), self.latents.dtype)
             rows = max(1, _COPIED_AT_ONCE // math.prod(copy.shape[1:]))
             for start in range(0, len(kept), rows):
                 copy.write(start, self.latents.read(kept[start : start + rows]))
@@ -199,15 +200,15 @@ class _Rows:
             np.save(file, np.repeat(self.source.labels[images], self.per_image))
 
 
-def _create(folder: Path, shape: tuple[int, ...]) -> RowFile:
+def _create(folder: Path, shape: tuple[int, ...], dtype: np.dtype) -> RowFile:
     """A file for latents; raises `UserError` if the disk has no room for them."""
-    needed, free = 2 * math.prod(shape), shutil.disk_usage(folder).free
+    needed, free = dtype.itemsize * math.prod(shape), shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
             f"{folder}: the latents need {needed / 2**30:.1f} GiB, the disk has {free / 2**30:.1f} GiB free; "
             "make room or move the work folder (DRIFT_WORK_DIR)"
         )
-    return RowFile.create(latent_files(folder)[0], np.float16, shape)
+    return RowFile.create(latent_files(folder)[0], dtype, shape)
 
 
 class _Decoded(NamedTuple):
@@ -301,7 +302,7 @@ def _ignore_ctrl_c(worker: int) -> None:
 def _encode(
     blocks: Iterator[_Decoded], vae: Autoencoder, source: Dataset, options: EncodeOptions, batch_size: int
 ) -> Iterator[tuple[_Decoded, np.ndarray]]:
-    """Blocks and their latents, float16 `[rows, C, h, w]`; the device computes the next block meanwhile.
+    """Blocks and their latents as stored, `[rows, C, h, w]`; the device computes the next block meanwhile.
 
     Rows that are not finite in bfloat16 are computed again in float32. Raises `FloatingPointError` if a
     latent is beyond float16.
@@ -333,16 +334,17 @@ def _one_ahead(items: Iterator[T]) -> Iterator[T]:
 
 
 def _latents(decoded: _Decoded, vae: Autoencoder, options: EncodeOptions, batch_size: int) -> Tensor:
-    """Float16 `[rows, C, h, w]`; the device may still be computing them."""
+    """As they are stored, `[rows, C, h, w]`; the device may still be computing them."""
     parts = decoded.pixels.split(batch_size)
     if options.posterior == "mean":
-        return torch.cat([vae.encode(part) for part in parts]).half()
+        return as_stored(torch.cat([vae.encode(part) for part in parts]), vae.storage_dtype)
     noise = torch.empty(len(decoded.pixels), *vae.latent_shape(options.image_size))
     keys = ((index, number) for index in decoded.block for number in range(options.view.per_image))
     for row, key in zip(noise, keys, strict=True):
         row.normal_(generator=torch_generator(options.seed, "encode/posterior", options.view.name, *key))
     noise = pinned(noise, vae.device).to(vae.device, non_blocking=True)
-    return torch.cat([vae.encode(*both) for both in zip(parts, noise.split(batch_size), strict=True)]).half()
+    latents = [vae.encode(*both) for both in zip(parts, noise.split(batch_size), strict=True)]
+    return as_stored(torch.cat(latents), vae.storage_dtype)
 
 
 def _store(

@@ -40,6 +40,7 @@ def mae_config(options: Mae, store: LatentStore) -> dict[str, Any]:
         "base_channels": options.width,
         "layers": options.layers,
         "patch_size": options.mask_patch,
+        "input_patch_size": options.input_patch_size,
         "num_classes": store.num_classes,
         "norm_groups": options.norm_groups,
     }

@@ -14,8 +14,10 @@ from complaints import complaint
 from safetensors.torch import load_file, save_file
 
 from drift.autoencoders import AUTOENCODERS
-from drift.autoencoders.kl import CONFIG_FILE, VAE, to_float, to_uint8
+from drift.autoencoders.base import CONFIG_FILE
+from drift.autoencoders.kl import VAE
 from drift.data.datasets import open_images
+from drift.data.levels import to_float, to_uint8
 from drift.data.views import center_view
 from drift.models.base import WEIGHTS_FILE
 from drift.runtime.torchvision import ensure_torchvision

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from small_rae import AutoencoderRAE, small_rae
 
 from drift.autoencoders import AUTOENCODERS, RAE, VAE, DiffusersAutoencoder
-from drift.autoencoders.base import CONFIG_FILE, to_uint8
+from drift.autoencoders.base import CONFIG_FILE
 from drift.autoencoders.rae import siglip_nested
+from drift.data.levels import to_uint8
 from drift.models.base import WEIGHTS_FILE
 from drift.settings.sections import Encode
 

@@ -60,6 +60,32 @@ def test_digest_follows_each_file(tmp_path, arrays):
     assert len(digests) == 3
 
 
+@pytest.fixture
+def pixels(tmp_path):
+    """A folder of pixels, and their levels `[24, 3, 4, 4]`."""
+    levels = np.random.default_rng(4).integers(0, 256, (N, 3, 4, 4), np.uint8)
+    write_latents(tmp_path / "pixels", "train", levels, np.arange(N) % 5, {})
+    return tmp_path / "pixels", levels
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_pixels_stay_8_bit_until_they_are_on_the_device(pixels, on_device):
+    folder, levels = pixels
+    store = LatentStore.open(folder)
+    assert store.dtype == np.uint8 and store.meta["dtype"] == "uint8"
+    assert latent_files(folder)[0].stat().st_size == 128 + levels.nbytes
+    indices = np.random.default_rng(3).integers(0, N, (5, 6))
+    assert np.array_equal(store.read(indices), levels[indices])
+    expected = levels[indices].astype(np.float32) / np.float32(127.5) - np.float32(1)
+    assert np.array_equal(store.rows(indices), expected)
+    reader = LatentReader(store, torch.device("cpu"), on_device=on_device)
+    fetched = reader.fetch(indices)
+    assert on_device or (fetched.dtype == torch.uint8 and fetched.nbytes == expected.nbytes / 4)
+    for part in (slice(None), slice(1, 3)):
+        latents = reader.place(fetched[part])
+        assert latents.dtype == torch.float32 and np.array_equal(latents, expected[part])
+
+
 # Reading
 
 
@@ -133,9 +159,9 @@ def test_a_file_that_is_cut_short_or_a_disk_that_is_gone_is_one_line(folder, arr
 
 
 @pytest.mark.parametrize("on_device", [False, True])
-@pytest.mark.parametrize("at_once", [7 * 120, 2**20])
+@pytest.mark.parametrize("at_once", [7 * 60, 2**20])
 def test_a_reader_gives_the_rows_in_two_steps(folder, arrays, monkeypatch, on_device, at_once):
-    monkeypatch.setattr(module, "_BLOCK_BYTES", at_once)
+    monkeypatch.setattr(module, "_BLOCK", at_once)
     store = LatentStore.open(folder)
     reader = LatentReader(store, torch.device("cpu"), on_device=on_device)
     if on_device:  # nothing is read any more

@@ -14,10 +14,11 @@ from imports import ROOT
 from PIL import Image
 
 from drift import cli
-from drift.autoencoders.kl import VAE, to_uint8
+from drift.autoencoders.kl import VAE
 from drift.data.bank import held_out_rows
 from drift.data.datasets import DigitImages, open_images
 from drift.data.latents import LatentStore, latent_files, write_latents
+from drift.data.levels import to_uint8
 from drift.data.views import Augmented, Center
 from drift.evaluation import inspect_latents as inspection_of_latents
 from drift.evaluation.inspect_features import check_feature_sets, inspect_features
@@ -29,7 +30,7 @@ from drift.evaluation.inspect_latents import (
     measure_latents,
     shown_channels,
 )
-from drift.evaluation.inspect_mae import inspect_mae
+from drift.evaluation.inspect_mae import fill_in, inspect_mae, masked_errors
 from drift.evaluation.inspection import Look, SourceImages, bands
 from drift.features import MAEEncoder
 from drift.models.mae import LatentMAE, draw_mask
@@ -196,6 +197,27 @@ def test_without_any_finite_number_there_are_no_statistics(tmp_path):
     assert found["nans"] == 768 and math.isnan(found["mean"]) and math.isnan(found["max"])
     assert "768 NaN" in latent_warnings(numbers, 1.0, CLASSES, [])[0]
     assert histogram_picture(numbers, counts).size == (800, 450)
+
+
+def test_statistics_of_pixels_are_those_of_the_levels(tmp_path):
+    levels = np.random.default_rng(0).integers(90, 120, (60, 3, 8, 8), np.uint8)
+    levels[7] = 100
+    numbers, counts = measure_latents(make_store(tmp_path, levels), CLASSES)
+    assert counts.shape == (3, 256)
+    values = levels.astype(np.float64) / 127.5 - 1
+    for found, count, of in [
+        *((numbers["channels"][c], counts[c], values[:, c]) for c in range(3)),
+        (numbers["all"], counts.sum(0), values),
+    ]:
+        assert (found["mean"], found["std"]) == pytest.approx((of.mean(), of.std()), abs=1e-7)
+        assert (found["min"], found["max"]) == pytest.approx((of.min(), of.max()), abs=1e-7)
+        edges = np.linspace(-1.003, 1.003, 31)  # no level is near one
+        histogram = np.histogram(of, edges)[0] / (of.size * np.diff(edges))
+        np.testing.assert_allclose(density(count, edges), histogram, rtol=1e-12)
+    assert numbers["not_finite_rows"]["count"] == 0
+    assert numbers["constant_rows"] == {"count": 1, "first": [7]}
+    warnings = latent_warnings(numbers, None, CLASSES, [])
+    assert len(warnings) == 1 and "1 row (7) with one and the same number" in warnings[0]
 
 
 def warnings_of(tmp_path, latents, labels=None, scaling_factor=1.82155):
@@ -408,6 +430,19 @@ def test_the_masked_error_is_that_of_a_plain_loop(world, settings, tmp_path):
         means = store.rows(rows).mean(dim=(0, 2, 3))[:, None, None].expand(4, 8, 8)
         assert measured["of_means"] == naive(rows, 0, "mae/held_out", guess=lambda _, means=means: means)
     assert any("it has learnt nothing" in line for line in found)
+
+
+def test_the_masked_error_of_folded_pixels_is_that_of_the_training(tmp_path):
+    """Squares of 2 places are masked, of 4 pixels each."""
+    model = random_mae({**MAE, "in_channels": 3, "input_patch_size": 4})
+    pixels = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert torch.equal(model.unfold(model.fold(pixels)), pixels)
+    hidden, output = fill_in(model, pixels, np.arange(5), 0.5, 0, "inspect/mask")
+    masks = torch.cat([draw_mask((1, 2, 2), 0.5, torch_generator(0, "inspect/mask", i)) for i in range(5)])
+    assert torch.equal(hidden[:, 0], masks.repeat_interleave(8, 1).repeat_interleave(8, 2))
+    with torch.no_grad():
+        expected, _ = model(pixels, masks)
+    torch.testing.assert_close(masked_errors(pixels, output, hidden, fold=4), expected)
 
 
 def test_on_the_latents_of_its_training_the_error_is_that_of_the_log(world, settings, trained, tmp_path):
@@ -666,7 +701,7 @@ def test_an_mae_of_other_inputs(world, settings, tmp_path):
 
     shape = {"base_channels": 8, "layers": (1, 1, 1, 1), "norm_groups": 2}
     assert "3 channels" in look(dict(in_channels=3, **shape))
-    assert "an MAE of pixels" in look(dict(input_patch_size=2, **shape))
+    assert "cannot be masked in squares of 6x6" in look(dict(input_patch_size=3, **shape))
     assert "cannot be masked in squares" in look(dict(patch_size=3, **shape))
 
 
@@ -744,3 +779,8 @@ def test_without_a_folder_it_is_that_of_the_view(world, tmp_path, capsys, monkey
     assert code == 0 and "outputs/latents-augmented/meta.json" in out
     code, _, err = run(capsys, "latents")
     assert code == 2 and "artifacts/latents/center: there is no such folder" in err
+    content = yaml.safe_load((tmp_path / "params.yaml").read_text())
+    content["drift"]["view"] = "augmented"
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(content))
+    code, out, _ = run(capsys, "latents", "--count", 1)
+    assert code == 0 and "outputs/latents-augmented/meta.json" in out

@@ -8,7 +8,7 @@ import pytest
 import torch
 from complaints import complaint
 from PIL import Image
-from small_generator import VAE_FOLDER, write_generator
+from small_generator import write_generator
 from standins import (
     CLASSES,
     Decoder,
@@ -25,6 +25,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import calculate_precision_recall_full
 
 from drift.data.datasets import ImageFiles
+from drift.data.latents import LatentStore, write_latents
 from drift.evaluation.evaluate import Evaluation
 from drift.evaluation.metrics import kernel_distance
 from drift.evaluation.moments import FeatureStatistics, frechet_distance
@@ -34,6 +35,7 @@ from drift.evaluation.png import PngFolder
 from drift.evaluation.reference import Reference, measure_images
 from drift.evaluation.sample import ImageDecoder
 from drift.evaluation.sweep import Sweep
+from drift.evaluation.while_training import TrainingEvaluation
 from drift.runtime.errors import UserError
 from drift.runtime.seeds import derive_seed, numpy_generator
 from drift.settings import Drift, Fid
@@ -224,11 +226,17 @@ def test_what_cannot_be_measured_is_refused_before_any_work(tmp_path):
     torch.jit.script(TwoColours()).save(features)
     folder = write_generator(tmp_path / "generator", names=["0", "1", "2"])
 
-    def refused(**keys):
+    def refused(side=16, open_it=lambda chosen: Evaluation(chosen, folder), **keys):
         fid = {"features": features, "ema_decays": Drift().ema_decays[:1], **keys}
-        chosen = settings(encode={"vae": VAE_FOLDER}, fid=fid)
-        return complaint(lambda: Evaluation(chosen, folder))
+        chosen = settings(data={"image_size": side}, fid=fid)
+        return complaint(lambda: open_it(chosen))
 
+    write_latents(tmp_path / "latents", "train", np.zeros((3, 4, 4, 4)), np.arange(3), {})
+    store = LatentStore(tmp_path / "latents")
+    others = "its latents are [4, 4, 4], but those of pretrained/digits_vae (encode.autoencoder) at"
+    assert refused(32).startswith(f"{folder}: {others} data.image_size 32 are [4, 8, 8]")
+    while_training = lambda chosen: TrainingEvaluation(chosen, store)  # noqa: E731
+    assert refused(32, while_training).startswith(f"{store.folder}: {others} data.image_size 32 are")
     assert "has inception_score, but" in refused(metrics=("inception_score",))
     assert refused(images=2).startswith("2 generated images per omega (fid.images): too few")
     assert refused(floor_images=2).startswith("2 real training images (fid.floor_images; 0 takes none)")

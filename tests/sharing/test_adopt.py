@@ -22,6 +22,7 @@ from drift.evaluation.inspection import SourceImages
 from drift.models.mae import LatentMAE
 from drift.runtime.torchvision import ensure_torchvision
 from drift.settings import load_settings
+from drift.settings.autoencoder import AutoencoderSource
 from drift.sharing import adopt
 from drift.sharing.adopt import adopt_latents, adopt_mae, use_encoder
 from drift.training.inputs import check_latents
@@ -138,7 +139,7 @@ def with_value(value):
     ],
 )
 def test_what_is_damaged_is_refused_by_name(here, source, settings, monkeypatch, name, damage, told):
-    monkeypatch.setattr(latents, "_BLOCK_BYTES", 5 * 512)
+    monkeypatch.setattr(latents, "_BLOCK", 5 * 256)
     damage(source / name)
     message = complaint(lambda: adopt_latents(str(source), "center", settings, here / "a/out"))
     assert message.startswith(f"{source}/{name}: ") and told in message
@@ -170,6 +171,28 @@ def test_what_is_only_odd_is_told(here, source, settings):
     told = "\n".join(adopt_latents(str(source), "augmented", settings, here / "out"))
     assert "warning: it should be near 1" in told
     assert "warning: the meta file does not state crops: every row counts" in told
+
+
+def test_pixels_are_adopted_as_8_bits_and_not_as_latents(here, source, settings):
+    autoencoder = AutoencoderSource(kind="pixels")
+    settings = settings.model_copy(
+        update={"encode": settings.encode.model_copy(update={"autoencoder": autoencoder})}
+    )
+    adopt_it = lambda: adopt_latents(str(source), "center", settings, here / "out")  # noqa: E731
+    told = complaint(adopt_it)
+    assert (
+        "train_latents.npy: holds float16, but latents of kind pixels (encode.autoencoder) are stored" in told
+    )
+    levels = np.random.default_rng(0).integers(100, 120, (N, 3, 32, 32), np.uint8)
+    np.save(source / "train_latents.npy", levels)
+    std = (levels.astype(np.float64) / 127.5 - 1).std()
+    assert adopt_it() == [f"train: 40 latents [3, 32, 32], standard deviation {std:.3f}"]
+    store = LatentStore.open(here / "out")
+    assert np.array_equal(store.latents, levels) and store.meta["vae"] == "pixels"
+    np.save(source / "train_latents.npy", levels[:, :, :16])
+    assert "the autoencoder makes (3, 32, 32)" in complaint(
+        lambda: adopt_latents(str(source), "center", settings, here / "other")
+    )
 
 
 # A file per sample
@@ -362,3 +385,12 @@ def test_the_settings_get_the_encoder_and_keep_the_rest(here, encoded):
     assert settings.mae.source == str(here / "imported")
     assert settings.mae.view == ("augmented" if encoded else "center")
     assert settings.views == (("center", "augmented") if encoded else ("center",))
+
+
+def test_the_encoder_gets_the_view_of_the_generator(here):
+    text = (ROOT / "presets/digits.yaml").read_text()
+    swapped = text.replace("  view: center ", "  view: x ").replace("  view: augmented ", "  view: center ")
+    (here / "params.yaml").write_text(swapped.replace("  view: x ", "  view: augmented "))
+    use_encoder(here / "imported", here / "params.yaml", here / "artifacts/latents")
+    settings = load_settings("params.yaml")
+    assert settings.mae.view == settings.drift.view == "augmented" and settings.views == ("augmented",)

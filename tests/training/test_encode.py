@@ -21,6 +21,7 @@ from overflow import Overflowing
 from PIL import Image
 
 from drift.autoencoders.kl import VAE
+from drift.autoencoders.pixels import Pixels
 from drift.data.datasets import FolderImages, open_images
 from drift.data.latents import LatentStore, file_hashes
 from drift.data.views import Augmented, Center, augmented_view, center_view
@@ -45,7 +46,7 @@ class PoolingVAE:
     """Means of 4x4 patches for latents: exact in any batch, so that whole files can be compared."""
 
     id, revision, digest, scaling_factor = "pooling", None, "0" * 64, 0.5
-    device, precision = torch.device("cpu"), "float32"
+    device, precision, storage_dtype = torch.device("cpu"), "float32", np.dtype(np.float16)
 
     def __init__(self, before_pass=lambda batches: None, spread: float = 0.1):
         self.before_pass, self.spread = before_pass, spread
@@ -142,6 +143,24 @@ def test_augmented_rows_are_crops_that_depend_on_seed_image_and_crop_alone(root,
     assert np.array_equal(fewer.latents, store.latents[np.arange(33).reshape(11, 3)[:, :2].ravel()])
     other = encode(root, tmp_path / "c", AUGMENTED, posterior="mean", seed=1)
     assert not (other.latents[:] == store.latents).all((1, 2, 3)).any()
+
+
+@pytest.mark.parametrize("view", [Center(mirror=True), CROPS], ids=["center", "augmented"])
+def test_pixels_are_the_views_themselves(root, tmp_path, view):
+    store = encode(root, tmp_path, CENTER, Pixels(), view=view)
+    source = open_images("folder", str(root), "train", 2)
+    assert store.dtype == np.uint8 and store.shape == (11 * view.per_image, 3, SIZE, SIZE)
+    assert (store.meta["vae"], store.meta["dtype"], store.meta["scaling_factor"]) == ("pixels", "uint8", 1.0)
+    for i in range(len(source)):
+        if view is CROPS:
+            rngs = [numpy_generator(0, "encode/crop", i, crop) for crop in range(3)]
+            cuts = (CROPS.crop_scale, CROPS.crop_ratio, CROPS.flip)
+            expected = [augmented_view(source.load(i), SIZE, *cuts, rng) for rng in rngs]
+        else:
+            centre = center_view(source.load(i), SIZE)
+            expected = [centre, np.fliplr(centre)]
+        rows = store.latents[i * view.per_image : (i + 1) * view.per_image]
+        assert np.array_equal(rows, np.stack(expected).transpose(0, 3, 1, 2))
 
 
 def test_a_sample_is_mean_plus_std_times_noise_of_its_own(root, tmp_path):
