@@ -8,7 +8,7 @@ import pytest
 import yaml
 from complaints import complaint
 
-from drift.features import LatentOptions, MAEOptions
+from drift.features import ENCODERS, LatentOptions, MAEOptions
 from drift.field.settings import FieldSettings
 from drift.runtime.errors import UserError
 from drift.runtime.yaml_files import read_yaml
@@ -275,7 +275,7 @@ GUIDED = {"drift__omega_min": 1.1, "drift__no_guidance_fraction": 0.0}
         ({"coupling": "sinkhron"}, ["coupling", "'sinkhron'", "row", "partial_two_sided", "sinkhorn"]),
         ({"temps": [0.02, -0.05]}, ["temps.1", "-0.05", "greater than 0"]),
         ({"temps": []}, ["temps", "at least 1 item"]),
-        ({"features": ["nope"]}, ["features.0 = 'nope': allowed: convnext, dinov2, latent, mae, moco"]),
+        ({"features": ["nope"]}, ["features.0 = 'nope': allowed: " + ", ".join(ENCODERS)]),
         ({"features": "mae"}, ["features = 'mae': allowed: a list"]),
         ({"views": ["augmented"]}, ["views = ['augmented']", "center"]),
         ({"views": ["center"]}, ["views = ['center']", "augmented (mae.view)"]),
