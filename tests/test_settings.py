@@ -399,6 +399,7 @@ def test_an_autoencoder_is_a_text_or_a_kind_with_its_source(tmp_path):
         ("somebody/vae", "somebody/vae", None),
         ({"source": "somebody/vae", "revision": "main"}, "somebody/vae", "main"),
         ({"kind": "kl", "source": "folder"}, "folder", None),
+        ({"source": "kl"}, "kl", None),
     ):
         made = load_settings(changed(tmp_path, encode__autoencoder=written)).encode.autoencoder
         assert (made.kind, made.source, made.revision) == ("kl", source, revision)
@@ -412,7 +413,7 @@ def test_an_autoencoder_is_a_text_or_a_kind_with_its_source(tmp_path):
             "encode.autoencoder.source = 'x': allowed: null, where kind is pixels",
         ),
         ({"kind": "pixels", "revision": "x"}, "encode.autoencoder.revision = 'x': allowed: null"),
-        ({"source": "rae"}, "encode.autoencoder.source = 'rae': allowed: ./rae, if it is a folder"),
+        ({"source": "pixels"}, "encode.autoencoder.source = 'pixels': allowed: ./pixels, if it is a folder"),
         ({"source": "x", "commit": "y"}, "unknown key encode.autoencoder.commit"),
     ):
         assert wanted in refusal(tmp_path, encode__autoencoder=written)

@@ -29,11 +29,16 @@ class AutoencoderSource(Section):
         return {"kind": value} if value in AUTOENCODERS else {"source": value}
 
     def complaints(self) -> Iterator[str]:
-        needed, is_kind = self.needs_source, self.source in AUTOENCODERS
+        needed = self.needs_source
+        is_id = self.source in AUTOENCODERS and not AUTOENCODERS[self.source].needs_source
         yield from self.broken(
             (needed and self.source is None, "source", f"a folder or a hub id, where kind is {self.kind}"),
             (not needed and self.source is not None, "source", f"null, where kind is {self.kind}"),
-            (is_kind, "source", f"./{self.source}, if it is a folder, as {self.source} names a kind"),
+            (
+                needed and is_id,
+                "source",
+                f"./{self.source}, if it is a folder, as {self.source} names a kind",
+            ),
             (not needed and self.revision is not None, "revision", f"null, where kind is {self.kind}"),
         )
 
