@@ -21,7 +21,7 @@ from drift.runtime.files import check_output, sha256
 from drift.runtime.processes import run_stage
 from drift.runtime.seeds import derive_seed, torch_generator
 from drift.training.log import Tree
-from drift.training.loop import Run, Task
+from drift.training.loop import Measured, Run, Task
 from experiments.common import load_section, script_parser, w2_squared
 from experiments.ffhq import generator
 from experiments.ffhq.generator import LatentGenerator, generate, runs_of
@@ -83,7 +83,7 @@ class FfhqTraining(Task[Tensor]):
         return loss * x.shape[-1], statistics
 
     @torch.no_grad()
-    def evaluate(self, weights: Mapping[str, Tensor]) -> Tree:
+    def evaluate(self, done: int, weights: Mapping[str, Tensor]) -> Measured:
         """W2^2 to as many test latents, the mean over the classes."""
         counts = [len(latents) for latents in self._test]
         made = generate(
@@ -94,7 +94,7 @@ class FfhqTraining(Task[Tensor]):
             self._run.ranks.device,
         )
         costs = [w2_squared(x.numpy(), y.numpy()) for x, y in zip(made, self._test, strict=True)]
-        return {"emd": torch.tensor(costs).mean()}
+        return Measured({"emd": torch.tensor(costs).mean()})
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from drift.runtime.progress import read_log
 from drift.runtime.seeds import torch_generator
 from drift.runtime.work import Work
 from drift.settings import Hardware
-from drift.training.loop import LOG_FILE, Run, Task, train
+from drift.training.loop import LOG_FILE, Measured, Run, Task, train
 from experiments.common import load_section, script_parser, w2_squared, write_csv
 from experiments.toy.field import field_settings, losses
 from experiments.toy.networks import Networks
@@ -39,7 +39,6 @@ SAMPLES_FILE = "samples.npy"
 
 
 class Batch(NamedTuple):
-    step: int
     noise: Tensor
     """`[R, N, noise]`, of R seeds."""
     points: Tensor
@@ -66,7 +65,6 @@ class ToyTask(Task[Batch]):
             sinkhorn_iters=t.sinkhorn_iters,
             drift_tau_scale=t.drift_tau_scale,
         )
-        self._reached = 0
 
     @property
     def device(self) -> torch.device:
@@ -76,25 +74,21 @@ class ToyTask(Task[Batch]):
         generators = [torch_generator(seed, "toy/noise", step) for seed in self.seeds]
         noise = [torch.randn(self.options.batch, self.noise, generator=g) for g in generators]
         points = [self.target.sample(seed + step, self.options.batch) for seed in self.seeds]
-        return Batch(
-            step, torch.stack(noise).to(self.device), torch.from_numpy(np.stack(points)).to(self.device)
-        )
+        points = torch.from_numpy(np.stack(points))
+        return Batch(torch.stack(noise).to(self.device), points.to(self.device))
 
     def loss(
         self, network: nn.Module, batch: Batch, part: slice, totals: None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        self._reached = batch.step + 1
         loss = losses(network(batch.noise), batch.points, self.field)
         return loss, {"loss": loss.detach() / self.count}
 
-    def evaluate(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def evaluate(self, done: int, weights: Mapping[str, Tensor]) -> Measured:
         """W2^2 and mode coverage of every seed, as `measure` takes them."""
         noises = [torch.Generator().manual_seed(seed + 999) for seed in self.seeds]
         points = self.generate(weights, noises, self.options.points)
-        measured = [
-            measure(x, self.target, seed, self._reached) for x, seed in zip(points, self.seeds, strict=True)
-        ]
-        return {name: torch.tensor([one[name] for one in measured]) for name in measured[0]}
+        of_seeds = [measure(x, self.target, seed, done) for x, seed in zip(points, self.seeds, strict=True)]
+        return Measured({name: torch.tensor([one[name] for one in of_seeds]) for name in of_seeds[0]})
 
     @torch.no_grad()
     def generate(
