@@ -1,6 +1,6 @@
 """Draw docs/curves.png: what the logs of some training runs say over the steps.
 
-    python docs/curves.py "default=artifacts/generator/logs.jsonl" "collapses=FOLDER/logs.jsonl" docs/curves.png
+    python docs/curves.py default=artifacts/generator/logs.jsonl collapses=FOLDER/logs.jsonl docs/curves.png
 
 Both runs have `drift.evaluate_every`. The second is that of
 

@@ -150,8 +150,10 @@ def narrow_autoencoder(kind, pixels, shape, folder):
 
 @pytest.mark.parametrize("preset", LATENTS)
 def test_a_narrow_generator_learns_whole_latents_and_is_measured(tmp_path, preset):
-    """One step of the stage's own loop in the preset's feature sets, but for those of weights from the hub. An
-    image has the preset's side."""
+    """One step of the stage's own loop, in the preset's feature sets that need no weights from the hub.
+
+    An image has the preset's side.
+    """
     settings, shape = load_settings(ROOT / "presets" / f"{preset}.yaml"), LATENTS[preset]
     noise = torch.from_numpy(np.random.default_rng(0).standard_normal((8, *shape), np.float32))
     stored = as_stored(noise, AUTOENCODERS[settings.encode.autoencoder.kind].storage_dtype)

@@ -191,7 +191,7 @@ def test_the_step_is_adamws(params):
     member = plain.model.members[1]
     optimizer = torch.optim.AdamW(member.parameters(), lr=0.01)
     for step in range(5):
-        noise, points = (part[1] for part in plain.prepare(step)[1:])
+        noise, points = (part[1] for part in plain.prepare(step))
         x = member(noise)
         goal = (x + velocity(x, points, plain.field)).detach()
         optimizer.zero_grad()
