@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import drift
 from drift.evaluation.report import format_report
+from drift.interop.measured import in_words, metric_arguments, shown
 from drift.interop.pipeline import INDEX_FILE, DriftPipeline, autoencoder_kind, made_from
 from drift.models.base import model_files
 from drift.runtime.errors import UserError
@@ -86,9 +87,17 @@ def _write_card(
     best = measured["best"] if measured else {}
     data = card.dataset or "other"
     results = [
-        EvalResult(_TASK, data, data, metric_type=key, metric_name=name, metric_value=round(best[key], 4))
+        EvalResult(
+            _TASK,
+            dataset_type=data,
+            dataset_name=data,
+            metric_type=key,
+            metric_name=name,
+            metric_value=round(best[key], 4),
+            metric_args=metric_arguments(measured),
+        )
         for key, name in (("fid", "FID"), ("inception_score", "Inception Score"))
-        if key in best
+        if measured and key in best
     ]
     head = ModelCardData(
         license=card.license,
@@ -113,13 +122,14 @@ def _write_card(
         omega=f"{best.get('omega', 1):g}",
         model=_table({"parameters": f"{million:.1f} million", "weights": weights, kind: vae, **config}),
         report=format_report(measured) if measured else "None are given.",
-        protocol=_table(measured["protocol"]) if measured else "",
+        words=in_words(measured) if measured else "",
+        protocol=_table({**measured["protocol"], "generator_folder": None}) if measured else "",
         settings=_table(settings) if settings else "Not recorded.",
     ).save(folder / "README.md")
 
 
 def _table(rows: Mapping[str, Any]) -> str:
-    lines = [f"| {key} | {value} |" for key, value in rows.items() if value is not None]
+    lines = [f"| {key} | {shown(value)} |" for key, value in rows.items() if value is not None]
     return "\n".join(["| | |", "|---|---|", *lines])
 
 
@@ -138,6 +148,7 @@ def _read_metrics(path: Path, source: Path, weights: str) -> dict[str, Any]:
         measured = json.loads(path.read_text(encoding="utf-8"))
         digests = set(measured["protocol"]["generator_sha256"])
         float(measured["best"]["fid"])
+        in_words(measured)
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             f"{path}: missing, damaged, or no protocol.json of the stage fid; run fid, or add --no-metrics"
