@@ -1,12 +1,14 @@
 """Write a generator as a folder to hand on: DriftPipeline, VAE and model card.
 
 It is JSON and safetensors, from which loading executes nothing, and can be uploaded
-to the Hugging Face hub as it is (hf upload NAME FOLDER).
+to the Hugging Face hub as it is (hf upload NAME FOLDER). --onnx adds generator.onnx and
+decoder.onnx, which onnxruntime runs without PyTorch, in a browser too.
 
 examples:
   drift export outputs/drift-digits --name drift-digits --license mit
   drift export outputs/b2 --generator artifacts/generator --vae-by-reference
   drift export outputs/old --rev experiment-1 --no-metrics
+  drift export outputs/web --onnx
 """
 
 import argparse
@@ -31,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="name of the model in its card (the folder's name)")
     parser.add_argument("--license", default="other", metavar="ID", help="of the weights, on the hub (other)")
     parser.add_argument("--dataset", metavar="ID", help="hub id of the data set that it was trained on")
+    parser.add_argument("--onnx", action="store_true", help="the networks in ONNX too (extra [onnx])")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -50,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
         weights=args.weights,
         vae=args.vae,
         include_vae=not args.vae_by_reference,
+        onnx=args.onnx,
         force=args.force,
     )
     for file, size in files:

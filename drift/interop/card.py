@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 import drift
 from drift.evaluation.report import format_report
 from drift.interop.measured import in_words, metric_arguments, shown
+from drift.interop.onnx import DECODER_FILE, GENERATOR_FILE, check_onnx, export_onnx
 from drift.interop.pipeline import INDEX_FILE, DriftPipeline, autoencoder_kind, made_from
 from drift.models.base import model_files
 from drift.runtime.errors import UserError
@@ -46,13 +47,15 @@ def export_pipeline(
     weights: str = "model",
     vae: str | None = None,
     include_vae: bool = True,
+    onnx: bool = False,
     force: bool = False,
 ) -> list[tuple[str, int]]:
     """Write the generator in `source` as a folder for `DriftPipeline.from_pretrained`, with a model card.
 
     `source` is a folder of the drift stage or of a pipeline, `weights` names a copy of its weights, and `vae`
     is the folder or hub id of another VAE than it names. Without `include_vae` the VAE is only named, by its
-    hub id. `destination` appears whole or not at all; `force` replaces what is there.
+    hub id. `onnx` adds both networks in ONNX. `destination` appears whole or not at all; `force` replaces
+    what is there.
 
     Returns the files and their sizes in bytes. Raises `UserError` if something is missing or damaged, if the
     metrics belong to another generator, or if `destination` exists.
@@ -61,6 +64,8 @@ def export_pipeline(
     if destination.exists() and not force:
         raise UserError(f"{destination}: exists already; name another folder, or add --force")
     check_output(destination)
+    if onnx:
+        check_onnx()
     measured = None if card.metrics is None else _read_metrics(card.metrics, source, weights)
     pipeline = DriftPipeline.from_pretrained(source, vae=vae, variant=weights)
     vae_id = (pipeline.vae_reference or {}).get("id")
@@ -75,6 +80,8 @@ def export_pipeline(
         for file, name in ((card.picture, PICTURE_FILE), (source / SETTINGS_FILE, SETTINGS_FILE)):
             if file is not None and file.is_file():
                 shutil.copyfile(file, fresh / name)
+        if onnx:
+            export_onnx(pipeline, fresh, include_decoder=include_vae)
         _write_card(fresh, card, pipeline, measured, weights)
         replace_folder(fresh, destination)
     paths = sorted(path for path in destination.rglob("*") if path.is_file())
@@ -124,6 +131,9 @@ def _write_card(
         report=format_report(measured) if measured else "None are given.",
         words=in_words(measured) if measured else "",
         protocol=_table({**measured["protocol"], "generator_folder": None}) if measured else "",
+        onnx=(folder / GENERATOR_FILE).exists(),
+        decoder=(folder / DECODER_FILE).exists(),
+        config=config,
         settings=_table(settings) if settings else "Not recorded.",
     ).save(folder / "README.md")
 
