@@ -37,6 +37,8 @@ class Card:
     """The `reports/protocol.json` of this generator."""
     picture: Path | None = None
     """A PNG; left out if there is none."""
+    hub_id: str | None = None
+    """Where it will be on the hub, for the program in the card; without one, that loads a folder `name`."""
 
 
 def export_pipeline(
@@ -124,6 +126,7 @@ def _write_card(
         head,
         template_path=str(Path(__file__).with_name("card.md.j2")),
         name=card.name,
+        source=card.hub_id or card.name,
         version=drift.__version__,
         picture=PICTURE_FILE if (folder / PICTURE_FILE).exists() else None,
         omega=f"{best.get('omega', 1):g}",
