@@ -12,6 +12,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import drift
 from drift.evaluation.report import format_report
+from drift.interop.measured import in_words, metric_arguments, shown
+from drift.interop.onnx import DECODER_FILE, GENERATOR_FILE, check_onnx, export_onnx
 from drift.interop.pipeline import INDEX_FILE, DriftPipeline, autoencoder_kind, made_from
 from drift.models.base import model_files
 from drift.runtime.errors import UserError
@@ -35,6 +37,8 @@ class Card:
     """The `reports/protocol.json` of this generator."""
     picture: Path | None = None
     """A PNG; left out if there is none."""
+    hub_id: str | None = None
+    """Where it will be on the hub, for the program in the card; without one, that loads a folder `name`."""
 
 
 def export_pipeline(
@@ -45,13 +49,15 @@ def export_pipeline(
     weights: str = "model",
     vae: str | None = None,
     include_vae: bool = True,
+    onnx: bool = False,
     force: bool = False,
 ) -> list[tuple[str, int]]:
     """Write the generator in `source` as a folder for `DriftPipeline.from_pretrained`, with a model card.
 
     `source` is a folder of the drift stage or of a pipeline, `weights` names a copy of its weights, and `vae`
     is the folder or hub id of another VAE than it names. Without `include_vae` the VAE is only named, by its
-    hub id. `destination` appears whole or not at all; `force` replaces what is there.
+    hub id. `onnx` adds both networks in ONNX. `destination` appears whole or not at all; `force` replaces
+    what is there.
 
     Returns the files and their sizes in bytes. Raises `UserError` if something is missing or damaged, if the
     metrics belong to another generator, or if `destination` exists.
@@ -60,6 +66,8 @@ def export_pipeline(
     if destination.exists() and not force:
         raise UserError(f"{destination}: exists already; name another folder, or add --force")
     check_output(destination)
+    if onnx:
+        check_onnx()
     measured = None if card.metrics is None else _read_metrics(card.metrics, source, weights)
     pipeline = DriftPipeline.from_pretrained(source, vae=vae, variant=weights)
     vae_id = (pipeline.vae_reference or {}).get("id")
@@ -74,6 +82,8 @@ def export_pipeline(
         for file, name in ((card.picture, PICTURE_FILE), (source / SETTINGS_FILE, SETTINGS_FILE)):
             if file is not None and file.is_file():
                 shutil.copyfile(file, fresh / name)
+        if onnx:
+            export_onnx(pipeline, fresh, include_decoder=include_vae)
         _write_card(fresh, card, pipeline, measured, weights)
         replace_folder(fresh, destination)
     paths = sorted(path for path in destination.rglob("*") if path.is_file())
@@ -86,9 +96,17 @@ def _write_card(
     best = measured["best"] if measured else {}
     data = card.dataset or "other"
     results = [
-        EvalResult(_TASK, data, data, metric_type=key, metric_name=name, metric_value=round(best[key], 4))
+        EvalResult(
+            _TASK,
+            dataset_type=data,
+            dataset_name=data,
+            metric_type=key,
+            metric_name=name,
+            metric_value=round(best[key], 4),
+            metric_args=metric_arguments(measured),
+        )
         for key, name in (("fid", "FID"), ("inception_score", "Inception Score"))
-        if key in best
+        if measured and key in best
     ]
     head = ModelCardData(
         license=card.license,
@@ -110,18 +128,23 @@ def _write_card(
         head,
         template_path=str(Path(__file__).with_name("card.md.j2")),
         name=card.name,
+        source=card.hub_id or card.name,
         version=drift.__version__,
         picture=PICTURE_FILE if (folder / PICTURE_FILE).exists() else None,
         omega=f"{best.get('omega', 1):g}",
         model=_table({"parameters": f"{million:.1f} million", "weights": weights, kind: vae, **config}),
         report=format_report(measured) if measured else "None are given.",
-        protocol=_table(measured["protocol"]) if measured else "",
+        words=in_words(measured) if measured else "",
+        protocol=_table({**measured["protocol"], "generator_folder": None}) if measured else "",
+        onnx=(folder / GENERATOR_FILE).exists(),
+        decoder=(folder / DECODER_FILE).exists(),
+        config=config,
         settings=_table(settings) if settings else "Not recorded.",
     ).save(folder / "README.md")
 
 
 def _table(rows: Mapping[str, Any]) -> str:
-    lines = [f"| {key} | {value} |" for key, value in rows.items() if value is not None]
+    lines = [f"| {key} | {shown(value)} |" for key, value in rows.items() if value is not None]
     return "\n".join(["| | |", "|---|---|", *lines])
 
 
@@ -140,6 +163,7 @@ def _read_metrics(path: Path, source: Path, weights: str) -> dict[str, Any]:
         measured = json.loads(path.read_text(encoding="utf-8"))
         digests = set(measured["protocol"]["generator_sha256"])
         float(measured["best"]["fid"])
+        in_words(measured)
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             f"{path}: missing, damaged, or no protocol.json of the stage fid; run fid, or add --no-metrics"

@@ -17,7 +17,9 @@ from drift.runtime.files import sha256
 
 def metrics_of(folder, file):
     entry = {"omega": 2.0, "ema_decay": None, "fid": 3.14159, "inception_score": 9.5}
-    protocol = {"features": "inception", "reference_images": 50, "floor_images": 9, "mode": "clean"}
+    protocol = {"features": "inception", "reference": "train", "reference_images": 50, "floor_images": 9}
+    protocol |= {"mode": "clean", "labels": "balanced", "rounding": "down", "seed": 4}
+    protocol["generator_folder"] = "/home/somebody/generator"
     digests = [sha256(folder / name) for name in ("config.json", "diffusion_pytorch_model.safetensors")]
     result = {
         "best": entry, "sweep": [entry], "floor": 1.0, "training": None, "images": 100,
@@ -39,6 +41,15 @@ def test_the_card_has_what_was_measured_and_its_program_runs(generator_folder, t
         ("fid", 3.1416),
         ("inception_score", 9.5),
     }
+    measured_by = {"omega": 2.0, "images": 100, "features": "inception", "mode": "clean", "seed": 4}
+    measured_by |= {"reference": "train", "reference_images": 50, "labels": "balanced", "rounding": "down"}
+    assert all(each.metric_args == measured_by for each in read.data.eval_results)
+    assert (
+        "FID 3.14 is the Fréchet distance between 100 samples, at omega 2, and 50 images of `train`, in "
+        "features of Inception-v3 (clean-fid, mode clean). Labels of the samples are balanced, their seed is "
+        "4, and pixels are cut off to 8 bits.\n"
+    ) in read.text
+    assert "/home/somebody" not in read.text
     shown = ["# fish", "| 2 (best) | 3.14 | 9.50 |", "| drift.steps | 3 |", "| mode | clean |", "omega=2,"]
     assert all(line in read.text for line in shown) and "](samples.png)" in read.text
     program = read.text.split("```python\n")[1].split("```")[0]
