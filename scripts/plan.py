@@ -34,8 +34,8 @@ class Plan(NamedTuple):
     """GB of each."""
     memory: int
     """GB of the machine."""
-    autoencoder: float = 0.33
-    """GB to download; the SD-VAE."""
+    weights: float = 0.33
+    """GB to download; the SD-VAE's. Of pixels, ConvNeXt-V2's."""
     images: int = IMAGENET
 
 
@@ -52,6 +52,8 @@ PLANS = {
     "rae_latent": Plan(0.06, 0, 4.5, 4.5, 0.08, 504, 0, 3.8, 1, 80, 64, 2.0),
     "imagenet512_rae": Plan(0.28, 0, 15.8, 15.8, 0.37, 2015, 0, 3.8, 1, 80, 256, 2.0),
     "imagenet512_b2": Plan(8.6, 166, 139, 293, 0.96, 252, 6.9, 3.7, 8, 80, 64),
+    "pixel_b16": Plan(0, 1740, 1100, 2910, 0.017, 1008, 43, 3.7, 8, 80, 64, 0.35),
+    "pixel_l16": Plan(0, 1740, 1400, 3420, 0.061, 1008, 43, 13, 8, 80, 64, 0.35),
     "photos": Plan(0.049, 0.87, 0.88, 1.87, 0.032, 1.5, 1.7, 0.54, 1, 24, 16, images=30_000),
 }
 PACKAGES, INCEPTION = 6, 0.1
@@ -79,7 +81,7 @@ def disk(plan: Plan) -> dict[str, float]:
         "latents": plan.latents,
         "checkpoints": 2 * (plan.mae_checkpoint + plan.generator_checkpoint),
         "features of the reference": plan.images * FEATURES,
-        "packages and weights": 2 * PACKAGES + plan.autoencoder + INCEPTION,
+        "packages and weights": 2 * PACKAGES + plan.weights + INCEPTION,
     }
 
 
@@ -91,7 +93,7 @@ def describe(name: str, gpus: int, tflops: float, price: float | None) -> str:
     lines = [
         f"{name}: planned for {plan.gpus} x {plan.gpu_memory} GB of GPU memory, {plan.memory} GB of memory",
         f"downloads  Python packages (about {PACKAGES} GB), "
-        f"the autoencoder ({plan.autoencoder:g} GB), Inception ({INCEPTION:g} GB)",
+        f"pretrained weights ({plan.weights:g} GB), Inception ({INCEPTION:g} GB)",
         f"disk       {sum(parts.values()):.0f} GB: "
         + ", ".join(f"{what} {short(gb)}" for what, gb in parts.items()),
         f"work       encode {plan.encode:g} EFLOP, mae {plan.mae:g}, "

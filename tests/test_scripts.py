@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from drift.autoencoders import AUTOENCODERS
 from drift.models import Generator, LatentMAE
 from drift.runtime.torchvision import ensure_torchvision
 from drift.settings import load_settings
@@ -30,7 +31,7 @@ SD_VAE = {
     "latent_channels": 4, "norm_num_groups": 32,
     "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
 }  # fmt: skip
-LATENTS = {"kl": (4, 8), "rae": (768, 16)}
+LATENTS = {"kl": (4, 8), "rae": (768, 16), "pixels": (3, 1)}
 PRESETS = {path.stem: load_settings(path) for path in (ROOT / "presets").glob("*.yaml")}
 IMAGENET = sorted(name for name, s in PRESETS.items() if s.data.root == "data/imagenet")
 EXA, GB = 1e18, 1e9
@@ -71,6 +72,8 @@ def counted(name: str, images: int, gpus: int) -> dict[str, float]:
         )
         found["mae_checkpoint"] = parameters(mae) * 4 * 4 / GB
 
+    if any(one.encoder == "convnext" for one in settings.features):
+        encode += convnext()
     n, real = drift.generated, drift.positives + drift.unconditional
     second = n if settings.negatives == "second_batch" else 0
     through_generator, through_encoder = 3 * n + second, 2 * n + real + second
@@ -86,10 +89,12 @@ def counted(name: str, images: int, gpus: int) -> dict[str, float]:
     found["drift_as_set"] = per_step * (generate * through_generator + encode * through_encoder)
 
     crops = settings.encode.crops if "augmented" in settings.views else 0
-    rows = images * (1 + settings.encode.mirror + crops)
-    found["latents"] = rows * math.prod(store.shape[1:]) * 2 / GB
-    if settings.encode.autoencoder.kind == "kl":
-        images_in, latents_in = sd_vae(settings.data.image_size)
+    rows = images * (crops + (1 + settings.encode.mirror) * ("center" in settings.views))
+    size = AUTOENCODERS[settings.encode.autoencoder.kind].storage_dtype.itemsize
+    found["latents"] = rows * math.prod(store.shape[1:]) * size / GB
+    if settings.encode.autoencoder.kind != "rae":
+        with_vae = settings.encode.autoencoder.kind == "kl"
+        images_in, latents_in = sd_vae(settings.data.image_size) if with_vae else (0, 0)
         found["encode"] = rows * images_in / EXA
         measured = settings.fid.images * len(settings.fid.omegas) * len(settings.fid.ema_decays)
         found["fid"] = measured * (latents_in + generate) / EXA
@@ -106,6 +111,18 @@ def sd_vae(size: int) -> tuple[float, float]:
         vae = AutoencoderKL(**SD_VAE)
         image, latent = torch.empty(1, 3, size, size), torch.empty(1, 4, size // 8, size // 8)
         return flops(lambda: vae.encoder(image)), flops(lambda: vae.decoder(latent))
+
+
+@cache
+def convnext() -> float:
+    """FLOPs of facebook/convnextv2-base-22k-224 for an image, which has no decoder in front of it here."""
+    ensure_torchvision()
+    from transformers import ConvNextV2Config, ConvNextV2Model
+
+    with torch.device("meta"):
+        model = ConvNextV2Model(ConvNextV2Config(depths=[3, 3, 27, 3], hidden_sizes=[128, 256, 512, 1024]))
+        image = torch.empty(1, 3, 224, 224)
+    return flops(lambda: model(image))
 
 
 @pytest.mark.parametrize("name", plan.PLANS)
