@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from drift.runtime.errors import UserError, escape_output
 
 COMMANDS = (
-    *("watch", "clean", "study", "fid-selftest", "inspect latents", "inspect mae", "sample", "export"),
-    *("import-release", "import-sinkhorn", "remote", "adopt latents", "adopt mae"),
+    *("watch", "clean", "study", "fid-selftest", "inspect latents", "inspect mae", "sample"),
+    *("demo", "export", "import-release", "import-sinkhorn", "remote", "adopt latents", "adopt mae"),
 )
 _GROUPS = {
     "inspect": "Look at what a stage has made: pictures, numbers, warnings",
