@@ -15,7 +15,8 @@ from drift.runtime.errors import UserError, escape_output
 
 COMMANDS = (
     *("watch", "clean", "study", "fid-selftest", "inspect latents", "inspect mae", "inspect features"),
-    *("sample", "export", "import-release", "import-sinkhorn", "remote", "adopt latents", "adopt mae"),
+    *("sample", "demo", "export", "import-release", "import-sinkhorn", "remote"),
+    *("adopt latents", "adopt mae"),
 )
 _GROUPS = {
     "inspect": "Look at what a stage has made: pictures, numbers, warnings",

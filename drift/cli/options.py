@@ -9,6 +9,7 @@ from drift.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from drift.evaluation.inspection import Look
+    from drift.interop.pipeline import DriftPipeline
 
 GENERATOR = "artifacts/generator"
 
@@ -107,3 +108,24 @@ def gpu_or_cpu() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def usable_device(name: str | None) -> str:
+    """The device called `name`, or the best there is; raises `UserError` if it cannot be used."""
+    import torch
+
+    device = name or gpu_or_cpu()
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def class_number(pipe: "DriftPipeline", name: str | int) -> int:
+    """A name first, as one may look like a number; raises `UserError` for what is neither."""
+    if isinstance(name, int) or (name.isdecimal() and name not in pipe.labels):
+        if int(name) >= (classes := pipe.generator.config.num_classes):
+            raise UserError(f"class {name}: the classes are 0 to {classes - 1}")
+        return int(name)
+    return pipe.get_label_ids(name)[0]

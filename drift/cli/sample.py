@@ -15,7 +15,15 @@ examples:
 import argparse
 from pathlib import Path
 
-from drift.cli.options import GENERATOR, add_versions, count, find_source, gpu_or_cpu, positive
+from drift.cli.options import (
+    GENERATOR,
+    add_versions,
+    class_number,
+    count,
+    find_source,
+    positive,
+    usable_device,
+)
 from drift.runtime.errors import UserError
 
 _AT_ONCE = 64
@@ -50,9 +58,9 @@ def run(args: argparse.Namespace) -> None:
     check_writable(out if args.files else out.parent)
     pipe = DriftPipeline.from_pretrained(
         find_source(args.source, args.rev), vae=args.vae, variant=args.weights, revision=args.revision
-    ).to(_device(args.device))
+    ).to(usable_device(args.device))
     labels = [
-        _label(pipe, name) for name in args.classes or range(min(10, pipe.generator.config.num_classes))
+        class_number(pipe, name) for name in args.classes or range(min(10, pipe.generator.config.num_classes))
     ]
     rows = []
     for label in tqdm(labels, desc="classes", disable=len(labels) < 2):
@@ -72,21 +80,3 @@ def run(args: argparse.Namespace) -> None:
         save_png(out, image_grid(np.stack(rows), args.count, scale=scale, row_labels=names))
     drawn = ", ".join(f"{name} ({label})" for name, label in zip(names, labels, strict=True))
     print(f"{args.count} of each: {drawn}; omega {args.omega:g}, seed {args.seed}: wrote {out}")
-
-
-def _label(pipe, name: str | int) -> int:
-    """A name first, as one may look like a number."""
-    if isinstance(name, int) or (name.isdecimal() and name not in pipe.labels):
-        return int(name)
-    return pipe.get_label_ids(name)[0]
-
-
-def _device(name: str | None) -> str:
-    import torch
-
-    device = name or gpu_or_cpu()
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return device

@@ -9,7 +9,8 @@ and safetensors, which are read as data. There is no code in it, and none is exe
 
 import json
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -306,3 +307,15 @@ def made_from(folder: Path) -> dict[str, Any]:
     """The settings and inputs that the generator in `folder` depends on; empty where nothing tells them."""
     path, way_out = folder / SETTINGS_FILE, "get the folder again (dvc pull)"
     return settings_in_force(read_yaml(path, way_out)) if path.exists() else {}
+
+
+def open_copies(
+    source: str | Path, first: str = "model", revision: str | None = None, **options: Any
+) -> dict[str, Callable[[], Generator]]:
+    """What loads each copy of the weights that `source` has, by the copy's name, beginning with `first`.
+
+    `source`, `revision` and `options` are those of `DriftPipeline.from_pretrained`.
+    """
+    folder = _read_folder(str(source), revision, options)[0]
+    names = [first.replace(".", ""), *(name or "model" for name in weights_files(folder))]
+    return {name: partial(Generator.from_pretrained, folder, variant=name) for name in dict.fromkeys(names)}
