@@ -54,7 +54,7 @@ PLANS = {
     "imagenet512_b2": Plan(8.6, 166, 139, 293, 0.96, 252, 6.9, 3.7, 8, 80, 64),
     "pixel_b16": Plan(0, 1740, 1100, 2910, 0.017, 1008, 43, 3.7, 8, 80, 64, 0.35),
     "pixel_l16": Plan(0, 1740, 1400, 3420, 0.061, 1008, 43, 13, 8, 80, 64, 0.35),
-    "photos": Plan(0.049, 0.87, 0.88, 1.87, 0.032, 1.5, 1.7, 0.54, 1, 24, 16, images=30_000),
+    "photos": Plan(0.049, 0.87, 0.88, 1.16, 0.032, 1.5, 1.7, 0.54, 1, 24, 16, images=30_000),
 }
 PACKAGES, INCEPTION = 6, 0.1
 """GB to download. Of the packages most is torch's CUDA build: a guess, as are the 2 GB of the RAEs."""

@@ -29,6 +29,23 @@ TINY = {
     "fid": {"images": 80, "floor_images": 100, "omegas": [1.0, 2.0], "picture_columns": 2},
     "hardware": {"checkpoint_every": 2, "log_every": 1},
 }  # fmt: skip
+PHOTO_CLASSES = ("beach", "forest", "harbour")
+PHOTOS = {
+    "data": {"image_size": 32, "classes": len(PHOTO_CLASSES)},
+    "encode": {"autoencoder": "pretrained/mnist_vae"},
+    "mae": {**TINY["mae"], "layers": [1, 1, 1, 1], "mask_patch": 1, "held_out": 6, "precision": "float32"},
+    "drift": {
+        **TINY["drift"],
+        "precision": "float32",
+        "classes_per_step": 3,
+        "evaluate_every": 4,
+        "evaluate_images": 80,
+    },
+    "fid": {**TINY["fid"], "features": "pretrained/mnist_classifier", "picture_classes": 3},
+    "hardware": {**TINY["hardware"], "compile": False, "workers": 0},
+}
+"""What makes a preset of images in folders tiny; 40 images a class will do. In bfloat16, gradients of maps as
+small as these are not finite on a CPU (docs/log.md)."""
 
 
 class Project:

@@ -1,5 +1,6 @@
 """scripts/: the plan counted again, and ImageNet on a machine of stubs."""
 
+import json
 import math
 import os
 import shutil
@@ -13,7 +14,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from imports import ROOT
+from project import PHOTO_CLASSES, PHOTOS, copy_project, draw_images
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -160,7 +163,7 @@ class Machine:
     def __init__(self, folder: Path, gpus: str = "81559\n" * 8):
         self.folder, self.calls, programs = folder, folder / "calls", folder / "programs"
         for name in ("scripts", "presets"):
-            shutil.copytree(ROOT / name, folder / name)
+            shutil.copytree(ROOT / name, folder / name, dirs_exist_ok=True)
         shutil.copyfile(ROOT / "params.yaml", folder / "params.yaml")
         (folder / "storage").touch()  # DVC's default remote: none
         for split in ("train", "val"):
@@ -190,7 +193,7 @@ class Machine:
 
     def run(self, *arguments: str) -> SimpleNamespace:
         process = self.start(*arguments)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=600)
         return SimpleNamespace(code=process.returncode, out=out, err=err)
 
     @property
@@ -274,6 +277,36 @@ def test_signals_reach_the_stage_as_an_interrupt(tmp_path, number, code):
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number and machine.called[-1] == "saved"
     assert out.endswith("stopped: the same command goes on\n")
+
+
+@pytest.mark.slow
+def test_a_tiny_imagenet_from_images_to_metrics_with_a_stop_in_between(tmp_path):
+    """With DVC and the stages themselves; GPUs, disk and installation are made up."""
+    project = copy_project(tmp_path)
+    machine = Machine(tmp_path)
+    shutil.rmtree(tmp_path / "images")
+    for split in ("train", "val"):
+        draw_images(tmp_path / "images" / split, PHOTO_CLASSES, 40)
+    shutil.rmtree(tmp_path / ".venv")
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    preset = tmp_path / "presets" / "imagenet256_ablation.yaml"
+    first, content = preset.open().readline(), yaml.safe_load(preset.read_text())
+    for section, values in PHOTOS.items():
+        content[section] |= values
+    content["drift"] |= {"steps": 150, "evaluate_every": 0}
+    preset.write_text(first + yaml.safe_dump(content, sort_keys=False))
+    machine.environment |= {key: project.environment[key] for key in ("PYTHONPATH", "OMP_NUM_THREADS")}
+    process = machine.start("--images", "images", "--yes")
+    for begun in (".work/encode/*", ".work/mae/*/step-*", ".work/drift/*/step-*"):
+        project.wait_for(begun, process)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 143 and "drift: SIGINT after step" in out, out
+    assert not (tmp_path / "artifacts" / "generator").exists()
+    done = machine.run("--images", "images", "--yes")
+    assert done.code == 0, done.out
+    assert "Stage 'mae' didn't change, skipping" in done.out
+    assert json.loads((tmp_path / "metrics" / "fid.json").read_text())["fid"] > 0
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="pip install -e '.[dev]' brings it")
