@@ -2,9 +2,9 @@
 
     python docs/curves.py default=artifacts/generator/logs.jsonl collapses=FOLDER/logs.jsonl docs/curves.png
 
-Both runs have `drift.evaluate_every`. The second is that of
+Both runs have `drift.evaluate_every`. The second, of half the steps, is that of
 
-    dvc exp run -S conventions=sinkhorn -S coupling=sinkhorn -S drift_form=split
+    dvc exp run -S conventions=sinkhorn -S coupling=sinkhorn -S drift_form=split -S drift.steps=1000
 """
 
 import sys
@@ -18,7 +18,7 @@ from drift.runtime.progress import read_log
 PANELS = {
     "fid": "fid: Fréchet distance of samples",
     "drift_rms": "drift_rms: raw drift, in units of S",
-    "unused_positives": "unused_positives",
+    "row_entropy": "row_entropy, in nats",
     "loss": "loss, divided by its first value",
 }
 
@@ -37,7 +37,10 @@ def main(runs: list[str], out: str) -> None:
             axes.plot(steps, values, marker="o" if len(steps) < 20 else "", markersize=3, label=name)
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("step", fontsize=8)
-        axes.set_ylim(bottom=0)
+        if column == "fid":
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
         if number == 1:
