@@ -153,9 +153,12 @@ def test_params_are_what_a_stage_reads():
 
 @pytest.mark.parametrize("preset", sorted((ROOT / "presets").glob("*.yaml")), ids=lambda path: path.stem)
 def test_presets_are_valid_and_have_the_keys_that_dvc_demands(preset):
-    """DVC refuses to run where a key that dvc.yaml lists is missing at the top level."""
+    """DVC refuses to run where a key that dvc.yaml lists is missing at the top level, or one of a command."""
     load_settings(preset)
-    assert set().union(*map(params, STAGES)) <= yaml.safe_load(preset.read_text()).keys()
+    content = yaml.safe_load(preset.read_text())
+    assert set().union(*map(params, STAGES)) <= content.keys()
+    for section, key in re.findall(r"\$\{(\w+)\.(\w+)\}", yaml.safe_dump(STAGES)):
+        assert section == "item" or key in content[section], f"{section}.{key}"
 
 
 def outputs(kind: str) -> dict[str, dict]:

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,16 @@ def test_the_plan_on_the_page_is_what_the_script_prints():
     assert plan.describe("photos", 1, 100.0, None) in PAGE
 
 
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def said(project, words: list[str]) -> str:
+    return project.run(*words).stdout
+
+
 def served(project, words: list[str]) -> str:
     """What a server prints until it names its address; it is then ended."""
     where = {"cwd": project.folder, "env": project.environment | {"PYTHONUNBUFFERED": "1"}}
@@ -108,7 +119,7 @@ def served(project, words: list[str]) -> str:
 
 @pytest.mark.slow
 def test_every_command_of_the_page_on_a_small_folder(tmp_path):
-    """In their order, as they stand there, but for the VAE; with smaller sizes in the preset."""
+    """In their order, as they stand there, but for the VAE and a port; with smaller sizes in the preset."""
     project = copy_project(tmp_path)
     draw_images(tmp_path / "data" / "photos" / "train", PHOTO_CLASSES, 40)
     preset = tmp_path / "presets" / "photos.yaml"
@@ -121,15 +132,12 @@ def test_every_command_of_the_page_on_a_small_folder(tmp_path):
     for command in COMMANDS:
         words = [word.replace(VAE, "pretrained/mnist_vae") for word in shlex.split(command)]
         words[0] = sys.executable if words[0] == "python" else words[0]
-        shown[command] = served(project, words) if words[0] == "tensorboard" else project.run(*words).stdout
-    for path in (
-        *(
-            "outputs/latents-center/latents.png",
-            "outputs/mae/mae.png",
-            "outputs/samples.png",
-            "outputs/best.png",
-        ),
-        *("outputs/photos/README.md", "reports/index.html", "artifacts/generator/best/config.json"),
-    ):
+        if command == "drift demo":
+            words += ["--port", str(free_port())]
+        run = served if words[0] == "tensorboard" or command == "drift demo" else said
+        shown[command] = run(project, words)
+    for name in ("latents-center/latents", "mae/mae", "features/neighbours", "samples", "best"):
+        assert (tmp_path / "outputs" / f"{name}.png").is_file(), name
+    for path in ("outputs/photos/README.md", "reports/index.html", "artifacts/generator/best/config.json"):
         assert (tmp_path / path).is_file(), path
     assert "floor:" in shown["drift fid-selftest"] and "drift_rms" in shown["drift watch"]
