@@ -122,7 +122,9 @@ fi
 [ ${#storage[@]} -gt 0 ] || echo "no storage is set up (docs/sharing.md): nothing is pulled or pushed"
 [ ${#storage[@]} -eq 0 ] || try "${storage[@]}" pull --allow-missing
 
-run python -c 'from drift.settings import load_settings; load_settings("params.yaml").encode.autoencoder.load()'
+fetch='from drift.settings import load_settings as load; s = load("params.yaml"); vae = s.encode.autoencoder.load(); '
+fetch+='[one.load(autoencoder=vae) for one in s.features if not one.needs_mae]'
+run python -c "$fetch"
 run drift fid-selftest # fetches Inception, and measures the reference, which the stage fid uses again
 run dvc repro
 [ ${#storage[@]} -eq 0 ] || run "${storage[@]}" push
