@@ -3,7 +3,6 @@
 Encoders take images as uint8 `[B, H, W, 3]`; decoders give floats around [-1, 1], `[B, 3, H, W]`.
 """
 
-import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from drift.data.levels import to_float
+from drift.runtime.digests import tensors_digest
 from drift.runtime.errors import UserError, one_of
 from drift.runtime.torchvision import ensure_torchvision
 
@@ -204,12 +204,8 @@ class DiffusersAutoencoder(nn.Module, ABC):
     @cached_property
     def digest(self) -> str:
         """SHA-256 of settings and weights in hexadecimal: the same wherever and in whatever file they lie."""
-        digest = hashlib.sha256(self._decides().encode())
         tensors = {self._canonical(name): tensor for name, tensor in self.model.state_dict().items()}
-        for name, tensor in sorted(tensors.items()):
-            digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.cpu().contiguous().numpy().data)
-        return digest.hexdigest()
+        return tensors_digest(sorted(tensors.items()), self._decides())
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
         return self.shape_of(self.model.config, self.id, image_size)

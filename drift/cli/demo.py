@@ -18,21 +18,16 @@ import socket
 import tempfile
 import time
 
-from drift.cli.options import GENERATOR, add_versions, class_number, find_source, usable_device
+from drift.cli.options import add_drawing, class_number, find_source, usable_device
 from drift.runtime.errors import UserError
 
 _HOST = "127.0.0.1"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "source", nargs="?", metavar="SOURCE", default=GENERATOR, help="the generator (%(default)s)"
-    )
-    add_versions(parser)
+    add_drawing(parser)
     parser.add_argument("--class", dest="label", metavar="CLASS", default=0, help="shown first (0)")
     parser.add_argument("--port", type=int, default=7860, help="(%(default)s)")
-    parser.add_argument("--revision", help="branch, tag or commit on the hub")
-    parser.add_argument("--device", help="cuda, cpu, ... (cuda where there is one)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -53,6 +53,16 @@ def add_versions(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_drawing(parser: argparse.ArgumentParser) -> None:
+    """SOURCE, its versions, and where it is to draw."""
+    parser.add_argument(
+        "source", nargs="?", metavar="SOURCE", default=GENERATOR, help="the generator (%(default)s)"
+    )
+    add_versions(parser)
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument("--device", help="cuda, cpu, ... (cuda where there is one)")
+
+
 def find_source(source: str, revision: str | None) -> str | Path:
     """What `DriftPipeline.from_pretrained` is to load: `source`, or its folder as of a Git `revision`.
 

@@ -16,8 +16,7 @@ import argparse
 from pathlib import Path
 
 from drift.cli.options import (
-    GENERATOR,
-    add_versions,
+    add_drawing,
     class_number,
     count,
     find_source,
@@ -30,25 +29,20 @@ _AT_ONCE = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "source", nargs="?", metavar="SOURCE", default=GENERATOR, help="the generator (%(default)s)"
-    )
-    add_versions(parser)
+    add_drawing(parser)
     parser.add_argument("--classes", nargs="+", metavar="CLASS", help="numbers or names (the first ten)")
     parser.add_argument("--omega", type=positive, default=1.0, help="CFG strength; 1 is none (1)")
     parser.add_argument("--seed", type=int, default=0, help="(0)")
     parser.add_argument("--count", type=count, default=8, metavar="N", help="samples of each class (8)")
     parser.add_argument("--files", action="store_true", help="OUT/<class>/<number>.png instead of a grid")
     parser.add_argument("--out", type=Path, help="(outputs/samples.png, or the folder outputs/samples)")
-    parser.add_argument("--revision", help="branch, tag or commit on the hub")
-    parser.add_argument("--device", help="cuda, cpu, ... (cuda where there is one)")
 
 
 def run(args: argparse.Namespace) -> None:
     import numpy as np
     from tqdm import tqdm
 
-    from drift.evaluation.pictures import VISIBLE_SIDE, image_grid, save_png
+    from drift.evaluation.pictures import image_grid, save_png, visible_scale
     from drift.interop.pipeline import DriftPipeline
     from drift.runtime.files import check_writable
 
@@ -76,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
                 rows += [np.asarray(image) for image in images]
     names = [pipe.id2label.get(label, str(label)).split(",")[0] for label in labels]
     if rows:
-        scale = -(-VISIBLE_SIDE // len(rows[0]))
+        scale = visible_scale(len(rows[0]))
         save_png(out, image_grid(np.stack(rows), args.count, scale=scale, row_labels=names))
     drawn = ", ".join(f"{name} ({label})" for name, label in zip(names, labels, strict=True))
     print(f"{args.count} of each: {drawn}; omega {args.omega:g}, seed {args.seed}: wrote {out}")

@@ -8,7 +8,7 @@ from PIL import Image
 
 from drift.data.datasets import open_images
 from drift.evaluation.networks import load_feature_network
-from drift.evaluation.pictures import VISIBLE_SIDE, draw_images, image_grid
+from drift.evaluation.pictures import draw_images, image_grid, visible_scale
 from drift.evaluation.reference import (
     Reference,
     load_statistics,
@@ -88,5 +88,5 @@ class Measurement:
         wanted = [(label, *column) for label in self.picture_classes for column in columns]
         images = draw_images(generator, decode, wanted, seed, batch_size)
         names = [self.training.class_names[label] for label in self.picture_classes]
-        scale = -(-VISIBLE_SIDE // images.shape[1])
+        scale = visible_scale(images.shape[1])
         return image_grid(images, len(columns), scale=scale, row_labels=names, column_labels=heads)

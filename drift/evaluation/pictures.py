@@ -15,6 +15,11 @@ from drift.runtime.files import atomic_write
 VISIBLE_SIDE = 64  # pixels; smaller images are enlarged to at least this, so that a person can see them
 
 
+def visible_scale(side: int) -> int:
+    """How many times images of this side are enlarged to be visible."""
+    return -(-VISIBLE_SIDE // side)
+
+
 def image_grid(
     images: Tensor | np.ndarray,
     columns: int,

@@ -6,7 +6,6 @@ never registered. `latent.py` is the shortest example, `dinov2.py` the shortest 
 stages and tests read `ENCODERS`.
 """
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from drift.autoencoders import Autoencoder
+from drift.runtime.digests import tensors_digest
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -32,11 +32,7 @@ class Encoder(nn.Module, ABC):
     @property
     def digest(self) -> str:
         """SHA-256 of its weights in hexadecimal, those of a decoder included."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.cpu().contiguous().numpy().data)
-        return digest.hexdigest()
+        return tensors_digest(sorted(self.state_dict().items()))
 
 
 class ImageEncoder(Encoder):

@@ -1,6 +1,5 @@
 """Pictures that can be made again: a `Recipe`, the samples it asks for, and the PNG file that holds both."""
 
-import hashlib
 import io
 import math
 import time
@@ -18,10 +17,11 @@ from torch import Tensor, nn
 
 import drift
 from drift.evaluation.batches import BATCH
-from drift.evaluation.pictures import VISIBLE_SIDE, image_grid
+from drift.evaluation.pictures import image_grid, visible_scale
 from drift.evaluation.sample import draw_inputs
 from drift.interop.pipeline import DriftPipeline
 from drift.models.generator import Generator
+from drift.runtime.digests import tensors_digest
 from drift.runtime.errors import UserError
 from drift.runtime.seeds import torch_generator
 
@@ -166,8 +166,7 @@ class Artist:
 
 def grid(images: np.ndarray) -> Image.Image:
     """Images uint8 `[B, H, W, 3]` as one picture, as large as `drift sample` makes them."""
-    scale = -(-VISIBLE_SIDE // images.shape[1])
-    return image_grid(images, min(COLUMNS, len(images)), scale=scale)
+    return image_grid(images, min(COLUMNS, len(images)), scale=visible_scale(images.shape[1]))
 
 
 def read_recipe(file: str | Path | io.BytesIO) -> tuple[Recipe, str]:
@@ -209,9 +208,9 @@ def _now() -> float:
 
 def _digest(pipe: DriftPipeline) -> str:
     """SHA-256 of the weights of all networks of a pipeline."""
-    digest = hashlib.sha256()
-    for part, module in sorted(pipe.components.items()):
-        for name, tensor in module.state_dict().items() if isinstance(module, nn.Module) else ():
-            digest.update(f"{part}.{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return tensors_digest(
+        (f"{part}.{name}", tensor)
+        for part, module in sorted(pipe.components.items())
+        if isinstance(module, nn.Module)
+        for name, tensor in module.state_dict().items()
+    )

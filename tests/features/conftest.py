@@ -17,6 +17,13 @@ def randomized(network: torch.nn.Module) -> torch.nn.Module:
     return network.eval()
 
 
+def saved(factory, name: str, network: torch.nn.Module):
+    """The folder of a network with noise on its weights."""
+    folder = factory.mktemp(name)
+    randomized(network).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def vae_folder(tmp_path_factory):
     """An autoencoder with latents `[3, 8, 8]` of images of 16 pixels."""
@@ -38,10 +45,8 @@ def convnext_folder(tmp_path_factory):
     from transformers import ConvNextV2Config, ConvNextV2Model
 
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("convnext")
     config = ConvNextV2Config(depths=[1, 1, 2, 1], hidden_sizes=[4, 4, 8, 8])
-    randomized(ConvNextV2Model(config)).save_pretrained(folder)
-    return folder
+    return saved(tmp_path_factory, "convnext", ConvNextV2Model(config))
 
 
 @pytest.fixture(scope="session")
@@ -49,10 +54,8 @@ def dinov2_folder(tmp_path_factory):
     from transformers import Dinov2Config, Dinov2Model
 
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("dinov2")
     config = Dinov2Config(hidden_size=12, num_hidden_layers=2, num_attention_heads=2, image_size=70)
-    randomized(Dinov2Model(config)).save_pretrained(folder)
-    return folder
+    return saved(tmp_path_factory, "dinov2", Dinov2Model(config))
 
 
 @pytest.fixture(scope="session")
@@ -60,11 +63,9 @@ def registers_folder(tmp_path_factory):
     from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("registers")
     sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 14}
     config = Dinov2WithRegistersConfig(**sizes, image_size=28, num_register_tokens=3)
-    randomized(Dinov2WithRegistersModel(config)).save_pretrained(folder)
-    return folder
+    return saved(tmp_path_factory, "registers", Dinov2WithRegistersModel(config))
 
 
 @pytest.fixture(scope="session")
