@@ -15,7 +15,7 @@ from drift.data.latents import LatentStore
 from drift.evaluation.measurement import Measurement
 from drift.evaluation.reference import self_test
 from drift.evaluation.sweep import Sweep
-from drift.models.base import WEIGHTS_FILE
+from drift.models.base import WEIGHTS_FILE, share_weights
 from drift.models.generator import Generator
 from drift.runtime.files import replace_folder, write_json
 from drift.runtime.processes import Ranks
@@ -118,5 +118,6 @@ class TrainingEvaluation(Measurement):
         generator.save_config(draft)
         tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
         save_file(tensors, draft / WEIGHTS_FILE, metadata={"format": "pt"})
+        share_weights(draft)
         write_json(draft / EVALUATION_FILE, {**measured, "protocol": protocol})
         replace_folder(draft, best)

@@ -23,7 +23,7 @@ from drift.autoencoders import DiffusersAutoencoder, Pixels
 from drift.data.levels import Rounding, to_uint8
 from drift.evaluation.batches import in_batches
 from drift.evaluation.sample import draw_sample, sample_generator, sample_latents
-from drift.models.base import CONFIG_FILE, weights_files
+from drift.models.base import CONFIG_FILE, share_weights, weights_files
 from drift.models.generator import Generator, read_class_names
 from drift.runtime.errors import UserError
 from drift.runtime.hub import download
@@ -209,6 +209,7 @@ class DriftPipeline(DiffusionPipeline):
         """
         if self.vae is None or include_vae:
             super().save_pretrained(save_directory, **options)
+            share_weights(Path(save_directory))
         elif self.vae_reference is None:
             raise UserError("where the VAE came from is not known, so it must be saved (include_vae=True)")
         else:

@@ -7,8 +7,10 @@ and ignores unknown keys.
 import inspect
 import json
 import re
+import shutil
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -46,6 +48,11 @@ class PretrainedModel(ModelMixin, ConfigMixin):
     def family(cls) -> list[type[Self]]:
         """The classes that `from_pretrained` may return."""
         return [cls]
+
+    def save_pretrained(self, save_directory: str | Path, variant: str | None = None, **options: Any) -> None:
+        """Write config and weights into a folder, with diffusers' `options`."""
+        super().save_pretrained(save_directory, variant=variant, **options)
+        share_weights(Path(save_directory))
 
     @classmethod
     def from_pretrained(
@@ -94,6 +101,16 @@ class PretrainedModel(ModelMixin, ConfigMixin):
             problem = f"the key {key} is missing" if key in known else f"unknown key {key}"
             raise UserError(f"{path}: {problem}; a {found.__name__} has {', '.join(known)}")
         return found, {k: tuple(v) if isinstance(v := values[k], list) else v for k in known}
+
+
+def share_weights(folder: Path) -> None:
+    """Give the weights below `folder` the permissions of the configs beside them.
+
+    safetensors creates its files for their owner alone, whatever the umask.
+    """
+    for weights in folder.rglob("*.safetensors"):
+        with suppress(OSError):  # some filesystems store no permissions
+            shutil.copymode(weights.with_name(CONFIG_FILE), weights)
 
 
 def model_folder(source: str | Path, revision: str | None, variant: str | None, **hub: Any) -> Path:

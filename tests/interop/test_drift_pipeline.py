@@ -240,6 +240,7 @@ def test_saved_and_loaded(pipe, tmp_path, include_vae):
     pipe.save_pretrained(tmp_path, include_vae=include_vae)
     assert {path.name for path in tmp_path.iterdir()} - {"vae"} == {"model_index.json", "generator"}
     assert (tmp_path / "vae").exists() == include_vae
+    assert len({path.stat().st_mode for path in tmp_path.rglob("*") if path.is_file()}) == 1
     texts = [path.read_text() for path in tmp_path.rglob("*.json")]
     assert not any("_name_or_path" in text for text in texts)  # of this machine
     again = DriftPipeline.from_pretrained(tmp_path)

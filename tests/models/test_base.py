@@ -1,6 +1,7 @@
 """Folders of models: what is written is read again, by former names too; what does not fit is one line."""
 
 import json
+import os
 import shutil
 
 import huggingface_hub
@@ -144,6 +145,17 @@ def test_channels_last_models_can_be_saved(tmp_path):
     model = make(LatentMAE).to(memory_format=torch.channels_last)
     model.save_pretrained(tmp_path)
     assert_same(LatentMAE.from_pretrained(tmp_path), model)
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o077])
+def test_weights_have_the_permissions_of_other_new_files(model, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        model.save_pretrained(tmp_path / "model", variant="ema_0999")
+    finally:
+        os.umask(before)
+    files = list((tmp_path / "model").iterdir())
+    assert len(files) == 2 and {file.stat().st_mode & 0o777 for file in files} == {0o666 & ~umask}
 
 
 def weights(change):

@@ -37,6 +37,8 @@ def test_samples_are_measured_while_it_trains_as_the_fid_stage_measures_them(pro
         )
     best = min(measured, key=lambda line: line["fid"])
     found = json.loads(Path("other/generator/best/evaluation.json").read_text())
+    files = [path for path in Path("other/generator").rglob("*") if path.is_file()]
+    assert len({path.stat().st_mode for path in files}) == 1, "of weights, others may read less"
     assert (found["fid"], found["done"]) == (best["fid"], best["step"] + 1)
     pictures = sorted(path.name for path in Path().glob("elsewhere/drift/*/samples/*.png"))
     assert pictures == ["00000003.png", "00000006.png", "00000008.png"]
