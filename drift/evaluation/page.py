@@ -8,19 +8,25 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from drift.evaluation.report import COLUMNS, format_report
+from drift.evaluation.report import COLUMNS, comparisons, table
 from drift.runtime.progress import read_log
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
-:root {{ color-scheme: light dark }} h1 {{ overflow-wrap: anywhere }} pre {{ overflow-x: auto }}
+:root {{ color-scheme: light dark }} h1 {{ font-size: 1.6rem; overflow-wrap: anywhere }}
+pre {{ white-space: pre-wrap; overflow-wrap: anywhere }}
+.wide {{ overflow-x: auto }} table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
+th, td {{ padding: .2rem .4rem; border-bottom: 1px solid #8886; text-align: right; white-space: nowrap }}
 body {{ margin: auto; padding: 1rem; max-width: 75rem; font: 16px/1.5 system-ui, sans-serif }}
 img {{ max-width: 100%; height: auto; background: #fff }}
 </style></head><body>
 <h1>{title}</h1>
-<pre>{report}</pre>
+<div class="wide"><table>
+{table}
+</table></div>
+<p>{comparisons}</p>
 {images}
 <h2>How it was measured</h2>
 <pre>{protocol}</pre>
@@ -49,7 +55,8 @@ def render_page(
     how = {"protocol": measured["protocol"], "self-test of the reference": measured["self_test"]}
     return _PAGE.format(
         title=escape(f"{measured['protocol']['generator_folder']}: {measured['images']} images per omega"),
-        report=escape(format_report(measured)),
+        table="\n".join(_rows(table(measured))),
+        comparisons="<br>\n".join(map(escape, comparisons(measured))),
         images="\n".join(
             f'<h2>{escape(title)}</h2><img alt="{escape(title)}" src="data:image/png;base64,{data}">'
             for title, data in embedded.items()
@@ -57,6 +64,12 @@ def render_page(
         protocol=escape(json.dumps(how, indent=2, ensure_ascii=False)),
         settings=escape(json.dumps(settings, indent=2, ensure_ascii=False, default=str)),
     )
+
+
+def _rows(cells: Sequence[Sequence[str]]) -> Iterator[str]:
+    for number, row in enumerate(cells):
+        tag = "td" if number else "th"
+        yield "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row) + "</tr>"
 
 
 def _curves(sweep: Sequence[Mapping[str, Any]], log: Sequence[Mapping[str, Any]]) -> Iterator[Curve]:
