@@ -65,6 +65,8 @@ def test_without_files_and_network_one_line_says_where_they_belong(monkeypatch, 
     monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", refuse)
     line = complaint(lambda: open_images("mnist", str(tmp_path), "train", 10))
     assert str(tmp_path) in line and "train-images-idx3-ubyte" in line and "mnist5k" in line
+    new = str(tmp_path / "new")
+    assert new in complaint(lambda: open_images("mnist", new, "train", 10))
     assert not any(tmp_path.iterdir())
     assert "data.root" in complaint(lambda: open_images("mnist", None, "train", 10))
     assert "test" in complaint(lambda: open_images("mnist", str(tmp_path), "test", 10))

@@ -128,10 +128,11 @@ def _fetch(root: Path, missing: str) -> None:
     ensure_torchvision()
     from torchvision.datasets import MNIST
 
+    new = [] if root.exists() else [root]
     try:
         MNIST(str(root), download=True)
     except (OSError, RuntimeError) as error:
-        for made in (root / "MNIST/raw", root / "MNIST"):
+        for made in (root / "MNIST/raw", root / "MNIST", *new):
             with suppress(OSError):  # it is not empty
                 made.rmdir()
         reason = str(error).splitlines()[0].rstrip(": ")
