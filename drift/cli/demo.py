@@ -82,5 +82,5 @@ def _check_port(port: int) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((_HOST, port))
     except (OSError, OverflowError) as error:
-        reason = "is in use" if getattr(error, "errno", 0) == errno.EADDRINUSE else str(error).lower()
+        reason = "is in use" if getattr(error, "errno", 0) == errno.EADDRINUSE else str(error).lower().rstrip(".")
         raise UserError(f"--port {port}: {reason}; name another") from None
