@@ -82,5 +82,6 @@ def _check_port(port: int) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((_HOST, port))
     except (OSError, OverflowError) as error:
-        reason = "is in use" if getattr(error, "errno", 0) == errno.EADDRINUSE else str(error).lower().rstrip(".")
+        in_use = getattr(error, "errno", 0) == errno.EADDRINUSE
+        reason = "is in use" if in_use else str(error).lower().rstrip(".")
         raise UserError(f"--port {port}: {reason}; name another") from None
