@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -90,9 +91,9 @@ class Project:
         lines = [line for line in done.stdout.splitlines() if line.startswith("Running stage")]
         return [line.split("'")[1] for line in lines]
 
-    def settings(self, **sections: object) -> None:
-        """Change keys of params.yaml, or of its sections."""
-        path = self.folder / "params.yaml"
+    def settings(self, file: str = "params.yaml", /, **sections: object) -> None:
+        """Change keys of a file of settings, or of its sections."""
+        path = self.folder / file
         content = yaml.safe_load(path.read_text())
         for section, values in sections.items():
             if isinstance(values, dict):
@@ -125,6 +126,12 @@ def copy_project(folder: Path) -> Project:
     project.run("git", "init", "--quiet", "--initial-branch", "trunk")
     project.commit()
     return project
+
+
+def free_port() -> int:
+    """A port of this machine on which nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
 
 
 def draw_images(folder: Path, classes: tuple[str, ...], count: int, suffix: str = ".png") -> None:

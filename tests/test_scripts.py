@@ -14,7 +14,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
 from imports import ROOT
 from project import PHOTO_CLASSES, PHOTOS, copy_project, draw_images
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -290,11 +289,10 @@ def test_a_tiny_imagenet_from_images_to_metrics_with_a_stop_in_between(tmp_path)
     shutil.rmtree(tmp_path / ".venv")
     (tmp_path / ".venv").symlink_to(sys.prefix)
     preset = tmp_path / "presets" / "imagenet256_ablation.yaml"
-    first, content = preset.open().readline(), yaml.safe_load(preset.read_text())
-    for section, values in PHOTOS.items():
-        content[section] |= values
-    content["drift"] |= {"steps": 150, "evaluate_every": 0}
-    preset.write_text(first + yaml.safe_dump(content, sort_keys=False))
+    name, first = str(preset.relative_to(tmp_path)), preset.open().readline()  # by which the script knows it
+    project.settings(name, **PHOTOS)
+    project.settings(name, drift={"steps": 150, "evaluate_every": 0})
+    preset.write_text(first + preset.read_text())
     machine.environment |= {key: project.environment[key] for key in ("PYTHONPATH", "OMP_NUM_THREADS")}
     process = machine.start("--images", "images", "--yes")
     for begun in (".work/encode/*", ".work/mae/*/step-*", ".work/drift/*/step-*"):

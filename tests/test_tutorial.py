@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from imports import ROOT
-from project import PHOTO_CLASSES, PHOTOS, copy_project, draw_images
+from project import PHOTO_CLASSES, PHOTOS, copy_project, draw_images, free_port
 
 from drift.cli import _parser
 from drift.settings import _all_keys, load_settings
@@ -91,12 +90,6 @@ def test_the_plan_on_the_page_is_what_the_script_prints():
     assert plan.describe("photos", 1, 100.0, None) in PAGE
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def said(project, words: list[str]) -> str:
     return project.run(*words).stdout
 
@@ -122,11 +115,7 @@ def test_every_command_of_the_page_on_a_small_folder(tmp_path):
     """In their order, as they stand there, but for the VAE and a port; with smaller sizes in the preset."""
     project = copy_project(tmp_path)
     draw_images(tmp_path / "data" / "photos" / "train", PHOTO_CLASSES, 40)
-    preset = tmp_path / "presets" / "photos.yaml"
-    content = yaml.safe_load(preset.read_text())
-    for section, values in PHOTOS.items():
-        content[section] |= values
-    preset.write_text(yaml.safe_dump(content, sort_keys=False))
+    project.settings("presets/photos.yaml", **PHOTOS)
     project.commit()
     shown = {}
     for command in COMMANDS:

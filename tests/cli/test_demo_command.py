@@ -16,6 +16,7 @@ import pytest
 from browser import Browser, needs_browser
 from imports import ROOT
 from PIL import Image
+from project import free_port
 
 from drift import cli
 from drift.interop.recipe import Artist, Recipe, grid, read_recipe
@@ -42,14 +43,9 @@ def environment(monkeypatch):
         (["--port", "70000"], "--port 70000"),
     ],
 )
-def test_it_refuses_in_one_line(generator_folder, tmp_path, monkeypatch, capsys, arguments, told):
+def test_it_refuses_in_one_line(refusal, arguments, told):
     pytest.importorskip("gradio", reason=GRADIO)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    source = [] if arguments[0] == "nowhere" else [str(generator_folder)]
-    assert cli.main(["demo", *source, *arguments]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ") and told in error
+    assert told in refusal("demo", arguments)
 
 
 def test_a_port_in_use_is_named_before_anything_is_loaded(capsys):
@@ -65,11 +61,6 @@ def test_without_gradio_it_names_the_extra(monkeypatch, capsys, generator_folder
     assert cli.main(["demo", str(generator_folder), "--port", str(free_port())]) == 2
     told = "error: drift demo needs Gradio: pip install -c constraints.txt -e '.[demo]'\n"
     assert capsys.readouterr().err == told
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

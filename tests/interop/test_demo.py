@@ -74,9 +74,9 @@ def test_a_name_is_text_on_the_page(tmp_path):
 
 
 def test_a_mistake_is_told_on_the_page(page):
-    for wrong in ({8: 0}, {9: "ema_09"}, {3: 2}):
+    for position, wrong in ((8, 0), (9, "ema_09"), (3, 2)):
         values = [0, 1.0, 0, 0.0, 1, 0, 0, 1, 1, "model"]
-        values[next(iter(wrong))] = next(iter(wrong.values()))
+        values[position] = wrong
         with pytest.raises(gradio.Error):
             page.show(*values)
     with pytest.raises(gradio.Error):

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from complaints import complaint
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from small_generator import SIZES, write_generator
@@ -95,9 +96,7 @@ def test_other_files_are_refused(artist, damage):
             info.add_text(name, text)
         image.save(other := io.BytesIO(), format="JPEG" if damage == "jpeg" else "PNG", pnginfo=info)
         file = other.getvalue()
-    with pytest.raises(UserError) as told:
-        read_recipe(io.BytesIO(file))
-    assert "\n" not in str(told.value)
+    complaint(lambda: read_recipe(io.BytesIO(file)))
 
 
 @pytest.mark.parametrize(
